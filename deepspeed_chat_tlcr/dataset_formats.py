@@ -1,0 +1,297 @@
+"""How one record of each known data set becomes (prompt, chosen, rejected).
+
+The names, their split names and the text forms are DeepSpeed-Chat's (and ``Dahoas/template-full-hh-rlhf`` is the TLCR
+release's), so a prompt and response read here join to the text DeepSpeed-Chat trains on. docs/data.md has the table.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deepspeed_chat_tlcr.errors import InputError
+
+Triple = tuple[str | None, str | None, str | None]  # prompt, chosen, rejected; None where the record has none
+
+
+@dataclass(frozen=True)
+class DatasetFormat:
+    """One data set that DeepSpeed-Chat knows by name."""
+
+    name: str  # DeepSpeed-Chat looks for this string inside --data_path
+    fields: tuple[str, ...]  # the record's keys that `read` looks at
+    read: Callable[[dict], Triple]
+    eval_split: str | None  # None: train and eval are a 9:1 split of the set's train split
+    has_rejected: bool
+    hub_id: str | None = None  # where it lives on the Hub when that is not the name
+    hub_folder: str | None = None  # the configuration's folder in the Hub's Parquet export, where there are several
+
+
+def _human(question: str | None) -> str | None:
+    return None if question is None else f" Human: {question} Assistant:"
+
+
+def _answer(text: str | None) -> str | None:
+    return None if text is None else f" {text}"
+
+
+def _first(items: list | None, key: str | None = None) -> str | None:
+    if not items:
+        return None
+    return items[0] if key is None else items[0][key]
+
+
+def _raw(row: dict) -> Triple:
+    return row["prompt"], row["chosen"], row["rejected"]
+
+
+def _inst_template(row: dict) -> Triple:
+    prompt = row["prompt"].replace("\n\nHuman:", "</s>[INST]").replace("\n\nAssistant:", "</s>[/INST]")
+    return prompt[max(prompt.find("[INST]"), 0) :], row["chosen"], row["rejected"]
+
+
+def _gptj_pairwise(row: dict) -> Triple:
+    return _human(row["prompt"]), _answer(row["chosen"]), _answer(row["rejected"])
+
+
+def _reward_datasets(row: dict) -> Triple:
+    def after_marker(text: str) -> str:
+        _, marker, rest = text.partition("Assistant:")
+        return rest if marker else text
+
+    return row["prompt"] + "Assistant:", after_marker(row["chosen"]), after_marker(row["rejected"])
+
+
+def _webgpt(row: dict) -> Triple:
+    def without_citations(text: str) -> str:
+        return re.sub(r"[\(\[].*?[\)\]]", "", re.sub(r" [\(\[].*?[\)\]]", "", text))
+
+    first_wins = float(row["score_0"]) >= float(row["score_1"])
+    chosen, rejected = ("answer_0", "answer_1") if first_wins else ("answer_1", "answer_0")
+    prompt = _human(row["question"]["full_text"])
+    return prompt, _answer(without_citations(row[chosen])), _answer(without_citations(row[rejected]))
+
+
+def _shp(row: dict) -> Triple:
+    a_wins = int(row["labels"]) == 1
+    chosen, rejected = ("human_ref_A", "human_ref_B") if a_wins else ("human_ref_B", "human_ref_A")
+    return _human(row["history"]), _answer(row[chosen]), _answer(row[rejected])
+
+
+def _sharegpt(row: dict) -> Triple:
+    prompt = row["prompt"] and row["prompt"].replace("USER", "Human").replace("ASSISTANT", "Assistant")
+    return prompt or None, _answer(row["label"] or None), None
+
+
+def _zhihu(row: dict) -> Triple:
+    return _human(row["INSTRUCTION"]), _answer(row["RESPONSE"]), None
+
+
+def _miracl(row: dict) -> Triple:
+    positive, negative = (_first(row[key], "text") for key in ("positive_passages", "negative_passages"))
+    return _human(row["query"]), _answer(positive), _answer(negative)
+
+
+def _hc3(row: dict) -> Triple:
+    return _human(row["question"]), _answer(_first(row["human_answers"])), None
+
+
+def _mkqa(language: str) -> Callable[[dict], Triple]:
+    def read(row: dict) -> Triple:
+        return _human(row["queries"][language]), _answer(_first(row["answers"][language], "text")), None
+
+    return read
+
+
+def _qg_jaquad(row: dict) -> Triple:
+    return _human(row["question"]), _answer(row["sentence"]), None
+
+
+def _qag_jaquad(row: dict) -> Triple:
+    return _human(_first(row["questions"])), _answer(row["paragraph"]), None
+
+
+def _json_file(row: dict) -> Triple:
+    prompt, chosen, rejected = own_strings(row)
+    return _answer(prompt), _answer(chosen), _answer(rejected)
+
+
+LOCAL_JSON = "local/jsonfile"
+_PAIR = ("prompt", "chosen", "rejected")
+_WEBGPT = ("question", "answer_0", "answer_1", "score_0", "score_1")
+_PASSAGES = ("query", "positive_passages", "negative_passages")
+_TEMPLATE_OF = "Dahoas/full-hh-rlhf"
+
+# In DeepSpeed-Chat's order: the first name found in --data_path decides.
+FORMATS = (
+    DatasetFormat("Dahoas/rm-static", _PAIR, _raw, "test", True),
+    DatasetFormat("Dahoas/full-hh-rlhf", _PAIR, _raw, "test", True),
+    DatasetFormat("Dahoas/template-full-hh-rlhf", _PAIR, _inst_template, "test", True, hub_id=_TEMPLATE_OF),
+    DatasetFormat("Dahoas/synthetic-instruct-gptj-pairwise", _PAIR, _gptj_pairwise, None, True),
+    DatasetFormat("yitingxie/rlhf-reward-datasets", _PAIR, _reward_datasets, "test", True),
+    DatasetFormat("openai/webgpt_comparisons", _WEBGPT, _webgpt, None, True),
+    DatasetFormat("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp, "validation", True),
+    DatasetFormat("pvduy/sharegpt_alpaca_oa_vicuna_format", ("prompt", "label"), _sharegpt, "test", False),
+    DatasetFormat("wangrui6/Zhihu-KOL", ("INSTRUCTION", "RESPONSE"), _zhihu, None, False),
+    DatasetFormat("Cohere/miracl-zh-queries-22-12", _PASSAGES, _miracl, "dev", True),
+    DatasetFormat("Hello-SimpleAI/HC3-Chinese", ("question", "human_answers"), _hc3, None, False, hub_folder="all"),
+    DatasetFormat("mkqa-Chinese", ("queries", "answers"), _mkqa("zh_cn"), None, False, hub_id="apple/mkqa"),
+    DatasetFormat("mkqa-Japanese", ("queries", "answers"), _mkqa("ja"), None, False, hub_id="apple/mkqa"),
+    DatasetFormat("Cohere/miracl-ja-queries-22-12", _PASSAGES, _miracl, "dev", True),
+    DatasetFormat("lmqg/qg_jaquad", ("question", "sentence"), _qg_jaquad, "validation", False),
+    DatasetFormat("lmqg/qag_jaquad", ("questions", "paragraph"), _qag_jaquad, "validation", False),
+    DatasetFormat(LOCAL_JSON, _PAIR, _json_file, "eval", True),
+)
+
+
+def find_format(data_path: str) -> DatasetFormat | None:
+    """The first known name that occurs inside ``data_path``, as in DeepSpeed-Chat; None if none does."""
+    return next((known for known in FORMATS if known.name in data_path), None)
+
+
+# ---- the user's own records ------------------------------------------------------------------------------------------
+
+OWN_FIELDS = ("prompt", "chosen", "rejected", "messages")
+_PROBE = "\ue000"  # a private-use character: no template contains it, so it marks where a response's text begins
+
+
+def has_messages(row: dict) -> bool:
+    """True where the record is a chat: its prompt, responses or ``messages`` are lists."""
+    return any(isinstance(row.get(field), list) for field in OWN_FIELDS)
+
+
+def own_strings(row: dict) -> Triple:
+    """A record of three strings, taken as they are. ``rejected`` may be absent (SFT only).
+
+    Raises ``InputError`` that names the key where something is missing, empty or of another type.
+    """
+    for field in ("prompt", "chosen", "rejected"):
+        value = row.get(field)
+        if value is None and field != "rejected":
+            known = ", ".join(sorted(map(str, row))) or "none"
+            raise InputError(f"no {field!r}; a record has prompt, chosen, rejected or chat messages (found: {known})")
+        if value is not None and not isinstance(value, str):
+            raise InputError(f"{field!r} is of type {type(value).__name__}, expected a string")
+        if value == "":
+            raise InputError(f"{field!r} is empty")
+    return row["prompt"], row["chosen"], row.get("rejected")
+
+
+class ChatRecords:
+    """Renders chat records with a tokenizer's chat template.
+
+    The prompt is the template's rendering with ``add_generation_prompt=True``; a response is what the rendering of the
+    whole conversation has beyond it. The EOS text at the end is left out because tokenisation appends EOS itself, and
+    so is a BOS text at the start where the tokenizer adds BOS by itself.
+    """
+
+    def __init__(self, tokenizer):
+        if not getattr(tokenizer, "chat_template", None):
+            raise InputError(
+                f"the records are chat messages but the tokenizer {tokenizer.name_or_path} has no chat template; "
+                "use one that has, or give prompt, chosen and rejected as strings"
+            )
+        self.tokenizer = tokenizer
+        bos = tokenizer.bos_token
+        adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+        self.own_bos = bos if adds_bos else ""
+
+    def __call__(self, row: dict) -> Triple:
+        prompt, *turns = split_conversations(row)
+        texts = [None if turn is None else self._render(prompt + [turn]) for turn in turns]
+        header = self._render(prompt, generation=True)
+        if not all(text is None or text.startswith(header) for text in texts):
+            header = self._shared_header(prompt, header)
+        responses = [None if text is None else self._response(text, header) for text in texts]
+        return header.removeprefix(self.own_bos), *responses
+
+    def _render(self, messages: list[dict], generation: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+        except Exception as error:  # the template is a program of the model's author: any error may come out of it
+            raise InputError(f"the tokenizer's chat template refuses these messages: {error}") from None
+
+    def _shared_header(self, prompt: list[dict], header: str) -> str:
+        """What a generation prompt has in common with finished answers.
+
+        Some templates open the generation prompt with text that finished answers do not have (a thinking tag). Where
+        the two part is found with a response that cannot resemble that text.
+        """
+        probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
+        parting = (at for at, (a, b) in enumerate(zip(header, probed, strict=False)) if a != b)
+        return header[: next(parting, len(header))]
+
+    def _response(self, text: str, header: str) -> str:
+        if not text.startswith(header):
+            raise InputError("the tokenizer's chat template does not render the prompt as the beginning of the whole")
+        response = text[len(header) :]
+        eos = self.tokenizer.eos_token
+        if eos and response.rstrip().endswith(eos):
+            response = response.rstrip().removesuffix(eos)
+        return response
+
+
+def split_conversations(row: dict) -> tuple[list[dict], dict, dict | None]:
+    """Prompt messages, the chosen and (if any) the rejected assistant message of a chat record.
+
+    Accepted: ``prompt`` (messages, or one user string) with ``chosen`` / ``rejected`` (messages or strings);
+    ``chosen`` / ``rejected`` as whole conversations that share all but the last message; ``messages`` alone.
+    Raises ``InputError`` that says what does not fit.
+    """
+    if row.get("chosen") is None:
+        if row.get("messages") is None:
+            raise InputError("no 'chosen' and no 'messages'")
+        messages = _messages(row["messages"], "messages")
+        return messages[:-1], *_last_turns(messages[:-1], messages, None)
+    prompt = row.get("prompt")
+    if isinstance(prompt, str) and isinstance(row["chosen"], str):
+        raise InputError("strings, while the first record has chat messages; use one form per data set")
+    chosen = _messages(row["chosen"], "chosen", "assistant")
+    rejected = None if row.get("rejected") is None else _messages(row["rejected"], "rejected", "assistant")
+    if prompt is not None and chosen[0]["role"] == "assistant":
+        shared = _messages(prompt, "prompt", "user")
+        whole = [None if turns is None else shared + turns for turns in (chosen, rejected)]
+    else:  # the responses are whole conversations; a prompt beside them repeats their beginning
+        if isinstance(prompt, list) and chosen[: len(prompt)] != _messages(prompt, "prompt"):
+            raise InputError("'chosen' begins neither with the assistant's answer nor with the messages of 'prompt'")
+        shared = chosen[:-1]
+        whole = [chosen, rejected]
+    return shared, *_last_turns(shared, *whole)
+
+
+def _messages(value: object, field: str, role_of_string: str | None = None) -> list[dict]:
+    if isinstance(value, str) and role_of_string:
+        value = [{"role": role_of_string, "content": value}]
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{field!r} is {_kind(value)}, expected a list of messages")
+    messages = []
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            raise InputError(f"{field!r}, message {number} is {_kind(message)}, expected role and content")
+        for key in ("role", "content"):
+            may_be_empty = key == "content" and message.get("role") == "system"
+            if not isinstance(message.get(key), str) or not (message[key] or may_be_empty):
+                raise InputError(
+                    f"{field!r}, message {number}: {key!r} is {_kind(message.get(key))}, expected a string"
+                )
+        messages.append({key: part for key, part in message.items() if part is not None})
+    return messages
+
+
+def _last_turns(shared: list[dict], *conversations: list[dict] | None) -> list[dict | None]:
+    """The last message of each conversation, which has to be the assistant's and all that follows ``shared``."""
+    if not shared:
+        raise InputError("the prompt is empty: a conversation needs a message before the assistant's answer")
+    turns: list[dict | None] = []
+    for conversation in conversations:
+        if conversation is not None and conversation[:-1] != shared:
+            raise InputError("chosen and rejected have to be equal up to their last message, one answer each")
+        if conversation is not None and conversation[-1]["role"] != "assistant":
+            raise InputError(f"the last message is the {conversation[-1]['role']}'s, expected the assistant's answer")
+        turns.append(None if conversation is None else conversation[-1])
+    return turns
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "missing"
+    return "empty" if value in ("", [], {}) else f"of type {type(value).__name__}"

@@ -1,0 +1,85 @@
+"""The DeepSpeed config of every engine, built from DeepSpeed-Chat's flags."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deepspeed_chat_tlcr.errors import InputError
+
+
+def build_config(
+    *,
+    dtype: str,
+    zero_stage: int,
+    micro_batch_size: int,
+    gradient_accumulation_steps: int,
+    world_size: int,
+    offload: bool = False,
+    offload_parameters: bool | None = None,
+    max_grad_norm: float = 1.0,
+    tensorboard: tuple[str, str] | None = None,
+    overrides: str | Path | None = None,
+) -> dict[str, Any]:
+    """Config of a training engine.
+
+    ``dtype``: fp32, fp16 or bf16. ``micro_batch_size`` counts sequences per device. ``offload`` keeps the optimiser
+    in host memory, and under ZeRO-3 the parameters too unless ``offload_parameters`` says otherwise. ``tensorboard``
+    is (folder, job name). ``overrides`` names a JSON file merged on top. Raises ``InputError`` for a bad file.
+    """
+    if zero_stage == 0 and dtype != "fp32":
+        # Without ZeRO, DeepSpeed 0.19 starts Adam's step count in 16-bit training at 1: its first updates come out
+        # a quarter too small. Stage 1 has the same arithmetic and communication as stage 0 and counts right.
+        zero_stage = 1
+    if offload_parameters is None:
+        offload_parameters = offload and zero_stage == 3
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "train_batch_size": micro_batch_size * gradient_accumulation_steps * world_size,
+        "steps_per_print": 10**9,
+        "zero_optimization": {
+            "stage": zero_stage,
+            "overlap_comm": zero_stage in (1, 2, 3),
+            "offload_optimizer": {"device": "cpu" if offload else "none"},
+            "offload_param": {"device": "cpu" if offload_parameters else "none"},
+            "stage3_param_persistence_threshold": 10_000,
+            "stage3_max_live_parameters": 30_000_000,
+            "stage3_prefetch_bucket_size": 30_000_000,
+            "stage3_gather_16bit_weights_on_model_save": True,
+        },
+        "gradient_clipping": max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "wall_clock_breakdown": False,
+    }
+    if dtype == "fp16":
+        config["fp16"] = {"enabled": True, "loss_scale_window": 100}
+    elif dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    elif dtype != "fp32":
+        raise ValueError(f"dtype {dtype!r}: expected fp32, fp16 or bf16")
+    if tensorboard is not None:
+        config["tensorboard"] = {"enabled": True, "output_path": tensorboard[0], "job_name": tensorboard[1]}
+    return merge(config, read_overrides(overrides)) if overrides else config
+
+
+def read_overrides(path: str | Path) -> dict[str, Any]:
+    """Read ``--deepspeed_config``; raises ``InputError`` naming the file."""
+    try:
+        overrides = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"--deepspeed_config {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"--deepspeed_config {path}: not JSON ({error})") from None
+    if not isinstance(overrides, dict):
+        raise InputError(f"--deepspeed_config {path}: expected a JSON object")
+    return overrides
+
+
+def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with ``overrides`` on top, nested dicts merged key by key; neither argument changes."""
+    merged = dict(base)
+    for key, value in overrides.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if nested else value
+    return merged

@@ -1,0 +1,107 @@
+"""Answers from a causal language model: padded prompts in, tokens and an exact response mask out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen. ``temperature`` 0 means the likeliest token; ``top_k`` 0 and ``top_p`` 1 mean no cut.
+
+    ``min_new_tokens``: EOS is impossible before that many tokens.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_new_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One generated response. ``ended``: the model ended it itself, rather than the length limit."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]  # EOS included
+    text: str
+    ended: bool
+
+
+def left_pad(prompts: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts of several lengths as ``(B, P)`` ids and mask, padded on the left to the longest of them."""
+    length = max(map(len, prompts))
+    ids = torch.full((len(prompts), length), pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        mask[row, length - len(prompt) :] = 1
+    return ids, mask
+
+
+def response_mask(response_ids: torch.Tensor, eos_id: int) -> torch.Tensor:
+    """1 up to and including each row's first EOS; all ones where a row was cut at the limit. ``(B, A)`` to ``(B, A)``.
+
+    What a generator writes behind the first EOS is padding, whatever its id: pad = EOS is harmless.
+    """
+    is_eos = (response_ids == eos_id).long()
+    ended_before = is_eos.cumsum(1) - is_eos
+    return (ended_before == 0).long()
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    decoding: Decoding,
+    synced_gpus: bool = False,
+) -> torch.Tensor:
+    """Continue left-padded prompts ``(B, P)``; returns ``(B, P + A)`` token ids, A as long as the longest response.
+
+    Leaves the model in evaluation mode. ``synced_gpus``: all ranks go on until the last is done (ZeRO-3).
+    """
+    model.eval()
+    greedy = decoding.temperature == 0
+    config = GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        min_new_tokens=decoding.min_new_tokens or None,
+        do_sample=not greedy,
+        temperature=1.0 if greedy else decoding.temperature,
+        top_p=1.0 if greedy else decoding.top_p,
+        top_k=0 if greedy else max(0, decoding.top_k),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    # transformers fills what a config leaves open from the model's own: a checkpoint's top_p would slip in.
+    model.generation_config = config
+    return model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus)
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    batch_size: int,
+) -> Iterator[Answer]:
+    """One answer for each prompt (token ids), in the order of the prompts."""
+    for begin in range(0, len(prompts), batch_size):
+        batch = prompts[begin : begin + batch_size]
+        ids, mask = left_pad(batch, tokenizer.pad_token_id)
+        output = generate(model, tokenizer, ids.to(model.device), mask.to(model.device), decoding)[:, ids.size(1) :]
+        lengths = response_mask(output, tokenizer.eos_token_id).sum(1).tolist()
+        for prompt, row, length in zip(batch, output.tolist(), lengths, strict=True):
+            response = row[:length]
+            ended = response[-1:] == [tokenizer.eos_token_id]
+            # Decoded behind the prompt: SentencePiece would drop the space before a text's first word.
+            content = response[:-1] if ended else response
+            whole = tokenizer.decode([*prompt, *content], clean_up_tokenization_spaces=False)
+            text = whole[len(tokenizer.decode(prompt, clean_up_tokenization_spaces=False)) :]
+            yield Answer(prompt, response, text, ended)

@@ -1,0 +1,228 @@
+"""How much memory a stage needs, as formulas. Every function takes counts and returns bytes.
+
+What DeepSpeed keeps for a model with P parameters in 16 bit (ZeRO, Rajbhandari et al. 2020, section 3): 2 P for the
+parameters, 2 P for their gradients, and 16 P for the optimiser (fp32 parameters, momentum, variance, and the fp32
+gradients of the step). ZeRO-1 divides the optimiser's part by the number of ranks, ZeRO-2 the gradients too, ZeRO-3
+everything. Activations were counted on what autograd really saves in transformers' Llama and OPT blocks (attention
+without stored scores).
+"""
+
+from dataclasses import dataclass, field
+
+from deepspeed_chat_tlcr.model_shapes import ModelShape
+
+GIB = 2**30
+REDUCE_BUCKET = 500_000_000
+"""Elements of DeepSpeed's gradient bucket (its default)."""
+RESERVE = 3 * GIB
+"""CUDA context, NCCL and what the allocator cannot hand out, per GPU."""
+FULL_LOGITS = 14
+"""Bytes a logit costs in transformers' language-model loss: itself 2, fp32 copy 4, log-softmax 4, gradient 4."""
+CHOSEN_LOGITS = 4
+"""The same where log-probabilities of chosen tokens are all that is asked: itself 2, gradient 2."""
+
+
+@dataclass(frozen=True)
+class States:
+    """What one engine keeps all the time, in bytes: on each GPU, and in host memory over all ranks together."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    host: float
+
+
+def model_states(
+    parameters: int,
+    *,
+    zero_stage: int,
+    ranks: int,
+    trained: bool = True,
+    offload: bool = False,
+    largest_layer: int = 0,
+    bytes_per_parameter: int = 2,
+) -> States:
+    """Memory of one DeepSpeed engine.
+
+    ``offload`` puts the optimiser, its fp32 gradients, and under ZeRO-3 the parameters, in host memory.
+    ``largest_layer``: parameters of the largest module, which ZeRO-3 gathers to compute.
+    """
+    size = bytes_per_parameter
+    if zero_stage == 0 and size == 2:
+        zero_stage = 1  # as deepspeed_config.py does in 16-bit training
+    weights = parameters * size / (ranks if zero_stage == 3 else 1)
+    host = 0.0
+    buffers = largest_layer * size if zero_stage == 3 else 0
+    if offload and zero_stage == 3:
+        weights, host = 0, parameters * size
+    if not trained:
+        return States(weights, 0, 0, buffers, host)
+    gradients = parameters * size / (ranks if zero_stage >= 2 else 1)
+    # Plain fp32 training needs no second copy of parameters and gradients; ZeRO keeps its flat copy all the same.
+    optimizer = parameters * (16 if size == 2 or zero_stage > 0 else 8)
+    # ZeRO-1 and 2 overlap communication with a second bucket.
+    buffers += REDUCE_BUCKET * size * {0: 0, 1: 2, 2: 2, 3: 1}[zero_stage]
+    if offload:
+        return States(weights, 0 if zero_stage >= 2 else gradients, 0, buffers, host + optimizer)
+    return States(weights, gradients, optimizer / (ranks if zero_stage >= 1 else 1), buffers, host)
+
+
+def layer_activations(shape: ModelShape, size: int = 2) -> int:
+    """Bytes that autograd keeps for one token in one block.
+
+    Llama: the inputs of both norms and their outputs (4 h), q and the attention's output (2 a), k and v, and four
+    tensors of the gated MLP, in ``size`` bytes; both norms' fp32 copies (8 h). OPT: eight tensors of width h and one
+    of the MLP's.
+    """
+    h, i, attention = shape.hidden, shape.intermediate, shape.heads * shape.head_size
+    if shape.gated:
+        return size * (4 * h + 2 * attention + 2 * shape.kv_size + 4 * i) + 8 * h
+    return size * (8 * h + i)
+
+
+def activations(shape: ModelShape, sequences: int, tokens: int, checkpointing: bool, size: int = 2) -> int:
+    """Activations of a forward pass that will be differentiated.
+
+    With gradient checkpointing: each block's input, and one block's activations while it is recomputed.
+    """
+    count, block = sequences * tokens, layer_activations(shape, size)
+    if checkpointing:
+        return count * (shape.layers * shape.hidden * size + block)
+    return count * shape.layers * block
+
+
+def kv_cache(shape: ModelShape, sequences: int, tokens: int, size: int = 2) -> int:
+    """Keys and values of every block while responses are sampled."""
+    return 2 * shape.layers * shape.kv_size * size * sequences * tokens
+
+
+def largest_layer(shape: ModelShape) -> int:
+    """Parameters of the largest module that ZeRO-3 gathers at once: a block or the embedding."""
+    return max(shape.layer_parameters, shape.vocabulary * (shape.embedding or shape.hidden))
+
+
+@dataclass(frozen=True)
+class Need:
+    """A stage's memory: rows of one GPU (bytes by name), and one node's host memory."""
+
+    gpu: dict[str, float] = field(default_factory=dict)
+    host: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def gpu_total(self) -> float:
+        return sum(self.gpu.values())
+
+    @property
+    def host_total(self) -> float:
+        return sum(self.host.values())
+
+
+def trained_alone(
+    shape: ModelShape,
+    parameters: int,
+    *,
+    sequences: int,
+    tokens: int,
+    scored_logits: bool,
+    zero_stage: int,
+    ranks: int,
+    nodes: int,
+    offload: bool,
+    checkpointing: bool,
+    size: int = 2,
+) -> Need:
+    """Steps 1 and 2: one model, ``sequences`` of ``tokens`` tokens at a time on each GPU."""
+    states = model_states(
+        parameters,
+        zero_stage=zero_stage,
+        ranks=ranks,
+        offload=offload,
+        largest_layer=largest_layer(shape),
+        bytes_per_parameter=size,
+    )
+    logits = FULL_LOGITS * sequences * tokens * shape.vocabulary if scored_logits else 0
+    return Need(
+        gpu={
+            "parameters": states.parameters,
+            "gradients": states.gradients,
+            "optimiser": states.optimizer,
+            "ZeRO's buffers": states.buffers,
+            "activations": activations(shape, sequences, tokens, checkpointing, size),
+            "logits": logits,
+            "reserve": RESERVE,
+        },
+        host={
+            "offloaded": states.host / nodes,
+            "loading": _loading(parameters, zero_stage, ranks / nodes, size),
+        },
+    )
+
+
+def ppo(
+    shape: ModelShape,
+    *,
+    generated_sequences: int,
+    trained_sequences: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+    actor_stage: int,
+    critic_stage: int,
+    reference_stage: int,
+    reward_stage: int,
+    ranks: int,
+    nodes: int,
+    offload: bool,
+    checkpointing: bool,
+    size: int = 2,
+) -> Need:
+    """Step 3: four models at once. The working memory is the largest phase's: sampling, scoring, actor's, critic's."""
+    counts = {
+        "actor": (shape.causal_parameters, actor_stage, True),
+        "critic": (shape.classifier_parameters(1), critic_stage, True),
+        "reference": (shape.causal_parameters, reference_stage, False),
+        "discriminator": (shape.classifier_parameters(2), reward_stage, False),
+    }
+    gpu: dict[str, float] = {}
+    offloaded, loading = 0.0, 0.0
+    for role, (parameters, stage, trained) in counts.items():
+        states = model_states(
+            parameters,
+            zero_stage=stage,
+            ranks=ranks,
+            trained=trained,
+            offload=offload and trained,
+            largest_layer=largest_layer(shape),
+            bytes_per_parameter=size,
+        )
+        gpu[role] = states.parameters + states.gradients + states.optimizer + states.buffers
+        offloaded += states.host
+        loading = max(loading, _loading(parameters, stage, ranks / nodes, size))
+    tokens = prompt_tokens + answer_tokens
+    learning = activations(shape, trained_sequences, tokens, checkpointing, size)
+    scored = generated_sequences * answer_tokens * shape.vocabulary
+    phases = {
+        "sampling (KV cache)": kv_cache(shape, generated_sequences, tokens, size),
+        "scoring": generated_sequences * tokens * layer_activations(shape, size) + 2 * scored,
+        "actor's update": learning + CHOSEN_LOGITS * trained_sequences * answer_tokens * shape.vocabulary,
+        "critic's update": learning,
+    }
+    largest = max(phases, key=phases.__getitem__)
+    gpu[f"work: {largest}"] = phases[largest]
+    gpu["reserve"] = RESERVE
+    return Need(gpu=gpu, host={"offloaded": offloaded / nodes, "loading": loading})
+
+
+def _loading(parameters: int, zero_stage: int, ranks_on_node: float, size: int) -> float:
+    """Every process of a node reads a whole copy before its GPU takes it; ZeRO-3 partitions while it reads."""
+    return 0 if zero_stage == 3 else parameters * size * ranks_on_node
+
+
+def saved_model(parameters: int, size: int = 2) -> int:
+    """A Hugging Face folder on disk."""
+    return parameters * size
+
+
+def saved_training_state(parameters: int, size: int = 2) -> int:
+    """A checkpoint a run can continue from: the parameters, and the optimiser's 12 bytes for each."""
+    return parameters * (size + 12)

@@ -1,0 +1,227 @@
+"""Model loading: strict about keys, the same under ZeRO-3, Hugging Face classes throughout.
+
+Discriminator = token classifier with 2 labels (0 negative, 1 positive). Critic and sequence reward model = the same
+class with 1 label.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.modeling_outputs import TokenClassifierOutput
+from transformers.models.opt.modeling_opt import OPTModel, OPTPreTrainedModel
+from transformers.utils import logging
+
+from deepspeed_chat_tlcr.errors import InputError, cannot_load
+
+NEGATIVE, POSITIVE = 0, 1
+TOKEN_LABELS = {NEGATIVE: "NEGATIVE", POSITIVE: "POSITIVE"}
+_HEAD_NAMES = ("score", "classifier")
+
+
+class OPTForTokenClassification(OPTPreTrainedModel):
+    """OPT with a linear head on every token; transformers has this class for the other families."""
+
+    def __init__(self, config: OPTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = OPTModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.0) or 0.0)
+        # Not hidden_size: OPT-350m projects its last hidden state down to the embedding's width.
+        self.score = nn.Linear(config.word_embed_proj_dim, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> TokenClassifierOutput:
+        """``logits`` is ``(B, T, K)``."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+        )
+        return TokenClassifierOutput(logits=self.score(self.dropout(outputs.last_hidden_state)))
+
+
+# exist_ok, because transformers otherwise skips registrations for config classes of its own without a word.
+AutoModelForTokenClassification.register(OPTConfig, OPTForTokenClassification, exist_ok=True)
+
+
+@contextlib.contextmanager
+def partitioned_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
+    """Within it, ``from_pretrained`` partitions parameters as they load if ``ds_config`` is ZeRO-3."""
+    keep_alive = None
+    if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
+        # transformers holds only a weak reference: this name is what keeps ZeRO-3 loading switched on.
+        keep_alive = HfDeepSpeedConfig(ds_config)
+    try:
+        yield
+    finally:
+        del keep_alive
+
+
+def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
+    """Load a model's config; ``dropout`` replaces every dropout probability in it. Raises ``InputError``."""
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load("model", path, error) from None
+    if dropout is not None:
+        for name in dropout_names(config):
+            setattr(config, name, dropout)
+    return config
+
+
+def dropout_names(config: PretrainedConfig) -> list[str]:
+    """Names of the config's dropout probabilities (``dropout``, ``attention_dropout``, ``resid_pdrop``, …)."""
+    return [
+        name
+        for name, value in config.to_dict().items()
+        if re.search(r"(drop|dropout|pdrop)$", name) and isinstance(value, (int, float)) and name != "layerdrop"
+    ]
+
+
+def load_causal_lm(
+    path: str, dtype: torch.dtype, ds_config: dict[str, Any] | None = None, dropout: float | None = None
+) -> PreTrainedModel:
+    """Load a causal language model; every key must fit. Raises ``InputError`` naming those that do not."""
+    config = load_config(path, dropout)
+    config.use_cache = False
+    with partitioned_loading(ds_config):
+        model, info = _from_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype)
+    _require_keys(path, info, missing=(), unexpected=())
+    return model
+
+
+def load_token_classifier(
+    path: str,
+    num_labels: int,
+    dtype: torch.dtype,
+    ds_config: dict[str, Any] | None = None,
+    dropout: float | None = None,
+    new_head: bool = False,
+    zero_head: bool = False,
+) -> PreTrainedModel:
+    """Load a discriminator (2 labels), critic or sequence reward model (1 label).
+
+    ``new_head``: start from a causal LM or from a classifier with another head: the backbone's keys must all be
+    there, the head is initialised anew (``zero_head``: to zero, so that a critic's first values are 0). Otherwise
+    every key must fit. Raises ``InputError`` naming missing or unexpected keys, or a head of another size.
+    """
+    config = load_config(path, dropout)
+    if not new_head:
+        require_trained_head(path, config, num_labels)
+    saved_labels = _labels_of(config)
+    config.use_cache = False
+    config.num_labels = num_labels if saved_labels is None else saved_labels
+    # A reward must not be noisy: without this, transformers falls back to a dropout of 0.1 before the head.
+    config.classifier_dropout = 0.0
+    with partitioned_loading(ds_config):
+        model, info = _from_pretrained(AutoModelForTokenClassification, path, config=config, dtype=dtype)
+    head_is_missing = new_head and saved_labels is None
+    _require_keys(
+        path,
+        info,
+        missing=(f"{head_of(model)[0]}.",) if head_is_missing else (),
+        unexpected=("lm_head.", "embed_out.") if head_is_missing else (),
+    )
+    if model.config.num_labels != num_labels:
+        _replace_head(model, num_labels, ds_config)
+    if num_labels == 2:
+        model.config.id2label = dict(TOKEN_LABELS)
+        model.config.label2id = {name: label for label, name in TOKEN_LABELS.items()}
+    if new_head and zero_head:
+        _fill_head(model, std=0.0)
+    return model
+
+
+def _replace_head(model: PreTrainedModel, num_labels: int, ds_config: dict[str, Any] | None) -> None:
+    """Give a token classifier a new head for ``num_labels``, partitioned like the rest of it."""
+    name, old = head_of(model)
+    partitioned = ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
+    with deepspeed.zero.Init(config_dict_or_path=ds_config) if partitioned else contextlib.nullcontext():
+        new = nn.Linear(old.in_features, num_labels, bias=old.bias is not None, dtype=model.dtype)
+    setattr(model, name, new)
+    model.config.num_labels = model.num_labels = num_labels
+    _fill_head(model, std=getattr(model.config, "initializer_range", 0.02))
+
+
+def _fill_head(model: PreTrainedModel, std: float) -> None:
+    """Head weights from a normal distribution, biases 0; works on partitioned parameters."""
+    head = head_of(model)[1]
+    with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0), torch.no_grad():
+        head.weight.normal_(0.0, std) if std else head.weight.zero_()
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """Name and module of a token classifier's linear head."""
+    for name in _HEAD_NAMES:
+        if hasattr(model, name):
+            return name, getattr(model, name)
+    raise InputError(f"{type(model).__name__} has no token-classification head that is known here")
+
+
+def require_trained_head(path: str, config: PretrainedConfig, num_labels: int) -> None:
+    """Refuse a checkpoint that is not a token classifier with ``num_labels`` labels, saying what it is."""
+    kind = (config.architectures or ["unknown"])[0]
+    wanted = "discriminator (2 labels)" if num_labels == 2 else "reward model or critic (1 label)"
+    if not kind.endswith("ForTokenClassification"):
+        raise InputError(f"{path!r} is a {kind}, not a trained {wanted}; train one with step2_discriminator/main.py")
+    if config.num_labels != num_labels:
+        raise InputError(f"{path!r} has {config.num_labels} label(s), which is no {wanted}")
+
+
+def label_count(path: str) -> int | None:
+    """Labels of a token classifier's checkpoint; None for another kind of model."""
+    return _labels_of(load_config(path))
+
+
+def _labels_of(config: PretrainedConfig) -> int | None:
+    kind = (config.architectures or ["unknown"])[0]
+    return config.num_labels if kind.endswith("ForTokenClassification") else None
+
+
+def _from_pretrained(auto_class: type, path: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    # Keys are checked below, strictly; transformers' own report of them would only frighten.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
+    except (OSError, ValueError) as error:
+        raise cannot_load("model", path, error) from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _require_keys(path: str, info: dict[str, Any], missing: tuple[str, ...], unexpected: tuple[str, ...]) -> None:
+    """Raise ``InputError`` for keys whose prefix is not among the allowed ones."""
+    found = {
+        "missing": [key for key in info["missing_keys"] if not key.startswith(missing)],
+        "unexpected": [key for key in info["unexpected_keys"] if not key.startswith(unexpected)],
+        "of another shape": [str(key) for key, *_ in info["mismatched_keys"]],
+    }
+    problems = [
+        f"{len(keys)} {what}: {', '.join(sorted(keys)[:4])}{' …' if len(keys) > 4 else ''}"
+        for what, keys in found.items()
+        if keys
+    ]
+    if problems:
+        raise InputError(f"the checkpoint {path!r} does not fit its config, keys " + "; ".join(problems))

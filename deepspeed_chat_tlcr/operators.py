@@ -1,0 +1,32 @@
+"""DeepSpeed's compiled operators, loaded so that a killed run cannot block the next one."""
+
+import os
+import sys
+from pathlib import Path
+
+from deepspeed.accelerator import get_accelerator
+from filelock import FileLock
+from torch.utils.cpp_extension import _get_build_directory
+
+
+def load_operator(builder_name: str) -> None:
+    """Compile (at its first use) and load one of DeepSpeed's operators, such as ``CPUAdamBuilder``.
+
+    PyTorch guards a build with a plain file named ``lock``, which outlives a killed process: every later run would
+    wait for it for ever, without a word. Here the operating system's lock, which dies with its holder, comes first,
+    so whoever holds it knows that a ``lock`` still lying there is nobody's.
+    """
+    builder = get_accelerator().create_op_builder(builder_name)
+    if builder is None or not builder.is_compatible(verbose=False):
+        return  # DeepSpeed does without, or says itself what is missing
+    # This environment's ninja, not whichever is first on PATH: two versions of it do not trust each other's builds, and
+    # runs from different shells would compile again and again.
+    own = Path(sys.executable).parent
+    if (own / "ninja").exists() and own != Path(os.environ["PATH"].split(os.pathsep)[0]):
+        os.environ["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with FileLock(folder.with_name(f"{builder.name}.guard")):
+        (folder / "lock").unlink(missing_ok=True)
+        if not (folder / f"{builder.name}.so").exists():
+            print(f"compiling DeepSpeed's {builder.name} (once, about a minute) ...", flush=True)
+        builder.load(verbose=False)

@@ -1,0 +1,95 @@
+"""Optimisers and LoRA, shared by all stages."""
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.models import head_of
+from deepspeed_chat_tlcr.operators import load_operator
+
+ADAM_BETAS = (0.9, 0.95)
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, lora_learning_rate: float, offload: bool
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters, betas (0.9, 0.95); no decay on biases and norms, LoRA at its own rate."""
+    groups = {
+        "decayed": {"lr": learning_rate, "weight_decay": weight_decay},
+        "plain": {"lr": learning_rate, "weight_decay": 0.0},
+        "lora": {"lr": lora_learning_rate, "weight_decay": weight_decay},
+    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members[_group_of(name)].append(parameter)
+    used = [{"params": members[name], **settings} for name, settings in groups.items() if members[name]]
+    if offload:
+        # The only Adam whose states may live in host memory; compiled at its first use.
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        load_operator("CPUAdamBuilder")
+        return DeepSpeedCPUAdam(used, betas=ADAM_BETAS)
+    return torch.optim.AdamW(used, betas=ADAM_BETAS, fused=get_accelerator().device_name() == "cuda" or None)
+
+
+def _group_of(name: str) -> str:
+    if "lora_" in name:
+        return "lora"
+    lowered = name.lower()
+    # By name and not by shape: under ZeRO-3 every parameter is flat.
+    return "plain" if lowered.endswith("bias") or "norm" in lowered or ".ln_" in lowered else "decayed"
+
+
+def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: bool) -> None:
+    """Put peft LoRA layers, in place, on the linear layers whose name contains ``module_name``.
+
+    The wrapped weights freeze, as in DeepSpeed-Chat; ``only_lora`` freezes everything else too but a token
+    classifier's head. Scale 1 / rank, as there. Raises ``InputError`` where the pattern matches nothing, listing
+    what it could have matched.
+    """
+    # Conv1D is GPT-2's linear layer.
+    linear = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
+    head = head_of(model)[0] if hasattr(model.config, "classifier_dropout") else "lm_head"
+    targets = [name for name in linear if module_name in name and name != head]
+    if not targets:
+        patterns = sorted({".".join(name.split(".")[:-3]) + "." for name in linear if name.count(".") > 2})
+        raise InputError(
+            f"the LoRA pattern {module_name!r} matches no linear layer of {type(model).__name__}; "
+            f"one that does: {', '.join(patterns[:3]) or linear[0]}"
+        )
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    dtype = next(model.parameters()).dtype
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=1, lora_dropout=0.0, target_modules=targets), model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+            parameter.requires_grad_(True)
+        else:
+            wrapped = ".base_layer." in name
+            is_head = name.startswith(f"{head}.") and head != "lm_head"
+            parameter.requires_grad_(name in trainable and not wrapped and (is_head or not only_lora))
+    if only_lora and getattr(model, "is_gradient_checkpointing", False):
+        model.enable_input_require_grads()
+
+
+def merge_lora(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """A full state dict with every LoRA layer folded into the weight it wraps; the model itself does not change."""
+    merged = {}
+    for name, tensor in state_dict.items():
+        if ".lora_" in name:
+            continue
+        if ".base_layer." not in name:
+            merged[name] = tensor
+            continue
+        prefix, leaf = name.split(".base_layer.")
+        if leaf == "weight":
+            layer = model.get_submodule(prefix)
+            up, down = state_dict[f"{prefix}.lora_B.default.weight"], state_dict[f"{prefix}.lora_A.default.weight"]
+            delta = layer.scaling["default"] * (up.float() @ down.float())
+            tensor = (tensor.float() + (delta.T if layer.fan_in_fan_out else delta)).to(tensor.dtype)
+        merged[f"{prefix}.{leaf}"] = tensor
+    return merged

@@ -1,0 +1,50 @@
+"""Pictures of token rewards, training and results, for a page, a terminal and a paper.
+
+``TokenScores`` is drawn by ``heatmap_html``, ``heatmap_terminal`` and ``heatmap_png``; ``Series`` by ``line_chart``.
+Functions that make ``Html`` escape every other string they are given: what a model wrote is hostile input.
+"""
+
+from deepspeed_chat_tlcr.pictures.charts import Series, bar_chart, histogram, line_chart, missing_chart, smooth
+from deepspeed_chat_tlcr.pictures.colors import DARK, LIGHT, token_color
+from deepspeed_chat_tlcr.pictures.heatmap import (
+    Sample,
+    TokenScores,
+    heatmap_html,
+    heatmap_terminal,
+    legend_html,
+    sample_html,
+)
+from deepspeed_chat_tlcr.pictures.page import cards, columns, number, page, paragraph, table_html, write_page
+from deepspeed_chat_tlcr.pictures.text import Html, escape, join, long_text, shorten, token_strings, visible
+
+__all__ = [
+    "DARK",
+    "LIGHT",
+    "Html",
+    "Sample",
+    "Series",
+    "TokenScores",
+    "bar_chart",
+    "cards",
+    "columns",
+    "escape",
+    "heatmap_html",
+    "heatmap_terminal",
+    "histogram",
+    "join",
+    "legend_html",
+    "line_chart",
+    "long_text",
+    "missing_chart",
+    "number",
+    "page",
+    "paragraph",
+    "sample_html",
+    "shorten",
+    "smooth",
+    "table_html",
+    "token_color",
+    "token_strings",
+    "visible",
+    "write_page",
+]

@@ -1,0 +1,304 @@
+"""Line and bar charts as inline SVG that follows the page's light or dark colours and shows its values on hover."""
+
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from deepspeed_chat_tlcr.pictures.text import Html, escape, join
+
+WIDTH, HEIGHT = 380, 236  # of the drawing in its own units; the page scales it
+RIGHT, TOP, BOTTOM = 8, 10, 36
+MOST_POINTS = 400  # per line: more cannot be told apart on a screen
+HOVER_COLUMNS = 80
+FEW_POINTS = 12
+# Series also differ in their dashes, for print and for the colour-blind; colours are the style sheet's --s0 … --s7.
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line: ``y`` over ``x`` with an optional band from ``low`` to ``high`` (all of one length)."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+
+    def __post_init__(self):
+        sizes = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
+        if len(sizes) != 1 or (self.low is None) != (self.high is None):
+            raise ValueError(f"series {self.name!r}: x, y and the band's two edges must have one length, got {sizes}")
+
+
+def smooth(values: Sequence[float], weight: float) -> list[float]:
+    """Weighted mean of all values, by ``weight ** distance`` to both sides: no lag. Gaps (NaN) stay gaps."""
+    known = [(value, 1.0) if math.isfinite(value) else (0.0, 0.0) for value in values]
+
+    def sums(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+        return list(accumulate(pairs, lambda old, new: (weight * old[0] + new[0], weight * old[1] + new[1])))
+
+    both = zip(sums(known), reversed(sums(known[::-1])), known, strict=True)
+    return [(a + b - v) / (n + m - 1) if one else math.nan for (a, n), (b, m), (v, one) in both]
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers that enclose ``[low, high]``, with steps of 1, 2 or 5 times a power of ten."""
+    if not high > low:
+        pad = abs(low) * 0.1 or 1.0
+        low, high = low - pad, high + pad
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def short(value: float) -> str:
+    """Three or four significant digits, as a person would write them."""
+    if not math.isfinite(value):
+        return "—"
+    if abs(value) >= 10_000:
+        return f"{value / 1000:.4g}k" if abs(value) < 1e6 else f"{value / 1e6:.4g}M"
+    return f"{value:.4g}".replace("-", "−") if value == 0 or abs(value) >= 1e-3 else f"{value:.1e}".replace("-", "−")
+
+
+def line_chart(
+    series: Sequence[Series],
+    title: str,
+    x_label: str = "",
+    y_label: str = "",
+    smoothing: float = 0.0,
+    y_range: tuple[float, float] | None = None,
+) -> Html:
+    """Several runs in one chart. With ``smoothing`` in (0, 1) the raw values stay behind as a faint line.
+
+    Values that are not finite leave a gap. The hover text of each position lists every series' value there.
+    """
+    lines = [(index, one) for index, one in enumerate(series) if any(map(math.isfinite, one.y))]
+    if not lines:
+        return missing_chart(title, "nothing recorded")
+    smoothed = {index: smooth(one.y, smoothing) if smoothing else list(one.y) for index, one in lines}
+    seen = [
+        value for _, one in lines for value in (*one.y, *(one.low or ()), *(one.high or ())) if math.isfinite(value)
+    ]
+    xs = [value for _, one in lines for value in one.x]
+    plot = _Plot(min(xs), max(xs), ticks(*(y_range or (min(seen), max(seen)))))
+    body = [plot.frame(x_label, y_label, [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)])]
+    for index, one in lines:
+        if one.low is not None:
+            kept = [i for i in range(len(one.x)) if math.isfinite(one.low[i]) and math.isfinite(one.high[i])]
+            edge = [(one.x[i], one.high[i]) for i in kept] + [(one.x[i], one.low[i]) for i in reversed(kept)]
+            points = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in edge)
+            body.append(Html(f'<polygon class="band" style="--k:var(--s{index % 8})" points="{points}"/>'))
+        if smoothing:
+            body.append(plot.path(one.x, one.y, "series raw", f'style="--k:var(--s{index % 8})"'))
+    for index, one in lines:
+        style = f'style="--k:var(--s{index % 8});stroke-dasharray:{DASHES[index % 8] or "none"}"'
+        body.append(plot.path(one.x, smoothed[index], "series", style))
+    body.append(plot.hovers([(one, smoothed[index]) for index, one in lines], x_label, bool(smoothing)))
+    legend = _legend([(one.name, index, True) for index, one in lines]) if len(lines) > 1 else ""
+    return _figure(title, legend, join(body))
+
+
+def bar_chart(
+    groups: Sequence[str],
+    series: dict[str, Sequence[float | None]],
+    title: str,
+    y_label: str = "",
+    intervals: dict[str, Sequence[tuple[float, float] | None]] | None = None,
+) -> Html:
+    """Grouped bars: one cluster per group, one colour per series; ``intervals`` draw (low, high) whiskers.
+
+    A value of None is a missing bar. The axis always contains zero.
+    """
+    intervals = intervals or {}
+    values = [v for row in series.values() for v in row if v is not None and math.isfinite(v)]
+    values += [edge for row in intervals.values() for pair in row if pair for edge in pair]
+    if not values:
+        return missing_chart(title, "nothing recorded")
+    plot = _Plot(0, len(groups), ticks(min(0, *values), max(0, *values)))
+    body = [plot.frame("", y_label, [])]
+    room = 0.76 / len(series)
+    for place, group in enumerate(groups):
+        body.append(plot.group_label(place + 0.5, group, len(groups)))
+        for index, (name, row) in enumerate(series.items()):
+            value = row[place]
+            if value is None or not math.isfinite(value):
+                continue
+            left = place + 0.12 + index * room
+            interval = intervals.get(name, [None] * len(groups))[place]
+            words = [f"{group}", f"{name}: {short(value)}"]
+            words += [f"interval {short(interval[0])} to {short(interval[1])}"] if interval else []
+            body.append(plot.bar(left, left + room * 0.92, value, index, "\n".join(words), interval))
+    legend = _legend([(name, index, False) for index, name in enumerate(series)]) if len(series) > 1 else ""
+    return _figure(title, legend, join(body))
+
+
+def histogram(
+    values: Sequence[float],
+    title: str,
+    x_label: str = "",
+    y_label: str = "count",
+    bins: int = 20,
+    x_range: tuple[float, float] | None = None,
+) -> Html:
+    """Counts of values in ``bins`` equal bins of ``x_range`` (default: theirs); those outside go to the end bins."""
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        return missing_chart(title, "nothing recorded")
+    low, high = x_range or (min(finite), max(finite))
+    high = high if high > low else low + 1
+    counts = [0] * bins
+    for value in finite:
+        counts[min(bins - 1, max(0, int((value - low) / (high - low) * bins)))] += 1
+    plot = _Plot(low, high, ticks(0, max(counts)))
+    body = [plot.frame(x_label, y_label, [t for t in ticks(low, high) if low <= t <= high])]
+    width = (high - low) / bins
+    for index, count in enumerate(counts):
+        left = low + index * width
+        words = f"{short(left)} to {short(left + width)}\n{count:,} of {len(finite):,} ({count / len(finite):.1%})"
+        body.append(plot.bar(left, left + width * 0.94, count, 0, words))
+    return _figure(title, "", join(body))
+
+
+def missing_chart(title: str, reason: str) -> Html:
+    """A chart's place, saying why there is none."""
+    return Html(
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="quiet">{escape(reason)}</p></figure>'
+    )
+
+
+def _figure(title: str, legend: object, body: Html) -> Html:
+    label, box = escape(title), f"0 0 {WIDTH} {HEIGHT}"
+    return Html(
+        f'<figure class="chart"><figcaption>{label}</figcaption>{escape(legend)}'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" role="img" aria-label="{label}">{body}</svg></figure>'
+    )
+
+
+def _legend(entries: Sequence[tuple[str, int, bool]]) -> Html:
+    keys = []
+    for name, index, is_line in entries:
+        color = f"--k:var(--s{index % 8})"
+        mark = (
+            f'<path class="series" style="{color};stroke-dasharray:{DASHES[index % 8] or "none"}" d="M1 6H23"/>'
+            if is_line
+            else f'<rect class="bar" style="{color}" x="6" width="12" height="12" rx="2"/>'
+        )
+        keys.append(Html(f'<span><svg viewBox="0 0 24 12" aria-hidden="true">{mark}</svg>{escape(name)}</span>'))
+    return Html(f'<div class="legend">{join(keys)}</div>')
+
+
+class _Plot:
+    """The rectangle inside the axes: data to drawing units, and what is drawn in it."""
+
+    def __init__(self, x_low: float, x_high: float, y_ticks: list[float]):
+        self.x_low, self.x_high = x_low, x_high if x_high > x_low else x_low + 1
+        self.y_ticks, self.y_low, self.y_high = y_ticks, y_ticks[0], y_ticks[-1]
+        self.left = 24 + 6.6 * max(len(short(tick)) for tick in y_ticks)  # room for the axis' label and numbers
+
+    def x(self, value: float) -> float:
+        return self.left + (value - self.x_low) / (self.x_high - self.x_low) * (WIDTH - self.left - RIGHT)
+
+    def y(self, value: float) -> float:
+        share = (min(max(value, self.y_low), self.y_high) - self.y_low) / (self.y_high - self.y_low)
+        return HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM)
+
+    def frame(self, x_label: str, y_label: str, x_ticks: Sequence[float]) -> Html:
+        """Grid lines with their numbers, the zero line or the bottom as axis, both labels."""
+        parts = []
+        base = 0 if self.y_low <= 0 <= self.y_high else self.y_low
+        for tick in self.y_ticks:
+            y, kind = self.y(tick), "axis" if tick == base else "grid"
+            parts.append(f'<path class="{kind}" d="M{self.left} {y:.1f}H{WIDTH - RIGHT}"/>')
+            parts.append(f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
+        for tick in x_ticks:
+            parts.append(
+                f'<text x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>'
+            )
+        if x_label:
+            middle = (self.left + WIDTH - RIGHT) / 2
+            parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
+        if y_label:
+            middle = (TOP + HEIGHT - BOTTOM) / 2
+            parts.append(
+                f'<text transform="translate(9 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+            )
+        return Html("".join(parts))
+
+    def path(self, xs: Sequence[float], ys: Sequence[float], kind: str, style: str) -> Html:
+        """A line with gaps; the points of a short line, and a lone point between gaps, are dots."""
+        runs: list[list[tuple[float, float]]] = [[]]
+        for x, y in thin(xs, ys):
+            if math.isfinite(y):
+                runs[-1].append((self.x(x), self.y(y)))
+            elif runs[-1]:
+                runs.append([])
+        few = sum(map(len, runs)) <= FEW_POINTS and "raw" not in kind
+        lone = [point for run in runs if few or len(run) == 1 for point in run]
+        moves = ["M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in run) for run in runs if len(run) > 1]
+        dots = [f'<circle class="lone" {style} cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in lone]
+        return Html(f'<path class="{kind}" {style} d="{"".join(moves)}"/>' + "".join(dots))
+
+    def hovers(self, lines: Sequence[tuple[Series, list[float]]], x_label: str, smoothed: bool) -> Html:
+        """Invisible columns over the plot, each with the values of the steps it covers last."""
+        xs = sorted({x for one, _ in lines for x in one.x})
+        stride = -(-len(xs) // HOVER_COLUMNS)
+        places = xs[::-1][::stride][::-1]
+        edges = [self.x(self.x_low), *((self.x(a) + self.x(b)) / 2 for a, b in pairwise(places)), self.x(self.x_high)]
+        finite = [[i for i in range(len(one.x)) if math.isfinite(one.y[i])] for one, _ in lines]
+        parts = []
+        for place, (left, right) in zip(places, pairwise(edges), strict=True):
+            words = [f"{x_label or 'x'} {short(place)}"]
+            for (one, line), known in zip(lines, finite, strict=True):
+                last = bisect_right(known, place, key=lambda i, xs=one.x: xs[i]) - 1
+                if last >= 0:
+                    at = known[last]
+                    also = f" (smoothed {short(line[at])})" if smoothed else ""
+                    words.append(f"{one.name}: {short(one.y[at])}{also}")
+            box = f'x="{left:.1f}" y="{TOP}" width="{max(right - left, 0.5):.1f}" height="{HEIGHT - TOP - BOTTOM}"'
+            parts.append(
+                f'<g class="hover"><title>{escape(chr(10).join(words))}</title><rect class="hit" {box}/>'
+                f'<path class="guide" d="M{self.x(place):.1f} {TOP}V{HEIGHT - BOTTOM}"/></g>'
+            )
+        return Html("".join(parts))
+
+    def bar(self, left: float, right: float, value: float, index: int, words: str, interval=None) -> Html:
+        top, bottom = sorted((self.y(value), self.y(min(max(0, self.y_low), self.y_high))))
+        x0, x1 = self.x(left), self.x(right)
+        whisker = ""
+        if interval:
+            middle, low, high = (x0 + x1) / 2, self.y(interval[0]), self.y(interval[1])
+            whisker = f'<path class="whisker" d="M{middle - 3:.1f} {high:.1f}h6m-3 0V{low:.1f}m-3 0h6"/>'
+        box = f'x="{x0:.1f}" y="{top:.1f}" width="{max(x1 - x0, 0.5):.1f}" height="{max(bottom - top, 0.5):.1f}"'
+        color = f"--k:var(--s{index % 8})"
+        return Html(
+            f'<g class="hover"><title>{escape(words)}</title>'
+            f'<rect class="bar" style="{color}" {box} rx="1.5"/>{whisker}</g>'
+        )
+
+    def group_label(self, place: float, name: str, groups: int) -> Html:
+        """Under a cluster; names that would touch their neighbours are turned."""
+        words = name if len(name) <= 22 else name[:21] + "…"
+        x, y = self.x(place), HEIGHT - BOTTOM + 15
+        if len(words) * 6.2 * groups > WIDTH - self.left - RIGHT:
+            return Html(
+                f'<text transform="translate({x + 3:.1f} {y - 3}) rotate(-28)" text-anchor="end">{escape(words)}</text>'
+            )
+        return Html(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(words)}</text>')
+
+
+def thin(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
+    """At most about ``MOST_POINTS`` points that keep every bucket's extremes, so that no spike disappears."""
+    points = list(zip(xs, ys, strict=True))
+    if len(points) <= MOST_POINTS:
+        return points
+    size, kept = -(-2 * len(points) // MOST_POINTS), []
+    for start in range(0, len(points), size):
+        bucket = [point for point in points[start : start + size] if math.isfinite(point[1])]
+        ends = {min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])} if bucket else {points[start]}
+        kept += sorted(ends, key=lambda p: p[0])
+    return kept

@@ -1,0 +1,104 @@
+"""One-file HTML pages: inline style, no network, light and dark, laptop and phone; and their small parts."""
+
+import base64
+import hashlib
+import math
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from deepspeed_chat_tlcr.pictures.colors import DARK, LIGHT
+from deepspeed_chat_tlcr.pictures.text import Html, escape, join
+
+_STYLE = (
+    f":root {{ {LIGHT.css_variables()} }}\n"
+    f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK.css_variables()} }} }}\n"
+    + (resources.files(__package__) / "page.css").read_text("utf-8")
+)
+_SCRIPT = (resources.files(__package__) / "page.js").read_text("utf-8")
+
+
+def page(title: str, sections: Sequence[tuple[str, object]], lead: object = "") -> str:
+    """A whole HTML document: ``lead`` under the title, then one ``(heading, body)`` after another, with links to them.
+
+    Strings are escaped, ``Html`` is taken as it is. The page's content security policy lets only its own script run
+    (it shows values under the pointer) and loads nothing, so even a flaw in escaping would not run a model's output.
+    """
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'"
+    )
+    links = [Html(f'<a href="#s{number}">{escape(heading)}</a>') for number, (heading, _) in enumerate(sections)]
+    parts = [
+        Html(f'<section id="s{number}"><h2>{escape(heading)}</h2>\n{escape(body)}</section>')
+        for number, (heading, body) in enumerate(sections)
+    ]
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{_STYLE}</style></head>\n"
+        f"<body><header><h1>{escape(title)}</h1>\n{escape(lead)}\n"
+        f"{Html('<nav>' + join(links) + '</nav>') if len(links) > 1 else ''}</header>\n<main>\n"
+        f"{join(parts, chr(10))}\n</main>\n<script>{_SCRIPT}</script></body></html>\n"
+    )
+
+
+def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, object]], lead: object = "") -> Path:
+    """``page`` to a file, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(page(title, sections, lead), encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def paragraph(text: object, kind: str = "") -> Html:
+    """``<p>``; ``kind`` is "", "lead", "note" or "quiet"."""
+    return Html(f'<p class="{escape(kind)}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>")
+
+
+def columns(*blocks: object, kind: str = "columns") -> Html:
+    """Blocks side by side where the screen is wide enough; ``kind`` "charts" for up to three in a row."""
+    return Html(f'<div class="{escape(kind)}">{join(blocks)}</div>')
+
+
+def cards(items: Sequence[tuple[str, str]]) -> Html:
+    """A few large figures: ``(value, what it is)``."""
+    inner = join(
+        [Html(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>') for big, small in items]
+    )
+    return Html(f'<div class="cards">{inner}</div>')
+
+
+def number(value: object, digits: int = 2) -> str:
+    """A cell's text: floats with ``digits`` decimals, integers with separators, a dash where nothing was measured."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "—"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+
+
+def table_html(
+    header: Sequence[object], rows: Sequence[Sequence[object]], caption: object = "", digits: int = 2
+) -> Html:
+    """A table whose first column names the row. A column with a number in it is aligned right; None is "—"."""
+    numeric = [any(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+
+    def cell(tag: str, value: object, column: int, scope: str) -> Html:
+        kind = ' class="num"' if numeric[column] and column else ""
+        content = value if isinstance(value, Html) else number(value, digits)
+        return Html(f"<{tag}{scope}{kind}>{escape(content)}</{tag}>")
+
+    head = join([cell("th", name, column, ' scope="col"') for column, name in enumerate(header)])
+    body = [
+        join([cell("td" if i else "th", value, i, "" if i else ' scope="row"') for i, value in enumerate(row)])
+        for row in rows
+    ]
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    lines = join([Html(f"<tr>{line}</tr>") for line in body], "\n")
+    return Html(
+        f'<div class="table"><table>{title}<thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>'
+    )

@@ -1,0 +1,269 @@
+"""What a run will cost, before it starts: labelling in calls, tokens and US$, memory, steps and disk.
+
+``PLAN=1 bash training_scripts/run_7b.sh`` prints it. Needs no GPU, API key, network or installed package; local data is
+counted exactly where the packages are there. All numbers are estimates: memory.py has the formulas for memory,
+labeling/money.py those for calls.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspeed_chat_tlcr import memory
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.memory import GIB, Need
+from deepspeed_chat_tlcr.model_shapes import ModelShape, shape_of
+from deepspeed_chat_tlcr.recipe import Recipe
+from labeling.money import BYTES_PER_TOKEN, REASONING_TOKENS, Estimate, estimate, price_of
+from labeling.prompt import TEMPLATE
+
+HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}
+"""Training records of hub data sets that the plan knows without the network."""
+
+HH_CHARACTERS = (650, 310, 310)
+"""Mean length of prompt, chosen and rejected in HH-RLHF, from the byte counts published with its hub copies."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """How many records the data holds, and the mean lengths in characters of prompt, chosen and rejected."""
+
+    records: int
+    prompt: float
+    chosen: float
+    rejected: float
+    exact: bool
+
+
+def part_sizes(records: int, data_split: str) -> tuple[int, int, int]:
+    """Records of the SFT, reward and RL parts, by DeepSpeed-Chat's rounding.
+
+    >>> part_sizes(112_052, "2,4,4")
+    (22410, 44821, 44821)
+    """
+    try:
+        weights = [float(text) for text in data_split.split(",")]
+        total = sum(weights)
+        sft, reward, rl = (round(weight / total * records) for weight in weights)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f'DATA_SPLIT={data_split}: expected three numbers, as in "2,4,4"') from None
+    return max(0, sft - (sft + reward + rl - records)), reward, rl
+
+
+def labelling(recipe: Recipe, texts: Texts) -> Estimate:
+    """Calls, tokens and US$ of revising the reward part, one call a record."""
+    calls = part_sizes(texts.records, recipe.data_split)[1]
+    question = len(TEMPLATE) + texts.prompt + texts.chosen + texts.rejected
+    price = price_of(recipe.label_model, recipe.label_base_url or None)
+    return estimate(calls, round(calls * question), round(calls * texts.rejected), price, concurrency=1)
+
+
+def optimizer_steps(examples: int, per_device: int, accumulation: int, ranks: int, epochs: int) -> int:
+    """Optimiser steps of a stage whose last, smaller batch of an epoch is trained on too."""
+    return epochs * math.ceil(examples / (per_device * accumulation * ranks))
+
+
+def find_texts(recipe: Recipe) -> Texts | str:
+    """The data's size, or a sentence that says why it is not known."""
+    paths = recipe.data.split()
+    if any(Path(path).exists() for path in paths):
+        try:
+            from deepspeed_chat_tlcr.preference_data import load_preferences
+        except ImportError as error:
+            return f"the data cannot be counted without the packages ({error.name} is missing)"
+        records = load_preferences(paths, "all", "train", recipe.data_split)
+        sample = [records[index] for index in range(0, len(records), max(1, len(records) // 2000))]
+        lengths = ([len(getattr(record, part)) for record in sample] for part in ("prompt", "chosen", "rejected"))
+        return Texts(len(records), *(sum(column) / len(sample) for column in lengths), exact=True)
+    if recipe.made_here:
+        return "the run makes its own data, of the size that its commands say"
+    known = [HUB_RECORDS.get(path.lower()) for path in paths]
+    if None in known:
+        return f"how many records {paths[known.index(None)]} has is not known here"
+    return Texts(sum(known), *HH_CHARACTERS, exact=False)
+
+
+def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
+    """Memory of each training stage."""
+    ranks, nodes, size = recipe.world_size, len(recipe.hosts()), recipe.bytes_per_parameter
+    shared = {"ranks": ranks, "nodes": nodes, "size": size}
+    return {
+        "step1_sft": memory.trained_alone(
+            shape,
+            shape.causal_parameters,
+            sequences=recipe.sft_batch_size,
+            tokens=recipe.max_seq_len,
+            scored_logits=True,
+            zero_stage=recipe.sft_zero_stage,
+            offload=recipe.sft_offload,
+            checkpointing=recipe.sft_gradient_checkpointing,
+            **shared,
+        ),
+        "step2_discriminator": memory.trained_alone(
+            shape,
+            shape.classifier_parameters(2),
+            # Every revision is two sequences, the rejected and the modified response.
+            sequences=2 * recipe.discriminator_batch_size,
+            tokens=recipe.max_seq_len,
+            scored_logits=False,
+            zero_stage=recipe.discriminator_zero_stage,
+            offload=recipe.discriminator_offload,
+            checkpointing=recipe.discriminator_gradient_checkpointing,
+            **shared,
+        ),
+        "step3_ppo_tlcr": memory.ppo(
+            shape,
+            generated_sequences=recipe.generation_batch_size,
+            trained_sequences=recipe.ppo_batch_size,
+            prompt_tokens=recipe.max_prompt_len,
+            answer_tokens=recipe.max_answer_len,
+            actor_stage=recipe.actor_zero_stage,
+            critic_stage=recipe.critic_zero_stage,
+            reference_stage=recipe.reference_zero_stage,
+            reward_stage=recipe.reward_zero_stage,
+            offload=recipe.ppo_offload,
+            checkpointing=recipe.ppo_gradient_checkpointing,
+            **shared,
+        ),
+    }
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a stage writes under OUTPUT: what stays, and what it deletes when it is finished."""
+
+    model: int
+    checkpoints: int
+
+
+def disk_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Disk]:
+    """Disk by stage. A new checkpoint is whole before the old one goes, so for a moment there are two."""
+    parameters = {
+        "step1_sft": shape.causal_parameters,
+        "step2_discriminator": shape.classifier_parameters(2),
+        "step3_ppo_tlcr": shape.causal_parameters + shape.classifier_parameters(1),
+    }
+    size = recipe.bytes_per_parameter
+    return {
+        stage: Disk(memory.saved_model(count, size), 2 * memory.saved_training_state(count, size))
+        for stage, count in parameters.items()
+    }
+
+
+def most_disk(needs: Iterable[Disk]) -> int:
+    """The most that stages run one after the other have on disk at a time: all models, and one stage's checkpoints."""
+    needs = list(needs)
+    return sum(need.model for need in needs) + max((need.checkpoints for need in needs), default=0)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join(f"  {line}" for line in [lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
+
+
+def labelling_report(recipe: Recipe, texts: Texts | str) -> str:
+    title = f"Labelling by {recipe.label_model}"
+    if isinstance(texts, str):
+        return f"{title}: {texts}"
+    cost = labelling(recipe, texts)
+    dollars = "price not known" if cost.usd is None else f"US$ {cost.usd:,.0f}"
+    source = "lengths of the data" if texts.exact else "mean lengths of HH-RLHF"
+    row = (f"{cost.calls:,}", f"{cost.prompt_tokens:,}", f"{cost.completion_tokens:,}", dollars)
+    return (
+        f"{title}, for the reward part of {recipe.data} at {recipe.data_split} ({texts.records:,} records)\n"
+        + table(("calls", "input tokens", "output tokens", "cost"), [row])
+        + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token and {REASONING_TOKENS} tokens of "
+        "reasoning; retries not counted)"
+    )
+
+
+def steps_report(recipe: Recipe, texts: Texts | str) -> str:
+    if isinstance(texts, str):
+        return f"Optimiser steps: {texts}"
+    sft, reward, rl = part_sizes(texts.records, recipe.data_split)
+    ranks = recipe.world_size
+    stages = {
+        "step1_sft": (sft, recipe.sft_batch_size, recipe.sft_accumulation_steps, recipe.sft_epochs),
+        "step2_discriminator": (
+            reward,
+            recipe.discriminator_batch_size,
+            recipe.discriminator_accumulation_steps,
+            recipe.discriminator_epochs,
+        ),
+        "step3_ppo_tlcr": (rl, recipe.ppo_batch_size, recipe.ppo_accumulation_steps, recipe.prompt_epochs),
+    }
+    rows = []
+    for name, (examples, per_device, accumulation, epochs) in stages.items():
+        batch = per_device * accumulation * ranks
+        steps = optimizer_steps(examples, per_device, accumulation, ranks, epochs)
+        rows.append((name, f"{examples:,}", f"{batch:,}", str(epochs), f"{steps:,}"))
+    return "Optimiser steps, at most (records that are too long are left out)\n" + table(
+        ("stage", "records", "global batch", "epochs", "steps"), rows
+    )
+
+
+def memory_report(recipe: Recipe, shape: ModelShape) -> str:
+    parts = []
+    stages = {
+        "step1_sft": f"ZeRO-{recipe.sft_zero_stage}" + ", offload" * recipe.sft_offload,
+        "step2_discriminator": f"ZeRO-{recipe.discriminator_zero_stage}" + ", offload" * recipe.discriminator_offload,
+        "step3_ppo_tlcr": (
+            f"ZeRO actor {recipe.actor_zero_stage}, critic {recipe.critic_zero_stage}, "
+            f"reference {recipe.reference_zero_stage}, reward {recipe.reward_zero_stage}"
+        )
+        + ", offload of actor and critic" * recipe.ppo_offload,
+    }
+    for name, need in stage_needs(recipe, shape).items():
+        rows = [(label, gib(size)) for label, size in need.gpu.items() if size]
+        rows.append((f"total per GPU (of {recipe.gpu_memory_gb:g})", gib(need.gpu_total)))
+        rows += [(f"host memory per node: {label}", gib(size)) for label, size in need.host.items() if size]
+        note = ""
+        if need.gpu_total > recipe.gpu_memory_gb * GIB:
+            note = "\n  does not fit: lower the batch size, raise the ZeRO stage, or switch offload or checkpointing on"
+        parts.append(f"Memory of {name} ({stages[name]})\n" + table((name, "GiB"), rows) + note)
+    return "\n\n".join(parts)
+
+
+def disk_report(recipe: Recipe, shape: ModelShape) -> str:
+    needs = disk_needs(recipe, shape)
+    rows = [(stage, gib(need.model), gib(need.checkpoints)) for stage, need in needs.items()]
+    total = ("the most at a time", gib(most_disk(needs.values())), "")
+    return f"Disk under {recipe.output} (checkpoints go when their stage is finished)\n" + table(
+        ("GiB", "models", "checkpoints"), [*rows, total]
+    )
+
+
+@exits_cleanly
+def main() -> None:
+    recipe = Recipe.from_environment()
+    texts = find_texts(recipe)
+    hosts = recipe.hosts()
+    ranks = f"{recipe.world_size} process(es) on {len(hosts)} node(s), {recipe.dtype}"
+    sections = [labelling_report(recipe, texts), steps_report(recipe, texts)]
+    try:
+        shape = shape_of(recipe.model, recipe.model_config)
+    except InputError as error:
+        unknown = "the run makes its own model, a small one" if recipe.made_here else error
+        sections.append(f"Memory and disk: {unknown}")
+    else:
+        sections.append(
+            f"{recipe.model}: {shape.causal_parameters:,} parameters; {ranks}. What follows is estimated, not measured."
+        )
+        sections += [memory_report(recipe, shape), disk_report(recipe, shape)]
+    print("\n\n".join(sections))
+
+
+if __name__ == "__main__":
+    main()

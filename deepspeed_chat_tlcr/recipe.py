@@ -1,0 +1,124 @@
+"""The variables of training_scripts/recipe.sh as a record, for the preflight and the plan.
+
+Defaults stand in recipe.sh and nowhere else: a variable that is not set is an error here.
+"""
+
+import os
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from deepspeed_chat_tlcr.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run. Each field is the variable of the same name in capitals; recipe.sh says what it means."""
+
+    model: str
+    model_config: str
+    data: str
+    data_split: str
+    output: str
+    dtype: str
+    num_gpus: str
+    hostfile: str
+    master_port: int
+    gpu_memory_gb: float
+    label_model: str
+    label_base_url: str
+    api_key_env: str
+    max_seq_len: int
+    sft_batch_size: int
+    sft_accumulation_steps: int
+    sft_epochs: int
+    sft_zero_stage: int
+    sft_offload: bool
+    sft_gradient_checkpointing: bool
+    discriminator_batch_size: int
+    discriminator_accumulation_steps: int
+    discriminator_epochs: int
+    discriminator_zero_stage: int
+    discriminator_offload: bool
+    discriminator_gradient_checkpointing: bool
+    generation_batch_size: int
+    ppo_batch_size: int
+    ppo_accumulation_steps: int
+    prompt_epochs: int
+    max_prompt_len: int
+    max_answer_len: int
+    actor_zero_stage: int
+    critic_zero_stage: int
+    reference_zero_stage: int
+    reward_zero_stage: int
+    ppo_offload: bool
+    ppo_gradient_checkpointing: bool
+    revisions: str
+    made_here: str
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Recipe":
+        """Read every field. Raises ``InputError`` that lists all variables that are missing or malformed, at once."""
+        values, problems = {}, []
+        for name, kind in typing.get_type_hints(cls).items():
+            variable = name.upper()
+            text = environment.get(variable)
+            if text is None:
+                problems.append(f"{variable} is not set")
+                continue
+            try:
+                values[name] = _READERS[kind](text)
+            except ValueError:
+                problems.append(f"{variable}={text}: expected {_EXPECTED[kind]}")
+                continue
+            if name.endswith("zero_stage") and values[name] not in (0, 1, 2, 3):
+                problems.append(f"{variable}={text}: expected 0, 1, 2 or 3")
+            if kind is int and not name.endswith("zero_stage") and values[name] < 1:
+                problems.append(f"{variable}={text}: must be at least 1")
+        if len(problems) == len(fields(cls)):
+            raise InputError("run this through training_scripts/run_7b.sh (or source training_scripts/recipe.sh first)")
+        if problems:
+            raise InputError("; ".join(problems))
+        return cls(**values)
+
+    def hosts(self) -> dict[str, int]:
+        """Processes by node. Raises ``InputError`` for a missing, malformed or empty hostfile."""
+        wanted = int(self.num_gpus) if self.num_gpus.isdigit() else 0
+        if self.num_gpus and wanted < 1:
+            raise InputError(f"NUM_GPUS={self.num_gpus}: expected a whole number, or nothing for all GPUs of a node")
+        if not self.hostfile:
+            return {"localhost": wanted or 1}
+        path = Path(self.hostfile)
+        if not path.is_file():
+            raise InputError(f'HOSTFILE {path}: no such file; it has a line "name slots=8" for each node')
+        hosts = {}
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            words = line.split("#")[0].split()
+            if not words:
+                continue
+            slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
+            if not slots.isdigit():
+                raise InputError(f'HOSTFILE {path}:{number}: expected "name slots=8", found {line!r}')
+            hosts[words[0]] = wanted or int(slots)
+        if not hosts:
+            raise InputError(f"HOSTFILE {path}: names no node")
+        return hosts
+
+    @property
+    def world_size(self) -> int:
+        return sum(self.hosts().values())
+
+    @property
+    def bytes_per_parameter(self) -> int:
+        return 4 if self.dtype == "fp32" else 2
+
+
+def _switch(text: str) -> bool:
+    if text not in ("0", "1"):
+        raise ValueError
+    return text == "1"
+
+
+_READERS = {str: str, int: int, float: float, bool: _switch}
+_EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}

@@ -1,0 +1,92 @@
+"""The text records that travel between stages, and JSON lines of them.
+
+Only text is stored. Token labels are recomputed for whatever tokenizer trains, so one paid labelling serves every
+model family.
+"""
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from deepspeed_chat_tlcr.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt and two responses. ``prompt`` ends exactly where a response begins: ``prompt + chosen`` is the text.
+
+    A data set without preferences (SFT only) has ``rejected=None``.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str | None
+
+    @property
+    def id(self) -> str:
+        """Content hash: the same triple has the same id in every file, shard and run."""
+        text = json.dumps([self.prompt, self.chosen, self.rejected], ensure_ascii=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A preference with the external model's minimal edit of the rejected response (paper section 4.1, Eq. 3)."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    modified: str
+    reasoning: str
+    model: str
+    usage: dict
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+
+def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """Yield ``(line_number, object)`` of a ``.jsonl`` or ``.jsonl.gz`` file, streaming; blank lines are skipped.
+
+    Raises ``InputError`` naming file and line where a line is not UTF-8, not JSON or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
+        try:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = json.loads(line.decode("utf-8"))
+                except UnicodeDecodeError as error:
+                    raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}, byte {error.start})") from None
+                except json.JSONDecodeError as error:
+                    raise InputError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
+                yield number, record
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise InputError(f"{path}: not a complete gzip file ({error})") from None
+
+
+def read_revisions(path: str | Path) -> Iterator[Revision]:
+    """Stream the revisions of a file written by ``labeling/main.py``.
+
+    Raises ``InputError`` naming file, line and key where a key is missing or has the wrong type.
+    """
+    kinds = {field.name: dict if field.name == "usage" else str for field in fields(Revision)}
+    for number, record in read_jsonl(path):
+        for key, kind in kinds.items():
+            if key not in record:
+                raise InputError(f"{path}:{number}: no {key!r}; a revision has the keys {', '.join(kinds)}")
+            if not isinstance(record[key], kind):
+                found = type(record[key]).__name__
+                raise InputError(f"{path}:{number}: {key!r} is of type {found}, expected {kind.__name__}")
+        yield Revision(**{key: record[key] for key in kinds})

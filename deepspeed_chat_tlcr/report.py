@@ -1,0 +1,253 @@
+"""The report of a whole run: one HTML file with its results, its curves and its token rewards, open anywhere."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from deepspeed_chat_tlcr.metrics import read_metrics
+from deepspeed_chat_tlcr.pictures import (
+    Html,
+    Sample,
+    Series,
+    cards,
+    columns,
+    escape,
+    join,
+    legend_html,
+    line_chart,
+    missing_chart,
+    paragraph,
+    sample_html,
+    table_html,
+    write_page,
+)
+
+Stage = Literal["sft", "discriminator", "ppo"]
+
+NAMES = {"sft": "SFT", "tlcr": "TLCR"}
+STAGES: dict[Stage, str] = {
+    "sft": "Step 1: supervised fine-tuning",
+    "discriminator": "Step 2: token-level discriminator",
+    "ppo": "Step 3: PPO with a reward for every token",
+}
+
+# Table 1 (MT-Bench) and Figure 4 (AlpacaEval: how often TLCR is preferred to the method, percent) of the paper.
+PUBLISHED: dict[str, dict[str, float]] = {
+    "SFT": {"turn 1": 4.78, "turn 2": 3.01, "overall": 3.90, "TLCR preferred, %": 84.89},
+    "DPO": {"turn 1": 5.10, "turn 2": 3.56, "overall": 4.33, "TLCR preferred, %": 80.12},
+    "FIGA": {"turn 1": 5.11, "turn 2": 3.57, "overall": 4.35, "TLCR preferred, %": 77.31},
+    "PPO_synthetic": {"turn 1": 4.90, "turn 2": 3.53, "overall": 4.21},
+    "PPO_seq": {"turn 1": 5.29, "turn 2": 4.08, "overall": 4.68, "TLCR preferred, %": 77.19},
+    "ReMax": {"turn 1": 5.66, "turn 2": 3.86, "overall": 4.76, "TLCR preferred, %": 66.65},
+    "TLCR_fixed": {"turn 1": 5.47, "turn 2": 4.30, "overall": 4.89, "TLCR preferred, %": 60.76},
+    "TLCR": {"turn 1": 5.71, "turn 2": 4.38, "overall": 5.04},
+}
+
+# What is said of the discriminator, by its keys in results.json; the first two even where they are missing.
+MEASURES = {
+    "edited_accuracy": "accuracy on edited tokens (paper, 7.2: 0.814)",
+    "majority_accuracy": "the same, always guessing the commoner label",
+    "three_class_accuracy": "accuracy on positive, neutral and negative tokens",
+    "auroc": "AUROC, positive against negative tokens",
+    "reward_positive": "mean reward 2D − 1 of positive tokens",
+    "reward_neutral": "mean reward of neutral tokens",
+    "reward_negative": "mean reward of negative tokens",
+}
+MEASURES_ALWAYS = ("edited_accuracy", "majority_accuracy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The ``metrics.jsonl`` of one run of a stage; ``name`` tells several runs of a stage apart."""
+
+    stage: Stage
+    path: str | Path
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Which metrics are drawn over the steps, by the names of their lines; ``optional`` ones may be absent."""
+
+    title: str
+    unit: str
+    lines: Mapping[str, str]
+    optional: bool = False
+
+
+CHARTS: dict[Stage, list[Chart]] = {
+    "sft": [Chart("Loss on responses", "nats per token", {"training": "train/loss", "held out": "eval/loss"})],
+    "discriminator": [
+        Chart("Loss (Eq. 6)", "binary cross-entropy", {"training": "train/loss", "held out": "eval/loss"}),
+        Chart(
+            "Held-out accuracy",
+            "share of tokens",
+            {
+                "edited tokens": "eval/edited_accuracy",
+                "always the majority": "eval/majority_accuracy",
+                "three classes": "eval/three_class_accuracy",
+            },
+        ),
+        Chart(
+            "Held-out reward by label",
+            "mean 2D − 1",
+            {"positive": "eval/reward_positive", "negative": "eval/reward_negative", "neutral": "eval/reward_neutral"},
+        ),
+    ],
+    "ppo": [
+        Chart("Reward per token", "mean 2D − 1", {"": "reward/per_token"}),
+        Chart("True score", "1 to 10", {"": "eval/true_score"}, optional=True),
+        Chart("KL to SFT", "nats per response", {"": "policy/kl"}),
+        Chart("Response length", "tokens", {"": "rollout/response_length"}),
+        Chart("Responses that end", "share with EOS", {"": "rollout/eos_rate"}),
+        Chart("Entropy", "nats per token", {"": "policy/entropy"}),
+        Chart("Perplexity of responses", "", {"policy": "policy/perplexity", "SFT": "rollout/ref_perplexity"}),
+        Chart(
+            "Sign of the rewards", "share", {"positive": "reward/positive_share", "negative": "reward/negative_share"}
+        ),
+        Chart("Value loss", "", {"": "value/loss"}),
+    ],
+}
+
+
+def write_report(
+    path: str | Path,
+    results: Mapping,
+    *,
+    answers: Sequence[Sample] = (),
+    revisions: Sequence[Sample] = (),
+    runs: Sequence[Run] = (),
+    published: Mapping[str, Mapping[str, float]] = PUBLISHED,
+    title: str = "TLCR: from preference pairs to a better policy",
+    about: str = "",
+) -> Path:
+    """Write the page and return its path. What is missing is named as missing, never left out silently.
+
+    ``results``: what ``results.json`` holds, ``{"sft": {"true_score", "response_length"}, "tlcr": {…, "kl"},
+    "discriminator": {"edited_accuracy", "majority_accuracy", …}, "seconds": {stage: seconds}}``; further policies may
+    stand beside ``sft`` and ``tlcr``. ``answers``: one prompt with several policies' answers each. ``revisions``:
+    held-out pairs, labels beside rewards. ``about``: what was run, on what, in a sentence or two.
+    """
+    lead = join([paragraph(about, "lead") if about else "", headline(results)])
+    sections = [
+        ("Results", result_tables(results)),
+        ("Answers, token by token", _samples(answers, "reward", "No answers were given to this report.")),
+        ("Held-out revisions", _samples(revisions, "label", "No held-out revisions were given to this report.")),
+        ("Training", training_curves(runs)),
+        ("The paper’s numbers", published_table(published)),
+    ]
+    return write_page(path, title, sections, lead)
+
+
+def headline(results: Mapping) -> Html:
+    """The few figures a reader wants first, as far as they were measured."""
+    sft, tlcr, judge = (results.get(key) or {} for key in ("sft", "tlcr", "discriminator"))
+    items = []
+    if _known(sft, "true_score") and _known(tlcr, "true_score"):
+        gain = tlcr["true_score"] - sft["true_score"]
+        words = f"true score of 10, SFT → TLCR ({gain:+.2f})".replace("-", "−")
+        items.append((f"{sft['true_score']:.2f} → {tlcr['true_score']:.2f}", words))
+    if _known(judge, "edited_accuracy"):
+        base = f" (majority guess {judge['majority_accuracy']:.2f})" if _known(judge, "majority_accuracy") else ""
+        items.append((f"{judge['edited_accuracy']:.2f}", f"discriminator’s accuracy on edited tokens{base}"))
+    if _known(tlcr, "kl"):
+        items.append((f"{tlcr['kl']:.1f}", "KL of TLCR to SFT, nats per response"))
+    if seconds := _seconds(results):
+        items.append((duration(sum(seconds.values())), "all stages"))
+    return cards(items) if items else Html("")
+
+
+def result_tables(results: Mapping) -> Html:
+    """Policies; then the discriminator beside the time by stage."""
+    policies = {key: results.get(key) or {} for key in NAMES}
+    policies |= {key: row for key, row in results.items() if isinstance(row, Mapping) and "true_score" in row}
+    itself = {"sft": 0.0} if policies["sft"] else {}  # the SFT model's KL to itself
+    rows = [
+        [NAMES.get(key, key), row.get("true_score"), row.get("response_length"), row.get("kl", itself.get(key))]
+        for key, row in policies.items()
+    ]
+    header = ["policy", "true score (1–10)", "response length, tokens", "KL to SFT, nats per response"]
+    note = "Held-out prompts; the true score is never shown to training. “—”: not measured."
+    judge = results.get("discriminator") or {}
+    measured = [[words, judge.get(key)] for key, words in MEASURES.items() if key in judge or key in MEASURES_ALWAYS]
+    seconds = _seconds(results)
+    times = [[stage, duration(value)] for stage, value in seconds.items()]
+    return join(
+        [
+            table_html(header, rows, note),
+            columns(
+                table_html(["discriminator, held-out revisions", ""], measured, digits=3),
+                table_html(["stage", "time"], times) if times else paragraph("Time by stage: not recorded.", "quiet"),
+            ),
+        ]
+    )
+
+
+def training_curves(runs: Sequence[Run]) -> Html:
+    """All charts of every stage; several runs of a stage are drawn over each other."""
+    parts = []
+    for stage, heading in STAGES.items():
+        parts.append(Html(f"<h3>{escape(heading)}</h3>"))
+        logs = {run.name: read_metrics(run.path) for run in runs if run.stage == stage}
+        if not any(logs.values()):
+            parts.append(paragraph("No metrics.jsonl of this stage was found.", "quiet"))
+            continue
+        parts.append(columns(*(drawn for chart in CHARTS[stage] if (drawn := draw(chart, logs))), kind="charts"))
+    return join(parts)
+
+
+def draw(chart: Chart, logs: Mapping[str, Sequence[Mapping]], x_label: str = "step") -> Html | None:
+    """One chart over the metrics of one or several runs (name: lines of its metrics.jsonl).
+
+    Long lines are smoothed, their raw values left faintly behind. None where an optional chart has no values.
+    """
+    series = []
+    for run, log in logs.items():
+        for line, key in chart.lines.items():
+            points = [(entry["step"], math.nan if entry[key] is None else entry[key]) for entry in log if key in entry]
+            if points:
+                name = " · ".join(filter(None, (run, line))) or chart.title
+                series.append(Series(name, *map(list, zip(*points, strict=True))))
+    if not series:
+        return None if chart.optional else missing_chart(chart.title, "not recorded")
+    smoothing = 0.8 if max(len(one.x) for one in series) >= 50 else 0.0
+    return line_chart(series, chart.title, x_label, chart.unit, smoothing)
+
+
+def published_table(published: Mapping[str, Mapping[str, float]]) -> Html:
+    """What the paper reports, Llama-2-7B on full-hh-rlhf, for comparison with runs at that scale."""
+    if not published:
+        return paragraph("None given.", "quiet")
+    names = list(dict.fromkeys(name for row in published.values() for name in row))
+    rows = [[method, *(row.get(name) for name in names)] for method, row in published.items()]
+    note = "Llama-2-7B on full-hh-rlhf: MT-Bench by turn, and AlpacaEval. Other data and models are on another scale."
+    return table_html(["method", *names], rows, note)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _samples(samples: Sequence[Sample], kind: Literal["reward", "label"], absent: str) -> Html:
+    if not samples:
+        return paragraph(absent, "quiet")
+    legends = [legend_html("label"), legend_html()] if kind == "label" else [legend_html()]
+    hint = (
+        "Hover over a token, or touch it, for its values. Tokens outside the neutral zone, max(D, 1 − D) ≥ 0.6, are "
+        "underlined: straight where positive, in waves where negative."
+    )
+    return join([*legends, paragraph(hint, "note"), *map(sample_html, samples)])
+
+
+def _known(row: Mapping, key: str) -> bool:
+    return isinstance(row.get(key), int | float) and math.isfinite(row[key])
+
+
+def _seconds(results: Mapping) -> dict[str, float]:
+    return {stage: value for stage, value in (results.get("seconds") or {}).items() if isinstance(value, int | float)}

@@ -1,0 +1,102 @@
+"""Where a stage runs: ranks, device, precision, seeds."""
+
+import atexit
+import os
+import socket
+import sys
+from dataclasses import dataclass
+
+import deepspeed
+import torch
+import torch.distributed
+import transformers
+from deepspeed.accelerator import get_accelerator
+
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.operators import load_operator
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    rank: int
+    world_size: int
+    device: torch.device
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return TORCH_DTYPES[self.dtype]
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, message: str) -> None:
+        if self.is_main:
+            print(message, flush=True)
+
+    def finish(self) -> None:
+        """Leave the process group together: a rank that exits with its threads still running can abort."""
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def start(dtype: str, seed: int) -> Runtime:
+    """Join (or, without a launcher, make) the process group and seed every generator.
+
+    Call it before any model loads: ZeRO-3 partitions while loading and needs the world size by then.
+    """
+    if "RANK" not in os.environ:
+        # Started as plain `python main.py`: one rank, on a port nobody uses.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    accelerator = get_accelerator()
+    resolved = resolve_dtype(dtype)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(local_rank)
+    else:
+        load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
+    deepspeed.init_distributed()
+    transformers.set_seed(seed)
+    if torch.distributed.get_rank() != 0:
+        transformers.logging.set_verbosity_error()
+    return Runtime(
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        device=torch.device(accelerator.device_name(), local_rank)
+        if accelerator.device_name() != "cpu"
+        else torch.device("cpu"),
+        dtype=resolved,
+    )
+
+
+def leave() -> None:
+    """End the process of a finished stage, exit handlers and all, but without tearing down its C++ libraries.
+
+    About one ZeRO-3 rank in forty otherwise aborts there ("terminate called without an active exception"), and the
+    launcher calls a stage failed whose models are all saved.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def resolve_dtype(dtype: str) -> str:
+    """``auto`` to what the accelerator does best; raises ``InputError`` for one it cannot do."""
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if dtype == "auto":
+        if on_cpu:
+            return "fp32"
+        return "bf16" if accelerator.is_bf16_supported() else "fp16"
+    if dtype == "fp16" and on_cpu:
+        raise InputError("--dtype fp16: DeepSpeed cannot train in fp16 on a CPU; use --dtype bf16 or --dtype fp32")
+    if dtype == "bf16" and not on_cpu and not accelerator.is_bf16_supported():
+        raise InputError("--dtype bf16: this accelerator has no bf16; use --dtype fp16")
+    return dtype

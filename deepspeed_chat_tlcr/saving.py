@@ -1,0 +1,62 @@
+"""Saved models and finished stages: Hugging Face folders, written so that a killed run leaves no half of one."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from transformers import GenerationConfig, PreTrainedTokenizerFast
+
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.optim import merge_lora
+
+
+def save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
+    """Write an engine's model as a Hugging Face folder with its tokenizer. A collective: every rank calls it.
+
+    Works at every ZeRO stage; LoRA layers are merged in what is written, never in the model that goes on training.
+    """
+    model = engine.module
+    if engine.zero_optimization_partition_weights():
+        state_dict = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state_dict = model.state_dict()
+    if torch.distributed.get_rank() == 0:
+        folder = Path(folder)
+        use_cache, model.config.use_cache = model.config.use_cache, True
+        if model.can_generate():
+            # What ends an answer belongs to the model: without it a server would run on to its length limit.
+            model.generation_config = GenerationConfig(
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        model.save_pretrained(folder, state_dict=merge_lora(state_dict, model))
+        tokenizer.save_pretrained(folder)
+        model.config.use_cache = use_cache
+    torch.distributed.barrier()
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write JSON atomically: the file is either the old one or the whole new one."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def require_writable(folder: str | Path) -> None:
+    """Raise ``InputError`` before any work if the output folder cannot be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        probe = Path(folder) / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None

@@ -1,0 +1,107 @@
+"""Text to tokens: the one place where ids, the response's start and the end-of-sequence token are put together."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from deepspeed_chat_tlcr.errors import InputError, cannot_load
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedExample:
+    """A prompt and its response as tokens.
+
+    ``input_ids``: all tokens, EOS last where the response is whole. ``response_start``: index of the response's first
+    token. ``targets``: for ``input_ids[response_start:]``, 0.0 negative, 0.5 neutral, 1.0 positive, or None.
+    """
+
+    input_ids: list[int]
+    response_start: int
+    targets: list[float] | None = None
+
+    @property
+    def response_ids(self) -> list[int]:
+        return self.input_ids[self.response_start :]
+
+
+def load_tokenizer(path: str | Path, eot_token: str | None = None) -> PreTrainedTokenizerFast:
+    """Load a fast tokenizer that can end a response; without a pad token of its own it pads with EOS.
+
+    Padding never needs to be recognised later (masks come from lengths), so pad = EOS is harmless. ``eot_token``, when
+    given, becomes the end-of-sequence token (DeepSpeed-Chat's ``--add_eot_token``). Raises ``InputError`` where the
+    folder holds no tokenizer, only a slow one, or one without an EOS token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise cannot_load("tokenizer", path, error) from None
+    if not tokenizer.is_fast:
+        raise InputError(f"the tokenizer of {str(path)!r} is slow: token labels need a fast one, which has offsets")
+    if eot_token is not None:
+        tokenizer.add_special_tokens({"eos_token": eot_token})
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {str(path)!r} has no EOS token, so no response could end; set eos_token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """Token ids of a prompt that a response is to follow: BOS where the tokenizer has it, never EOS."""
+    encoding = tokenizer(prompt, return_offsets_mapping=True)
+    return _without_final_specials(encoding["input_ids"], encoding["offset_mapping"])
+
+
+def tokenize_response(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> TokenizedExample:
+    """Tokenise ``prompt + response`` once, append EOS, and find where the response starts.
+
+    A token that straddles the boundary belongs to the response: it is the first token that the response decides.
+    Nothing is cut; see ``truncate``.
+    """
+    encoding = tokenizer(prompt + response, return_offsets_mapping=True)
+    ids = _without_final_specials(encoding["input_ids"], encoding["offset_mapping"])
+    ends = [end for _, end in encoding["offset_mapping"][: len(ids)]]
+    start = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
+    return TokenizedExample([*ids, tokenizer.eos_token_id], start)
+
+
+def truncate(example: TokenizedExample, max_length: int) -> TokenizedExample | None:
+    """Cut the response so that at most ``max_length`` tokens remain; a cut response carries no EOS.
+
+    Returns None when not one response token would be left: such an example is dropped, never its prompt cut.
+    """
+    if example.response_start >= max_length:
+        return None
+    kept = max_length - example.response_start
+    targets = None if example.targets is None else example.targets[:kept]
+    return replace(example, input_ids=example.input_ids[:max_length], targets=targets)
+
+
+def _without_final_specials(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
+    """Drop what a tokenizer's template adds behind the text: such tokens stand for no character, offset (0, 0)."""
+    end = len(ids)
+    while end > 1 and tuple(offsets[end - 1]) == (0, 0):
+        end -= 1
+    return ids[:end]
+
+
+def require_same_tokenizer(actor: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast, role: str) -> None:
+    """Refuse two models whose token ids mean different things (token rewards would land on the wrong words).
+
+    Raises ``InputError`` with both names and the first difference.
+    """
+    mine, theirs = actor.get_vocab(), other.get_vocab()
+    names = f"the actor's tokenizer ({actor.name_or_path}) and the {role}'s ({other.name_or_path}) differ"
+    if mine != theirs:
+        token = next(token for token in [*mine, *theirs] if mine.get(token) != theirs.get(token))
+        raise InputError(
+            f"{names}: token {token!r} has id {mine.get(token)} in one and {theirs.get(token)} in the other; "
+            f"train the {role} from the actor's model family, labels are recomputed for any tokenizer"
+        )
+    if actor.eos_token_id != other.eos_token_id:
+        raise InputError(f"{names} in their EOS token: {actor.eos_token!r} and {other.eos_token!r}")
+    # Same vocabulary, other merges or normalisation: compare what they do rather than how they are written down.
+    probe = "\n\nHuman: Don't  stop\tat 3.14% – naïve 東京 <s>?\n\nAssistant: It isn't over..."
+    if actor(probe)["input_ids"] != other(probe)["input_ids"]:
+        raise InputError(f"{names}: same vocabulary, but they split text differently")

@@ -1,0 +1,247 @@
+"""What the stages that train one model share: transformers' Trainer on DeepSpeed, driven by DeepSpeed-Chat's flags."""
+
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions
+from deepspeed_chat_tlcr.deepspeed_config import build_config
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.metrics import MetricsLog
+from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
+from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.saving import save_model, write_json
+from deepspeed_chat_tlcr.tokenization import TokenizedExample
+
+
+class StageOptions(TrainOptions, RunOptions):
+    """What ``train`` reads; the stages' own options inherit both groups."""
+
+
+def pad_examples(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Pad to the longest, on the right.
+
+    Returns ``input_ids``, ``attention_mask`` and ``response_mask``, each ``(B, T)``: masks come from lengths, never
+    from a search for the pad id. With targets also ``targets`` ``(B, T)``, 0.5 where nothing counts.
+    """
+    length = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), length)
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "response_mask": torch.zeros(shape, dtype=torch.long),
+    }
+    if examples[0].targets is not None:
+        batch["targets"] = torch.full(shape, 0.5)
+    for row, example in enumerate(examples):
+        end = len(example.input_ids)
+        batch["input_ids"][row, :end] = torch.tensor(example.input_ids)
+        batch["attention_mask"][row, :end] = 1
+        batch["response_mask"][row, example.response_start : end] = 1
+        if example.targets is not None:
+            batch["targets"][row, example.response_start : end] = torch.tensor(example.targets)
+    return batch
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A seeded shuffle in which neighbours have similar lengths, so that batches need little padding.
+
+    ``global_batch_size`` counts all ranks and accumulated micro-batches: the order does not depend on how a batch is
+    spread over devices, so one rank and two train on the same batches.
+    """
+
+    def __init__(self, lengths: Sequence[int], global_batch_size: int, seed: int):
+        self.lengths, self.global_batch_size, self.seed, self.epoch = lengths, global_batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        pool = 50 * self.global_batch_size
+        batches = []
+        for begin in range(0, len(order), pool):
+            pooled = sorted(order[begin : begin + pool], key=lambda index: -self.lengths[index])
+            batches += [pooled[i : i + self.global_batch_size] for i in range(0, len(pooled), self.global_batch_size)]
+        # An incomplete batch stays last, where a data loader expects it.
+        last = batches.pop() if batches and len(batches[-1]) < self.global_batch_size else []
+        shuffled = torch.randperm(len(batches), generator=generator).tolist()
+        return iter([index for batch in shuffled for index in batches[batch]] + last)
+
+
+class StageTrainer(Trainer):
+    """Trainer with this library's optimiser and length-grouped batches."""
+
+    def __init__(self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], **kwargs: Any):
+        self.stage, self.train_lengths = stage, train_lengths
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = make_optimizer(
+                self.model,
+                self.stage.learning_rate,
+                self.stage.weight_decay,
+                self.stage.lora_learning_rate,
+                self.stage.offload,
+            )
+        return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        args = self.args
+        return LengthGroupedSampler(
+            self.train_lengths,
+            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.seed,
+        )
+
+
+class _Log(TrainerCallback):
+    """Writes every logged dict to metrics.jsonl as ``train/…`` and ``eval/…``."""
+
+    def __init__(self, log: MetricsLog):
+        self.log = log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        metrics = {}
+        for key, value in logs.items():
+            if key != "epoch" and isinstance(value, (int, float)):
+                metrics[f"eval/{key.removeprefix('eval_')}" if key.startswith("eval_") else f"train/{key}"] = value
+        self.log.write(state.global_step, metrics)
+
+
+class _Bar(ProgressCallback):
+    """Progress bar that shows the newest loss beside it rather than a line per step; evaluations get a line."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
+        measured = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
+        if measured:
+            shown = [f"{key} {value:.4g}" for key, value in measured.items() if not key.endswith("per_second")]
+            self.training_bar.write(f"epoch {logs['epoch']:.2g}: " + "  ".join(shown))
+
+
+def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
+    """The DeepSpeed config of a stage that trains one model."""
+    return build_config(
+        dtype=runtime.dtype,
+        zero_stage=options.zero_stage,
+        micro_batch_size=options.per_device_train_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        world_size=runtime.world_size,
+        offload=options.offload,
+        max_grad_norm=options.max_grad_norm,
+        overrides=options.deepspeed_config,
+    )
+
+
+def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> None:
+    """Raise ``InputError`` for sizes that cannot make one optimiser step."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * runtime.world_size
+    if examples < batch:
+        raise InputError(
+            f"{examples} training examples do not fill one batch of {batch} (--per_device_train_batch_size "
+            f"{options.per_device_train_batch_size} x --gradient_accumulation_steps "
+            f"{options.gradient_accumulation_steps} x {runtime.world_size} rank(s)); lower one of them"
+        )
+
+
+def training_arguments(options: StageOptions, runtime: Runtime, config: dict[str, Any]) -> TrainingArguments:
+    by_step = options.save_interval > 0
+    return TrainingArguments(
+        output_dir=options.output_dir,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        per_device_eval_batch_size=options.per_device_eval_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        num_train_epochs=options.num_train_epochs,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.num_warmup_steps,
+        max_grad_norm=options.max_grad_norm,
+        bf16=runtime.dtype == "bf16",
+        fp16=runtime.dtype == "fp16",
+        deepspeed=config,
+        use_cpu=get_accelerator().device_name() == "cpu",
+        seed=options.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to=options.report_to or "none",
+        eval_strategy="epoch",
+        save_strategy="steps" if by_step else "epoch",
+        save_steps=options.save_interval if by_step else 500,
+        save_total_limit=options.save_total_limit,
+        remove_unused_columns=False,
+        dataloader_pin_memory=runtime.device.type != "cpu",
+    )
+
+
+def newest_checkpoint(options: RunOptions) -> str | None:
+    """The folder of the newest resumable checkpoint in output_dir, or None."""
+    if options.resume == "never" or not Path(options.output_dir).is_dir():
+        return None
+    return get_last_checkpoint(options.output_dir)
+
+
+def prepare_model(model: PreTrainedModel, options: StageOptions) -> PreTrainedModel:
+    """Gradient checkpointing and LoRA, as the flags say."""
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if options.lora_dim > 0:
+        add_lora(model, options.lora_dim, options.lora_module_name, options.only_optimize_lora)
+    elif options.only_optimize_lora:
+        raise InputError("--only_optimize_lora: there is no LoRA to optimise; give --lora_dim")
+    return model
+
+
+def run(trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any]) -> dict[str, Any]:
+    """Train (from the newest checkpoint if there is one), evaluate, save the model, then ``results.json`` last.
+
+    ``results`` is what the stage already knows; the final ``eval/…`` measures, seconds and steps are added to it.
+    """
+    options = trainer.stage
+    checkpoint = newest_checkpoint(options)
+    resume_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_Bar())
+    if trainer.is_world_process_zero():
+        trainer.add_callback(_Log(MetricsLog(options.output_dir, resume_step, options.tensorboard_folder)))
+        if checkpoint:
+            print(f"continuing from {checkpoint}", flush=True)
+    begun = time.monotonic()
+    trainer.train(resume_from_checkpoint=checkpoint)
+    measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
+    save_model(trainer.model_wrapped, tokenizer, options.output_dir)
+    results = {
+        **results,
+        "steps": trainer.state.global_step,
+        "seconds": round(time.monotonic() - begun, 1),
+        **{key.replace("eval_", "eval/", 1): value for key, value in measured[-1].items() if key.startswith("eval_")},
+    }
+    if trainer.is_world_process_zero():
+        write_json(Path(options.output_dir) / "results.json", results)
+        for path in Path(options.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(path)
+    torch.distributed.barrier()
+    return results

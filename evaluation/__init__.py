@@ -1,0 +1,1 @@
+"""Measures of trained models on data that this project did not make."""

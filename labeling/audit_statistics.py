@@ -1,0 +1,192 @@
+"""Figures about a set of revisions, gathered in one streaming pass: what labeling/audit.py writes."""
+
+import heapq
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from deepspeed_chat_tlcr.records import Revision
+from deepspeed_chat_tlcr.tokenization import tokenize_response
+from labeling.revising import MAX_EDIT_RATIO, edit_ratio
+from labeling.token_labels import NEGATIVE, NEUTRAL, edit_targets, label_revision
+
+POSITIONS = 10  # tenths of a response
+SHOWN = 20  # random pairs, most edited pairs
+WHOLE = 1 << 30  # tokens: cut nothing
+
+Span = tuple[int, int]  # characters of a response, start and end
+
+
+@dataclass
+class SpanAgreement:
+    """Deleted or replaced tokens of rejected responses against the error spans that people marked there.
+
+    A token counts as marked where one of its visible characters lies in a span.
+    """
+
+    responses: int = 0
+    both: int = 0
+    edited: int = 0
+    marked: int = 0
+    tokens: int = 0
+
+    def add(self, tokens: Sequence[Span], targets: Sequence[float], spans: Sequence[Span]):
+        self.responses += 1
+        for (start, end), target in zip(tokens, targets, strict=True):
+            is_marked = any(start < span_end and end > span_start for span_start, span_end in spans)
+            self.edited += target == NEGATIVE
+            self.marked += is_marked
+            self.both += is_marked and target == NEGATIVE
+            self.tokens += 1
+
+    def summary(self) -> dict:
+        """Token precision, recall and F1 of the labels, people's spans taken as the truth (None: nothing to count)."""
+        precision, recall = _share(self.both, self.edited), _share(self.both, self.marked)
+        found = precision is not None and recall is not None
+        f1 = 2 * precision * recall / (precision + recall) if found and precision + recall else None
+        counts = {"responses": self.responses, "tokens": self.tokens, "edited": self.edited, "marked": self.marked}
+        return {"precision": precision, "recall": recall, "f1": f1, **counts}
+
+
+def span_agreement(
+    tokenizer: PreTrainedTokenizerFast, revisions: Iterable[Revision], spans_of: dict[str, list[Span]]
+) -> SpanAgreement:
+    """``spans_of`` maps a rejected response's text, white space around it stripped, to its error spans."""
+    agreement = SpanAgreement()
+    for revision in revisions:
+        add_agreement(agreement, tokenizer, revision, spans_of)
+    return agreement
+
+
+def add_agreement(
+    agreement: SpanAgreement, tokenizer: PreTrainedTokenizerFast, revision: Revision, spans_of: dict[str, list[Span]]
+):
+    spans = spans_of.get(revision.rejected.strip())
+    if spans is None:
+        return
+    rejected, _ = label_revision(tokenizer, revision, WHOLE)
+    text = revision.prompt + revision.rejected
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    offsets = offsets[rejected.response_start : len(rejected.input_ids) - 1]  # without EOS
+    begin = len(revision.prompt) + len(revision.rejected) - len(revision.rejected.lstrip())
+    tokens, targets = [], []
+    for (start, end), target in zip(offsets, rejected.targets, strict=False):
+        piece = text[start:end]
+        if piece.strip():
+            tokens.append((start + len(piece) - len(piece.lstrip()) - begin, start + len(piece.rstrip()) - begin))
+            targets.append(target)
+    agreement.add(tokens, targets, spans)
+
+
+@dataclass
+class Audit:
+    """Feed revisions to ``add``; ``summary`` is the content of audit.json."""
+
+    tokenizer: PreTrainedTokenizerFast
+    max_edit_ratio: float = MAX_EDIT_RATIO
+    spans_of: dict[str, list[Span]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.ratios, self.growth = [], []
+        self.rejected_labels, self.modified_labels = np.zeros((POSITIONS, 2), int), np.zeros((POSITIONS, 2), int)
+        self.deleted, self.added = Counter(), Counter()
+        self.rewrites: list[str] = []
+        self.seen, self.lines = set(), set()
+        self.unedited = self.copied = self.same_pair = self.same_line = 0
+        self.draw = random.Random(0)
+        self.random_ones: list[Revision] = []
+        self.most_edited: list[tuple[float, int, Revision]] = []
+        self.agreement = SpanAgreement()
+
+    def add(self, revision: Revision):
+        number = len(self.ratios)
+        ratio = edit_ratio(revision.rejected, revision.modified)
+        self.ratios.append(ratio)
+        if ratio > self.max_edit_ratio:
+            self.rewrites.append(revision.id)
+        self.unedited += revision.modified == revision.rejected
+        self.copied += revision.modified.strip() == revision.chosen.strip()
+        pair, line = hash(revision.id), hash((revision.id, revision.modified))
+        self.same_pair += pair in self.seen
+        self.same_line += line in self.lines
+        self.seen.add(pair)
+        self.lines.add(line)
+        self._count_tokens(revision)
+        self._count_words(revision)
+        if number < SHOWN:
+            self.random_ones.append(revision)
+        elif (place := self.draw.randrange(number + 1)) < SHOWN:
+            self.random_ones[place] = revision
+        keep = heapq.heappush if number < SHOWN else heapq.heappushpop
+        keep(self.most_edited, (ratio, number, revision))
+        if self.spans_of:
+            add_agreement(self.agreement, self.tokenizer, revision, self.spans_of)
+
+    def _count_tokens(self, revision: Revision):
+        sides = []
+        for text in (revision.rejected, revision.modified):
+            sides.append(tokenize_response(self.tokenizer, revision.prompt, text).response_ids[:-1])  # without EOS
+        self.growth.append(len(sides[1]) - len(sides[0]))
+        targets = edit_targets(*sides)
+        for counts, labels in zip((self.rejected_labels, self.modified_labels), targets, strict=True):
+            edited = np.array(labels) != NEUTRAL
+            places = np.arange(len(labels)) * POSITIONS // max(len(labels), 1)
+            np.add.at(counts, (places, edited.astype(int)), 1)
+
+    def _count_words(self, revision: Revision):
+        before, after = revision.rejected.split(), revision.modified.split()
+        number = {word: index for index, word in enumerate({*before, *after})}
+        targets = edit_targets([number[word] for word in before], [number[word] for word in after])
+        for counter, words, labels in zip((self.deleted, self.added), (before, after), targets, strict=True):
+            counter.update(word.lower() for word, label in zip(words, labels, strict=True) if label != NEUTRAL)
+
+    def summary(self) -> dict:
+        negative, positive = self.rejected_labels[:, 1], self.modified_labels[:, 1]
+        counts, edges = np.histogram(self.ratios, bins=20, range=(0, 1))
+        rejected, modified = int(self.rejected_labels.sum()), int(self.modified_labels.sum())
+        result = {
+            "revisions": len(self.ratios),
+            "unedited": self.unedited,
+            "identical_to_chosen": self.copied,
+            "repeated_pairs": self.same_pair,
+            "repeated_revisions": self.same_line,
+            "edit_ratio": {
+                **_spread(self.ratios),
+                "histogram": {"edges": edges.round(2).tolist(), "counts": counts.tolist()},
+            },
+            "suspected_rewrites": {
+                "above": self.max_edit_ratio,
+                "count": len(self.rewrites),
+                "ids": self.rewrites[:1000],
+            },
+            "tokens": {
+                "rejected": {"negative": int(negative.sum()), "neutral": rejected - int(negative.sum())},
+                "modified": {"positive": int(positive.sum()), "neutral": modified - int(positive.sum())},
+                "share_negative": _share(int(negative.sum()), rejected),
+                "share_positive": _share(int(positive.sum()), modified),
+            },
+            "length_change_tokens": _spread(self.growth),
+            "by_position": {
+                "negative": [_share(int(edited), int(edited + kept)) for kept, edited in self.rejected_labels],
+                "positive": [_share(int(edited), int(edited + kept)) for kept, edited in self.modified_labels],
+            },
+            "most_deleted_words": self.deleted.most_common(30),
+            "most_added_words": self.added.most_common(30),
+        }
+        if self.spans_of:
+            result["agreement_with_people"] = self.agreement.summary()
+        return result
+
+
+def _share(part: int, whole: int) -> float | None:
+    return round(part / whole, 6) if whole else None
+
+
+def _spread(values: Sequence[float]) -> dict:
+    low, middle, high = np.percentile(values, [10, 50, 90]) if len(values) else (None, None, None)
+    numbers = {"mean": float(np.mean(values)) if len(values) else None, "p10": low, "median": middle, "p90": high}
+    return {name: None if value is None else round(float(value), 6) for name, value in numbers.items()}

@@ -1,0 +1,246 @@
+"""Send many chat requests, each until it has a usable answer or is given up, and write every outcome down.
+
+Knows nothing of revisions: a request brings the function that reads its answer. Nothing that was paid for is lost:
+an answer counts once it is on disk, attempts and money survive a kill, a stop waits for the calls in flight.
+"""
+
+import asyncio
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from labeling.endpoint import ChatAnswer, ChatRequest, Endpoint, EndpointRefused, Fault, RequestRefused, Unusable
+from labeling.journal import ACCEPTED, FAILED, RunFolder, State
+from labeling.money import BYTES_PER_TOKEN, Account, CapReached, Usage, counted_usage, question_size
+from labeling.pace import AdaptiveLimit, RateLimit, back_off
+
+LONGEST_WAIT = 900.0  # seconds; a server that asks for more is asked again by the next run
+TRIES_TO_CONNECT = 3  # before the first answer: a wrong address should not take minutes to tell
+GIVEN_UP_IN_A_ROW = 20  # requests without any answer in between: the endpoint is down, not the requests
+DOUBTFUL = 5  # requests refused before any was answered: the settings are wrong, not the requests
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``attempts``: usable answers are asked for this often. ``max_retries``: of one call that brings no answer."""
+
+    concurrency: int = 32
+    attempts: int = 3
+    max_retries: int = 10
+    requests_per_minute: float = 0.0
+    tokens_per_minute: float = 0.0
+    grace: float = 20.0  # seconds that a stop waits for calls in flight
+    batch_size: int = 50_000  # requests in one file of the Batch API
+    batch_poll: float = 60.0  # seconds between two looks at the batches
+
+
+class Outage(Exception):
+    """The endpoint was there and is not any more: stop, to be continued."""
+
+
+class Dispatcher:
+    """Runs requests once; ``run`` returns why it stopped early, or None when every request has its outcome."""
+
+    def __init__(self, endpoint: Endpoint, folder: RunFolder, account: Account, limits: Limits, state: State):
+        self.endpoint, self.folder, self.account, self.limits, self.state = endpoint, folder, account, limits, state
+        self.slots = AdaptiveLimit(limits.concurrency)
+        self.requests = RateLimit(limits.requests_per_minute)
+        self.tokens = RateLimit(limits.tokens_per_minute)
+        self.accepted = self.failed = 0
+        self.answered = False  # has the endpoint answered anything in this run
+        self.given_up_in_a_row = 0
+        self.doubtful: list[tuple[ChatRequest, str]] = []
+        self.stopping = asyncio.Event()
+        self.stop_reason: str | None = None
+        self.error: BaseException | None = None
+
+    async def run(self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None) -> str | None:
+        """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk)."""
+        self.on_outcome = on_outcome
+        source = iter(requests)
+        loop = asyncio.get_running_loop()
+        # More workers than slots: one that waits for its retry leaves its slot to another.
+        spare = max(8, self.limits.concurrency // 4)
+        workers = [loop.create_task(self._work(source)) for _ in range(self.limits.concurrency + spare)]
+        with on_stop_signals(lambda name: self._on_signal(workers, name)):
+            stopped = loop.create_task(self.stopping.wait())
+            everything = asyncio.gather(*workers)
+            await asyncio.wait({stopped, everything}, return_when=asyncio.FIRST_COMPLETED)
+            if self.stopping.is_set():
+                await asyncio.wait(workers, timeout=self.limits.grace)
+                for worker in workers:
+                    worker.cancel()
+            stopped.cancel()
+            await asyncio.gather(stopped, everything, return_exceptions=True)
+        if self.error is not None:
+            raise self.error
+        if self.stop_reason is None:
+            await self._settle_doubtful()
+        return self.stop_reason
+
+    def stop(self, reason: str):
+        """Start no further call; those in flight may end."""
+        if self.stop_reason is None:
+            self.stop_reason = reason
+        self.stopping.set()
+
+    def _on_signal(self, workers: list[asyncio.Task], name: str):
+        if self.stopping.is_set():  # asked twice: do not wait for the calls in flight
+            for worker in workers:
+                worker.cancel()
+        self.stop(name)
+
+    async def _work(self, source):
+        try:
+            for request in source:
+                await self._settle(request)
+                if self.stopping.is_set():
+                    return
+        except CapReached:
+            self.stop("cost cap")
+        except Outage as outage:
+            self.stop(str(outage))
+        except Exception as error:
+            # One worker's error ends the run: run() raises it after the calls in flight have been written down.
+            self.error = self.error or error
+            self.stop(type(error).__name__)
+
+    async def _settle(self, request: ChatRequest):
+        """Ask until there is an outcome, or until the run stops."""
+        attempts = self.state.attempts.pop(request.id, 0)
+        retry = 0
+        while not self.stopping.is_set():
+            try:
+                attempts = await self._attempt(request, attempts)
+                retry = 0
+            except Fault as fault:
+                self.state.faults[fault.kind] += 1
+                if self._is_hopeless(fault, retry):
+                    await self.folder.add_failure(request.id, fault.kind, str(fault))
+                    self.failed += 1
+                    attempts = -1
+                else:
+                    await self._pause(back_off(retry, fault.wait))
+                    retry += 1
+            except RequestRefused as refused:
+                if self.answered or self.state.results.size:
+                    await self._refuse(request, str(refused))
+                else:
+                    self._doubt(request, str(refused))
+                attempts = -1
+            if attempts < 0:
+                self.on_outcome(self)
+                return
+
+    async def _attempt(self, request: ChatRequest, attempts: int) -> int:
+        """One call and its outcome on disk: the number of unusable answers so far, or -1 where there is an outcome."""
+        expected = question_size(request.messages) / BYTES_PER_TOKEN + 300
+        await self.slots.acquire()
+        rate_limited = answered = False
+        try:
+            await self._pause(max(self.requests.wait_for(1), self.tokens.wait_for(expected)))
+            most = self.account.most(request.messages, self.endpoint.sampling.max_tokens)
+            await self.account.hold(most)
+            if self.stopping.is_set():
+                self.account.settle(most)
+                return attempts
+            self.folder.note(sent=request.id, usd=most)
+            try:
+                answer = await self.endpoint.ask(request, attempts)
+            except (Fault, RequestRefused, EndpointRefused) as error:
+                rate_limited = isinstance(error, Fault) and error.kind == "rate_limited"
+                lost = most if isinstance(error, Fault) and error.maybe_billed else 0.0
+                self.account.settle(most, lost=lost)
+                kind = error.kind if isinstance(error, Fault) else "refused"
+                self.folder.note(id=request.id, outcome=kind, lost=lost)
+                raise
+            answered = self.answered = True
+            self.given_up_in_a_row = 0
+            usage = counted_usage(answer.usage, request.messages, answer.text, self.endpoint.sampling.max_tokens)
+            self.tokens.correct(usage.prompt_tokens + usage.completion_tokens - expected)
+            usd = self.account.usd(usage)
+            self.account.settle(most, spent=usd)
+            return await record_answer(self, request, answer, usage, usd, attempts)
+        finally:
+            self.slots.release(rate_limited, answered)
+
+    def _is_hopeless(self, fault: Fault, retry: int) -> bool:
+        """Whether to give up after ``retry`` retries. Raises where the endpoint is at fault, not the request."""
+        if fault.wait is not None and fault.wait > LONGEST_WAIT:
+            raise Outage(f"the endpoint asks to come back in {fault.wait / 60:.0f} minutes")
+        if fault.kind == "unreachable":
+            if not self.answered and retry + 1 >= TRIES_TO_CONNECT:
+                raise EndpointRefused(f"nothing answers at {self.endpoint.shown_url}: {fault}; check --base_url")
+            if retry >= self.limits.max_retries:
+                raise Outage(f"nothing answers at {self.endpoint.shown_url} any more")
+        patience = 3 if fault.kind == "rate_limited" else 1  # too fast is our fault, and passes
+        if retry < self.limits.max_retries * patience:
+            return False
+        self.given_up_in_a_row += 1
+        if self.given_up_in_a_row >= GIVEN_UP_IN_A_ROW:
+            raise Outage(f"{self.given_up_in_a_row} requests in a row got no answer ({fault})")
+        return True
+
+    def _doubt(self, request: ChatRequest, message: str):
+        self.doubtful.append((request, message))
+        if len(self.doubtful) >= DOUBTFUL and not self.answered:
+            raise EndpointRefused(f"{self.endpoint.shown_url} refuses every request: {message}")
+
+    async def _settle_doubtful(self):
+        for request, message in self.doubtful:
+            await self._refuse(request, message)
+
+    async def _refuse(self, request: ChatRequest, message: str):
+        await self.folder.add_failure(request.id, "refused_by_endpoint", message)
+        self.failed += 1
+
+    async def _pause(self, seconds: float):
+        """Sleep, but not beyond a stop."""
+        if seconds > 0 and not self.stopping.is_set():
+            try:
+                await asyncio.wait_for(self.stopping.wait(), seconds)
+            except asyncio.TimeoutError:
+                return
+
+
+@contextmanager
+def on_stop_signals(call: Callable[[str], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM call ``call("signal SIGINT")`` inside the running event loop; afterwards all is as before."""
+    loop, before = asyncio.get_running_loop(), {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.getsignal(number)
+        loop.add_signal_handler(number, call, f"signal {number.name}")
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            loop.remove_signal_handler(number)
+            signal.signal(number, handler)
+
+
+async def record_answer(
+    run, request: ChatRequest, answer: ChatAnswer, usage: Usage, usd: float, attempts: int, **where
+) -> int:
+    """Write down what became of an answer: -1 where the request has its outcome, else its unusable answers so far.
+
+    ``run`` has ``folder``, ``state``, ``limits`` and the counters ``accepted`` and ``failed``; ``where`` is noted too.
+    """
+    book = {"id": request.id, "usage": usage.as_dict(), "usd": usd, **where}
+    run.state.prompt_tokens += usage.prompt_tokens
+    run.state.completion_tokens += usage.completion_tokens
+    try:
+        line = request.accept(answer, {**usage.as_dict(), "usd": round(usd, 8)})
+    except Unusable as unusable:
+        run.state.unusable[unusable.reason] += 1
+        if attempts + 1 < run.limits.attempts:
+            run.folder.note(**book, outcome="unusable", unusable=unusable.reason)
+            return attempts + 1
+        await run.folder.add_failure(request.id, unusable.reason, answer.text)
+        run.folder.note(**book, outcome=FAILED, unusable=unusable.reason)
+        run.failed += 1
+        return -1
+    await run.folder.add_result(line)
+    run.folder.note(**book, outcome=ACCEPTED)
+    run.accepted += 1
+    return -1

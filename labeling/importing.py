@@ -1,0 +1,218 @@
+"""Revisions made elsewhere (--from FILE): the released code's files, QA-feedback, or our own lines.
+
+.json (one list of objects), .jsonl, and either with .gz. Which schema it is, the first record's keys tell.
+"""
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import Preference, Revision, read_jsonl
+from labeling.endpoint import Unusable
+from labeling.journal import RunFolder
+from labeling.options import Options
+from labeling.progress import Totals, describe
+from labeling.prompt import parse_answer, prompt_of, with_white_space_of
+
+Read = Callable[[dict], Revision]
+
+
+def released_revision(record: dict) -> Revision:
+    """A record of the released code: ``context``, ``chosen_response``, ``reject_response`` and ``raw_response`` (the
+    whole answer of GPT-4) or ``response`` (the modified text cut out of it, an end tag often still there).
+
+    The texts become HH-RLHF's form: responses begin with a space.
+    """
+    prompt = prompt_of(record["context"])
+    chosen, rejected = (_response(record[key]) for key in ("chosen_response", "reject_response"))
+    answer = parse_answer(record.get("raw_response") or "", rejected)
+    if answer.modified is None and record.get("response"):
+        answer = parse_answer(record["response"], rejected)
+        if answer.modified is None:
+            answer = parse_answer("<|Start of Modified Response|>\n" + record["response"], rejected)
+    if not (answer.modified or "").strip():
+        raise Unusable("tags_missing" if record.get("raw_response") else "empty")
+    return _revision(
+        Preference(prompt, chosen, rejected), answer.modified, answer.reasoning, record.get("model", "imported")
+    )
+
+
+def qa_feedback_revision(record: dict, passages: int = 0) -> Revision:
+    """A QA-feedback record: a person's minimal correction of a model's answer plays the external model's part."""
+    preference = qa_feedback_preference(record, passages)
+    modified = with_white_space_of(preference.rejected, record["corrected"])
+    return _revision(preference, modified, "", "person")
+
+
+def qa_feedback_preference(record: dict, passages: int = 0) -> Preference:
+    """Prompt = the question, after the first ``passages`` of its passages; rejected = the model's answer; chosen = the
+    reference answer."""
+    shown = [f"{title}\n{' '.join(sentences)}" for title, *sentences in record["passages"][:passages]]
+    question = "\n\n".join([*shown, record["question"].strip()])
+    prompt = f"\n\nHuman: {question}\n\nAssistant:"
+    return Preference(prompt, _response(record["gold"]), _response(record["prediction"]))
+
+
+def own_revision(record: dict) -> Revision:
+    """A line that labelling wrote; its id is computed anew."""
+    preference = Preference(*(_text(record[key]) for key in ("prompt", "chosen", "rejected")))
+    model = record.get("model", "imported")
+    return _revision(preference, record["modified"], record.get("reasoning", ""), model, record.get("usage") or {})
+
+
+def reader_for(record: dict, passages: int = 0) -> Read:
+    """Raises ``InputError`` where the keys are those of no known schema."""
+    if {"context", "chosen_response", "reject_response"} <= record.keys() and {
+        "raw_response",
+        "response",
+    } & record.keys():
+        return released_revision
+    if {"question", "prediction", "corrected", "gold"} <= record.keys():
+        return lambda record: qa_feedback_revision(record, passages)
+    if {"prompt", "chosen", "rejected", "modified"} <= record.keys():
+        return own_revision
+    raise InputError(
+        f"unknown schema (keys {', '.join(sorted(record))}). Known: the released code's (context, chosen_response, "
+        "reject_response, raw_response or response), QA-feedback's (question, prediction, corrected, gold), ours "
+        "(prompt, chosen, rejected, modified)"
+    )
+
+
+def _revision(preference: Preference, modified: str, reasoning: str, model: str, usage: dict | None = None) -> Revision:
+    texts = (preference.prompt, preference.chosen, preference.rejected, _text(modified), _text(reasoning), _text(model))
+    prompt, chosen, rejected, modified, reasoning, model = texts
+    return Revision(preference.id, prompt, chosen, rejected, modified, reasoning, model, usage or {})
+
+
+def _text(value) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"text expected, found {type(value).__name__}")
+    value.encode()  # half of a surrogate pair is not text
+    return value
+
+
+def _response(text: str) -> str:
+    return f" {_text(text).strip()}"
+
+
+# ---- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def read_objects(path: str | Path) -> Iterator[tuple[str, dict]]:
+    """("file:line" or "file: record n", object), streaming: a list of objects is not loaded as a whole."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--from {path}: no such file")
+    if path.name.removesuffix(".gz").endswith(".jsonl"):
+        for number, record in read_jsonl(path):
+            yield f"{path}:{number}", record
+        return
+    if not path.name.removesuffix(".gz").endswith(".json"):
+        raise InputError(f"--from {path}: expected .json, .jsonl, or either with .gz")
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, record in enumerate(_list_items(file), 1):
+                if not isinstance(record, dict):
+                    raise InputError(f"{path}: record {number} is not an object")
+                yield f"{path}: record {number}", record
+    except (ValueError, OSError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"--from {path}: not a list of JSON objects in UTF-8 ({error})") from None
+
+
+def _list_items(file) -> Iterator:
+    """The items of one JSON list, decoded as they are read."""
+    decoder, text = json.JSONDecoder(), file.read(1 << 20).lstrip()
+    if not text.startswith("["):
+        raise ValueError("it does not begin with [")
+    text = text[1:]
+    while True:
+        text = text.lstrip(" \t\r\n,")
+        if text.startswith("]"):
+            return
+        try:
+            item, end = decoder.raw_decode(text)
+            complete = end < len(text)
+        except json.JSONDecodeError:
+            complete = False
+        if complete:
+            yield item
+            text = text[end:]
+            continue
+        more = file.read(1 << 20)
+        if not more:
+            raise ValueError("it ends in the middle of a record")
+        text += more
+
+
+def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, str, str]]:
+    """Revisions, and (id, reason, raw text) of records without a modified response.
+
+    Raises ``InputError`` with the place of a record that is not of the schema.
+    """
+    read = None
+    for place, record in read_objects(path):
+        try:
+            read = read or reader_for(record, passages)
+            yield read(record)
+        except Unusable as unusable:
+            id = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:24]
+            yield id, unusable.reason, record.get("raw_response") or record.get("response") or ""
+        except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise InputError(f"{place}: {what}") from None
+
+
+def import_revisions(options: Options) -> int:
+    """Write ``--from``'s records as revisions; those without a modified response become failures."""
+    path = Path(options.import_file)
+    if not sum(1 for _ in read_file(path, options.passages)):  # the whole file is checked before one line is written
+        raise InputError(f"--from {path}: no records in it")
+    settings = {"reviser": "import", "data": f"sha256 {_content_hash(path)}", "passages": options.passages}
+    seen: set[int] = set()
+    identical = repeated = 0
+    with RunFolder(options.output_dir) as folder:
+        folder.bind(settings)
+        state = folder.read_state()
+        done = {int(id[:16], 16) for id in (*state.results, *state.failures)}
+        failures: list[str] = []
+
+        def lines() -> Iterator[str]:
+            nonlocal identical, repeated
+            for item in read_file(path, options.passages):
+                id = item.id if isinstance(item, Revision) else item[0]
+                key = int(id[:16], 16)
+                is_new = key not in seen
+                seen.add(key)
+                repeated += not is_new
+                if not isinstance(item, Revision):
+                    if is_new and key not in done:
+                        failures.append(json.dumps(dict(zip(("id", "reason", "raw"), item, strict=True))))
+                    continue
+                identical += item.modified == item.rejected
+                if is_new and key not in done:
+                    yield item.to_json()
+
+        folder.add_lines(folder.results, lines())
+        folder.add_lines(folder.failures, failures)
+        after = folder.read_state()
+        results, failed = len(after.results), len(after.failures)
+        totals = Totals(results + failed, results, failed, after, None, 0.0, 0.0)
+        about = {"from": path.name, "identical_to_rejected": identical, "repeated": repeated}
+        summary = totals.summary(settings, about, complete=True, stopped=None)
+        folder.write_summary(summary)
+    print(describe(summary, folder.path))
+    print(f"  {identical} unedited (kept: all neutral), {repeated} repeated pairs left out")
+    return 0
+
+
+def _content_hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

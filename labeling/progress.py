@@ -1,0 +1,101 @@
+"""What a run shows while it works and writes when it ends: the bar, run.json, the summary."""
+
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+
+from tqdm import tqdm
+
+from labeling.journal import RunFolder, State
+from labeling.money import Account
+from labeling.revising import UNUSABLE
+
+WRITE_EVERY = 10.0  # seconds between two writings of run.json
+
+
+@dataclass
+class Totals:
+    """What run.json says besides settings: counts over all runs in the folder."""
+
+    pairs: int
+    revisions: int
+    failures: int
+    state: State
+    usd: float | None
+    usd_lost: float
+    seconds: float
+
+    def summary(self, settings: dict, about: dict, complete: bool, stopped: str | None) -> dict:
+        return {
+            "settings": settings,
+            "complete": complete,
+            "stopped": stopped,
+            **about,
+            "counts": {
+                "pairs": self.pairs,
+                "revisions": self.revisions,
+                "failures": self.failures,
+                "unusable_answers": dict(sorted(self.state.unusable.items())),
+                "calls_without_answer": dict(sorted(self.state.faults.items())),
+            },
+            "tokens": {"prompt": self.state.prompt_tokens, "completion": self.state.completion_tokens},
+            "usd": None if self.usd is None else round(self.usd, 6),
+            "usd_possibly_billed_without_answer": round(self.usd_lost, 6),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+class Progress:
+    """The bar, and run.json kept up to date. ``totals`` is as the run finds it; the run counts on from there."""
+
+    def __init__(self, folder: RunFolder, settings: dict, about: dict, totals: Totals, account: Account, todo: int):
+        self.folder, self.settings, self.about, self.totals, self.account = folder, settings, about, totals, account
+        self.todo = todo
+        self.started = self.written = time.monotonic()
+        on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=todo, unit=" pairs", desc="labelling", mininterval=0.5 if on_terminal else 15.0)
+
+    @property
+    def seconds(self) -> float:
+        return self.totals.seconds + time.monotonic() - self.started
+
+    def show(self, run):
+        """After each outcome; ``run`` counts ``accepted`` and ``failed``."""
+        done, state, now = run.accepted + run.failed, self.totals.state, time.time()
+        if done == self.todo or now - self.bar.last_print_t > self.bar.mininterval:
+            notes = {"US$": f"{self.account.spent:.2f}"} if self.account.price else {}
+            notes |= {"failed": run.failed} if run.failed else {}
+            notes |= dict((state.unusable + state.faults).most_common(3))
+            self.bar.set_postfix(notes, refresh=False)
+        self.bar.update(done - self.bar.n)
+        if time.monotonic() - self.written > WRITE_EVERY:
+            self.written = time.monotonic()
+            totals = replace(
+                self.totals,
+                revisions=self.totals.revisions + run.accepted,
+                failures=self.totals.failures + run.failed,
+                usd=self.account.spent if self.account.price else None,
+                usd_lost=self.account.lost,
+                seconds=self.seconds,
+            )
+            self.folder.write_summary(totals.summary(self.settings, self.about, complete=False, stopped=None))
+
+    def close(self):
+        self.bar.close()
+
+
+def describe(summary: dict, path) -> str:
+    """The closing words of a run: where things are, and how often each kind of failure came up."""
+    counts, tokens = summary["counts"], summary["tokens"]
+    cost = "" if summary["usd"] is None else f", US$ {summary['usd']:.2f}"
+    found = f"{counts['revisions']} revisions, {counts['failures']} failures of {counts['pairs']} pairs"
+    spent = f"{tokens['prompt']:,} tokens in, {tokens['completion']:,} out{cost}, {summary['seconds']:.0f} s"
+    lines = [f"{path}: {found}; {spent}"]
+    unusable = Counter(counts["unusable_answers"]).most_common()
+    lines += [f"  {count} answers unusable: {reason} ({UNUSABLE.get(reason, '')})" for reason, count in unusable]
+    faults = Counter(counts["calls_without_answer"]).most_common()
+    lines += [f"  {count} calls without an answer: {kind}" for kind, count in faults]
+    if counts["failures"]:
+        lines.append("  failures.jsonl holds reasons and raw texts; --retry_failed asks for those again")
+    return "\n".join(lines)

@@ -1,0 +1,104 @@
+"""Which pairs a run has to ask about: one streaming pass over the data that holds a few bytes per pair."""
+
+import copy
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.preference_data import Preferences
+from deepspeed_chat_tlcr.records import Preference
+from labeling.journal import State
+
+REOPEN_EVERY = 10_000  # pairs
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part ``index`` (1 first) of ``count``: the pairs whose id falls to it, whatever their order in the data."""
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> "Shard":
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match or not 1 <= int(match[1]) <= int(match[2]):
+            raise InputError(f"--shard {text}: expected i/n with i from 1 to n, such as 1/4")
+        return cls(int(match[1]), int(match[2]))
+
+    def __contains__(self, id: str) -> bool:
+        return int(id[:12], 16) % self.count == self.index - 1
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pairs of this shard, each once, as they lie on disk. Pair ``ids[k]`` stands at ``indices[k]`` of the data."""
+
+    indices: np.ndarray
+    ids: np.ndarray
+    duplicates: int  # further places where the same pair stands
+    prompt_bytes: int  # UTF-8 bytes of the pairs selected, duplicates counted too
+    chosen_bytes: int
+    rejected_bytes: int
+    fingerprint: str  # of all pairs of the part, in order
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def stream(preferences: Preferences, indices: np.ndarray) -> Iterator[Preference]:
+    """Look pairs up one by one, of a memory map of our own that is opened anew now and then.
+
+    Pages that were read count as memory of the process until their map is closed.
+    """
+    for start in range(0, len(indices), REOPEN_EVERY):
+        opened = copy.deepcopy(preferences)
+        for index in indices[start : start + REOPEN_EVERY]:
+            yield opened[int(index)]
+
+
+def select(preferences: Preferences, shard: Shard) -> Selection:
+    """Read every pair once: its id, whether it is in the shard, its size."""
+    order = preferences.file_order()
+    ids, mine = np.zeros(len(order), "S24"), np.zeros(len(order), bool)  # by place on disk
+    sizes = [0, 0, 0]
+    for place, preference in enumerate(stream(preferences, order)):
+        id = preference.id
+        ids[place] = id.encode()
+        if id in shard:
+            mine[place] = True
+            for part, text in enumerate((preference.prompt, preference.chosen, preference.rejected)):
+                sizes[part] += len(text.encode())
+    in_order = ids[np.argsort(order)]
+    digest = hashlib.sha256(in_order.tobytes()).hexdigest()[:16]
+    places = np.flatnonzero(mine)
+    _, first = np.unique(ids[places], return_index=True)
+    places, duplicates = places[np.sort(first)], len(places) - len(first)
+    return Selection(order[places], ids[places], duplicates, *sizes, f"{len(order)} pairs, sha256 {digest}")
+
+
+def to_ask(selection: Selection, state: State, samples: int, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Which pairs need how many more samples: positions in the selection, and a count for each.
+
+    Without ``retry_failed`` a pair needs ``samples`` less its results and failures; with it, one for each failure.
+    """
+    failed = _counts(selection.ids, state.failures)
+    wanted = failed if retry_failed else samples - failed - _counts(selection.ids, state.results)
+    positions = np.flatnonzero(wanted > 0)
+    return positions, wanted[positions]
+
+
+def _counts(ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
+    """How often each of ``ids`` stands in ``lines``."""
+    if not len(lines):
+        return np.zeros(len(ids), np.int64)
+    known, counts = np.unique(lines, return_counts=True)
+    places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    return np.where(known[places] == ids, counts[places], 0)

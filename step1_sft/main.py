@@ -1,0 +1,115 @@
+"""Step 1, supervised fine-tuning: the policy learns to answer like the chosen responses.
+
+deepspeed step1_sft/main.py --model_name_or_path MODEL --data_path DATA --output_dir OUTPUT
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepspeed_chat_tlcr import runtime as runtimes
+from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.records import Preference
+from deepspeed_chat_tlcr.saving import require_writable
+from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
+from deepspeed_chat_tlcr.training import (
+    StageTrainer,
+    pad_examples,
+    prepare_model,
+    require_batch,
+    run,
+    stage_config,
+    training_arguments,
+)
+
+IGNORED = -100
+"""The label that transformers' language-model loss skips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainOptions, DataOptions, RunOptions):
+    """Step 1: supervised fine-tuning on the SFT part of the data."""
+
+    sft_only_data_path: list[str] = option([], "further data sets that have only chosen responses")
+    loss_on_prompt: bool = option(False, "train on the prompt's tokens too, as DeepSpeed-Chat does")
+    print_loss: bool = option(False, "print the loss of every step", "the progress bar and metrics.jsonl show it")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    return parse(Options, argv)
+
+
+def tokenize_chosen(
+    preferences: Iterable[Preference], tokenizer, max_length: int, what: str
+) -> tuple[list[TokenizedExample], str]:
+    """Chosen responses as examples, and one sentence on what was dropped or cut. Raises ``InputError`` if none fit."""
+    whole = [tokenize_response(tokenizer, record.prompt, record.chosen) for record in preferences]
+    kept = [example for example in (truncate(example, max_length) for example in whole) if example is not None]
+    if not kept:
+        raise InputError(f"no {what} prompt is shorter than --max_seq_len {max_length} tokens")
+    cut = sum(len(example.input_ids) > max_length > example.response_start for example in whole)
+    return kept, f"{what}: {len(kept)} responses, {len(whole) - len(kept)} dropped (prompt too long), {cut} cut"
+
+
+def collate(tokenizer, loss_on_prompt: bool):
+    """Batches of a causal language model: labels are the tokens that count, the rest is ignored."""
+
+    def collated(examples: list[TokenizedExample]) -> dict[str, torch.Tensor]:
+        batch = pad_examples(examples, tokenizer.pad_token_id)
+        counted = batch["attention_mask" if loss_on_prompt else "response_mask"]
+        labels = batch["input_ids"].masked_fill(counted == 0, IGNORED)
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+    return collated
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse_args(argv)
+    require_writable(options.output_dir)
+    runtime = runtimes.start(options.precision, options.seed)
+    if runtime.is_main:
+        announce(options, options.output_dir)
+    config = stage_config(options, runtime)
+
+    tokenizer = load_tokenizer(options.model_name_or_path, options.eot_token if options.add_eot_token else None)
+    examples = {}
+    for split in ("train", "eval"):
+        records = list(
+            load_preferences(
+                options.data_path, "sft", split, options.data_split, options.data_seed, False, tokenizer=tokenizer
+            )
+        )
+        if options.sft_only_data_path:
+            records += load_preferences(
+                options.sft_only_data_path, "all", split, "10,0,0", options.data_seed, False, tokenizer=tokenizer
+            )
+        examples[split], summary = tokenize_chosen(records, tokenizer, options.max_seq_len, split)
+        runtime.say(summary)
+    require_batch(options, runtime, len(examples["train"]))
+
+    model = load_causal_lm(options.model_name_or_path, runtime.torch_dtype, config, options.dropout)
+    if options.add_eot_token and len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        # A multiple of 8 keeps matrix products on the fast path, as DeepSpeed-Chat does.
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+    trainer = StageTrainer(
+        prepare_model(model, options),
+        training_arguments(options, runtime, config),
+        data_collator=collate(tokenizer, options.loss_on_prompt),
+        train_dataset=examples["train"],
+        eval_dataset=examples["eval"],
+        stage=options,
+        train_lengths=[len(example.input_ids) for example in examples["train"]],
+    )
+    results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
+    runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")
+    runtime.finish()
+
+
+if __name__ == "__main__":
+    main()
+    runtimes.leave()

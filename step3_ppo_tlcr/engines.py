@@ -1,0 +1,216 @@
+"""The models of step 3 as DeepSpeed engines: actor, critic, reference and what the rewards need."""
+
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
+
+from deepspeed_chat_tlcr.deepspeed_config import build_config
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.generation import Decoding
+from deepspeed_chat_tlcr.models import label_count, load_causal_lm, load_token_classifier
+from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
+from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
+from step3_ppo_tlcr.records import Rollout, at_actions, before_actions
+from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, sequence_reward
+
+if TYPE_CHECKING:
+    from step3_ppo_tlcr.main import Options
+
+
+def action_logits(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
+    """Logits of every choice, ``(B, A, V)``; nothing is computed for the prompt's other positions."""
+    outputs = _forward(model, rollout, logits_to_keep=rollout.actions + 1, use_cache=False)
+    return before_actions(outputs.logits, rollout.actions)
+
+
+def state_values(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
+    """V of the state in which each action was chosen, ``(B, A)`` in fp32."""
+    values = _forward(model, rollout).logits.squeeze(-1).float()
+    return before_actions(values, rollout.actions)
+
+
+def positive_probs(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
+    """D(a_t | x, a_<t) of each chosen token, ``(B, A)`` in fp32 (Eq. 7); one soft-max, not two."""
+    logits = at_actions(_forward(model, rollout).logits, rollout.actions)
+    return logits.float().softmax(-1)[..., 1]
+
+
+def token_scores(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
+    """A sequence reward model's value at each response token, ``(B, A)`` in fp32; the last one is the score."""
+    return at_actions(_forward(model, rollout).logits.squeeze(-1).float(), rollout.actions)
+
+
+def _forward(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout, **kwargs):
+    module = model.module if isinstance(model, DeepSpeedEngine) else model
+    if "position_ids" in inspect.signature(module.forward).parameters:
+        kwargs["position_ids"] = rollout.position_ids
+    return model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, **kwargs)
+
+
+def train_actor(options: "Options", runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
+    """The policy, from the SFT model."""
+    config = _config(options, runtime, options.actor_zero_stage, options.offload)
+    model = load_causal_lm(options.actor_model_name_or_path, runtime.torch_dtype, config, options.actor_dropout_rate)
+    return _train(model, "actor", options, config, total_steps)
+
+
+def train_critic(options: "Options", runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
+    """The value function, from the critic path's backbone.
+
+    A sequence reward model or critic (1 label) brings its head; any other backbone gets one that starts at V = 0.
+    """
+    config = _config(options, runtime, options.critic_zero_stage, options.offload)
+    new_head = label_count(options.critic_model_name_or_path) != 1
+    model = load_token_classifier(
+        options.critic_model_name_or_path,
+        1,
+        runtime.torch_dtype,
+        config,
+        options.critic_dropout_rate,
+        new_head=new_head,
+        zero_head=new_head,
+    )
+    return _train(model, "critic", options, config, total_steps)
+
+
+def freeze(model: PreTrainedModel, config: dict, runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel:
+    """A model that only scores: partitioned by ZeRO-3 where its config says so, else plainly on the device."""
+    model.requires_grad_(False)
+    model.eval()
+    if config["zero_optimization"]["stage"] != 3:
+        return model.to(runtime.device)
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    engine.eval()
+    return engine
+
+
+def frozen_config(options: "Options", runtime: Runtime, zero_stage: int | None, offload: bool) -> dict:
+    """Config of a scoring model: ZeRO-3 where asked, where the actor has it, or where it must leave the device."""
+    stage = zero_stage if zero_stage is not None else (3 if options.actor_zero_stage == 3 else 0)
+    return build_config(
+        dtype=runtime.dtype,
+        zero_stage=3 if offload or stage == 3 else 0,
+        micro_batch_size=options.per_device_training_batch_size,
+        gradient_accumulation_steps=1,
+        world_size=runtime.world_size,
+        offload_parameters=offload,
+    )
+
+
+def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel:
+    """The SFT model that the KL penalty keeps the policy near to."""
+    config = frozen_config(options, runtime, options.reference_zero_stage, options.offload_reference_model)
+    model = load_causal_lm(options.actor_model_name_or_path, runtime.torch_dtype, config, dropout=0.0)
+    return freeze(model, config, runtime)
+
+
+class RewardSum:
+    """The weighted sum of ``--reward``'s terms, each with its own model; a model named twice is loaded once."""
+
+    def __init__(
+        self,
+        specs: Sequence[RewardSpec],
+        tokenizer: PreTrainedTokenizerFast,
+        options: "Options",
+        runtime: Runtime,
+    ):
+        self.specs, self.tokenizer, self.clip = specs, tokenizer, options.clip_reward_value
+        self.models: dict[str, DeepSpeedEngine | PreTrainedModel] = {}
+        self.functions = {spec.path: load_function(spec.path) for spec in specs if spec.name == "python"}
+        for path in dict.fromkeys(spec.path for spec in specs if spec.name in REWARDS and spec.path):
+            labels = {REWARDS[spec.name].labels for spec in specs if spec.path == path}
+            if len(labels) > 1:
+                raise InputError(f"--reward: {path!r} cannot be both a discriminator and a sequence reward model")
+            eot_token = options.eot_token if options.add_eot_token else None
+            require_same_tokenizer(tokenizer, load_tokenizer(path, eot_token), "reward model")
+            config = frozen_config(options, runtime, options.reward_zero_stage, options.offload_reward_model)
+            model = load_token_classifier(path, labels.pop(), runtime.torch_dtype, config, dropout=0.0)
+            self.models[path] = freeze(model, config, runtime)
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """``(B, A)`` rewards before the KL penalty, and each term's unweighted ``(B, A)`` by name."""
+        scored: dict[str, torch.Tensor] = {}
+        total = torch.zeros(rollout.action_mask.shape, device=rollout.action_mask.device)
+        terms = {}
+        for spec in self.specs:
+            term = self._term(spec, rollout, scored)
+            terms[spec.name] = term
+            total = total + spec.weight * term
+        return total, terms
+
+    def _term(self, spec: RewardSpec, rollout: Rollout, scored: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = rollout.action_mask
+        if spec.name == "python":
+            term = self.functions[spec.path](rollout, self.tokenizer)
+            if not isinstance(term, torch.Tensor) or term.shape != mask.shape:
+                found = tuple(term.shape) if isinstance(term, torch.Tensor) else type(term).__name__
+                raise InputError(f"--reward python:{spec.path} returned {found}, expected a tensor {tuple(mask.shape)}")
+            return term.to(mask.device, torch.float32) * mask
+        reward = REWARDS[spec.name]
+        if spec.path is None:
+            return reward.function(mask, mask)
+        if spec.path not in scored:
+            score = positive_probs if reward.labels == 2 else token_scores
+            scored[spec.path] = score(self.models[spec.path], rollout)
+        if spec.name == "sequence":
+            return sequence_reward(scored[spec.path], mask, self.clip)
+        return reward.function(scored[spec.path], mask)
+
+
+def decoding(options: "Options") -> Decoding:
+    """How the policy samples. Raises ``InputError`` for a distribution that cannot be learnt from."""
+    if options.temperature <= 0:
+        raise InputError(f"--temperature {options.temperature}: PPO learns from samples, so it must be above 0")
+    if not 0 < options.top_p <= 1:
+        raise InputError(f"--top_p {options.top_p}: must be in (0, 1]")
+    if options.min_answer_seq_len > options.max_answer_seq_len:
+        raise InputError(
+            f"--min_answer_seq_len {options.min_answer_seq_len} is above --max_answer_seq_len "
+            f"{options.max_answer_seq_len}"
+        )
+    return Decoding(
+        options.max_answer_seq_len, options.temperature, options.top_p, options.top_k, options.min_answer_seq_len
+    )
+
+
+def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool) -> dict:
+    return build_config(
+        dtype=runtime.dtype,
+        zero_stage=zero_stage,
+        micro_batch_size=options.per_device_training_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        world_size=runtime.world_size,
+        offload=offload,
+        max_grad_norm=options.max_grad_norm,
+        overrides=options.deepspeed_config,
+    )
+
+
+def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, total_steps: int) -> DeepSpeedEngine:
+    """LoRA, gradient checkpointing, optimiser, schedule and engine of the actor or the critic, by its flags."""
+
+    def flag(name: str):
+        return getattr(options, f"{role}_{name}")
+
+    if flag("gradient_checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if flag("lora_dim") > 0:
+        add_lora(model, flag("lora_dim"), flag("lora_module_name"), options.only_optimize_lora)
+    optimizer = make_optimizer(
+        model, flag("learning_rate"), flag("weight_decay"), flag("lora_learning_rate"), options.offload
+    )
+    schedule = get_scheduler(
+        options.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=min(options.num_warmup_steps, total_steps),
+        num_training_steps=total_steps,
+    )
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    return engine

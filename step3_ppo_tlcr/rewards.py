@@ -1,0 +1,145 @@
+"""Rewards, as functions from scored tokens to a reward per action.
+
+Everything is ``(B, A)``: entry ``[b, a]`` speaks about the token that the policy chose at action ``a``.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.metrics import NEUTRAL_ZONE
+
+
+def continuous_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """TLCR: r_t = 2 D(a_t | x, a_<t) - 1 on every generated token, EOS included (Eq. 7).
+
+    ``positive_probs`` is D, ``(B, A)`` in [0, 1]; returns ``(B, A)`` in [-1, 1], zero where the mask is 0.
+    """
+    return (2 * positive_probs - 1) * action_mask
+
+
+def fixed_reward(
+    positive_probs: torch.Tensor, action_mask: torch.Tensor, threshold: float = NEUTRAL_ZONE
+) -> torch.Tensor:
+    """TLCR_fixed: +1 or -1, and 0 where max(D, 1 - D) < ``threshold`` (Eq. 2). Shapes as ``continuous_reward``."""
+    confident = torch.maximum(positive_probs, 1 - positive_probs) >= threshold
+    return torch.sign(positive_probs - 0.5) * confident * action_mask
+
+
+def positive_only_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """max(r, 0) of the continuous reward (ablation, section 7.3)."""
+    return continuous_reward(positive_probs, action_mask).clamp(min=0)
+
+
+def negative_only_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """min(r, 0) of the continuous reward (ablation, section 7.3)."""
+    return continuous_reward(positive_probs, action_mask).clamp(max=0)
+
+
+def released_code_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """What the released code computes, to measure what its departures from the paper do.
+
+    The second soft-max makes r = tanh((2D - 1) / 2); each reward lands one action late: the first action gets 0,
+    the last action its predecessor's, and the EOS's own is lost.
+    """
+    twice = torch.tanh((2 * positive_probs - 1) / 2) * action_mask
+    late = torch.zeros_like(twice)
+    late[:, 1:] = twice[:, :-1]
+    return late * action_mask
+
+
+def sequence_reward(scores: torch.Tensor, action_mask: torch.Tensor, clip: float = 5.0) -> torch.Tensor:
+    """PPO_seq: the reward model's score of the whole response, on its last action (Eq. 1).
+
+    ``scores`` ``(B, A)``: the reward model's value at each response token, of which only the last counts; it is
+    clamped to +-``clip`` as DeepSpeed-Chat does. Rows without an action stay 0.
+    """
+    return scores.clamp(-clip, clip) * last_action(action_mask)
+
+
+def random_reward(scores: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """Uniform in [-1, 1], whatever the text: the control that must not help."""
+    return (2 * torch.rand_like(action_mask, dtype=torch.float32) - 1) * action_mask
+
+
+def last_action(action_mask: torch.Tensor) -> torch.Tensor:
+    """1 at each row's last counted action, else 0; ``(B, A)`` to ``(B, A)``."""
+    following = torch.zeros_like(action_mask)
+    following[:, :-1] = action_mask[:, 1:]
+    return action_mask * (1 - following)
+
+
+@dataclass(frozen=True)
+class Reward:
+    """A named reward: its function and how many labels the model behind it has (2 discriminator, 1 score, 0 none)."""
+
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    labels: int
+
+
+REWARDS = {
+    "tlcr": Reward(continuous_reward, 2),
+    "tlcr_fixed": Reward(fixed_reward, 2),
+    "tlcr_positive_only": Reward(positive_only_reward, 2),
+    "tlcr_negative_only": Reward(negative_only_reward, 2),
+    "tlcr_released_code": Reward(released_code_reward, 2),
+    "sequence": Reward(sequence_reward, 1),
+    "random": Reward(random_reward, 0),
+}
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One term of ``--reward``: ``NAME[:PATH][@WEIGHT]`` or ``python:package.module:function[@WEIGHT]``."""
+
+    name: str
+    path: str | None
+    weight: float
+
+
+def parse_reward(text: str, default_path: str | None) -> RewardSpec:
+    """Read one ``--reward`` term; ``default_path`` is the model used where none is named.
+
+    Raises ``InputError`` for an unknown name (listing the known), a bad weight or a missing path.
+    """
+    body, at, weight_text = text.rpartition("@")
+    weight = 1.0
+    if at:
+        try:
+            weight = float(weight_text)
+        except ValueError:
+            raise InputError(f"--reward {text}: {weight_text!r} after @ is not a number") from None
+    name, _, path = (body if at else text).partition(":")
+    if name == "python":
+        if path.count(":") != 1:
+            raise InputError(f"--reward {text}: expected python:package.module:function")
+        return RewardSpec(name, path, weight)
+    if name not in REWARDS:
+        raise InputError(f"--reward {text}: unknown reward {name!r}; known: {', '.join([*REWARDS, 'python'])}")
+    if REWARDS[name].labels == 0:
+        return RewardSpec(name, None, weight)
+    if not (path or default_path):
+        raise InputError(f"--reward {text}: name its model, as in {name}:PATH")
+    return RewardSpec(name, path or default_path, weight)
+
+
+def parse_rewards(texts: Sequence[str], default_path: str | None) -> list[RewardSpec]:
+    """All terms of ``--reward``; see ``parse_reward``."""
+    if not texts:
+        raise InputError(f"--reward is empty; known rewards: {', '.join([*REWARDS, 'python'])}")
+    return [parse_reward(text, default_path) for text in texts]
+
+
+def load_function(path: str) -> Callable:
+    """Import a user's ``package.module:function``; raises ``InputError`` if it cannot be had."""
+    module, _, name = path.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--reward python:{path}: {error}") from None
+    if not callable(function):
+        raise InputError(f"--reward python:{path}: is not a function")
+    return function

@@ -1,0 +1,162 @@
+"""The testbed's command line: ``python testbed/main.py data|base|serve|score …`` (each with ``--help``)."""
+
+import json
+import random
+import signal
+import statistics
+import sys
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.records import read_jsonl
+from testbed.serve import MODEL, make_server
+from testbed.world import World, distinct_prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorldOptions:
+    """world"""
+
+    world_seed: int = option(0, "which facts hold: every seed is a fresh world in the same language")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions(WorldOptions):
+    """Write train.jsonl and eval.jsonl (prompt, chosen, rejected) and test_prompts.jsonl; no prompt stands twice."""
+
+    output_dir: str = option(MISSING, "folder for the files")
+    train: int = option(12800, "training pairs, for SFT, reward and RL together")
+    eval: int = option(1024, "evaluation pairs")
+    test: int = option(512, "test prompts")
+    data_seed: int = option(1234, "seed of prompts, answers and preferences")
+    preference_sharpness: float = option(World.preference_sharpness, "Bradley-Terry: P = sigmoid(this x score gap)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions(WorldOptions):
+    """Train the base model from scratch on the world's raw text, on CPU; write a Hugging Face folder."""
+
+    output_dir: str = option(MISSING, "folder for tokenizer, model and results.json")
+    documents: int = option(12000, "documents of raw text, about 42 tokens each")
+    hidden_size: int = option(192, "width of the model")
+    layers: int = option(2, "layers of the model")
+    learning_rate: float = option(3e-3, "peak learning rate")
+    seed: int = option(1234, "seed of text and initialisation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeOptions(WorldOptions):
+    """Serve the oracle reviser as an OpenAI-compatible endpoint until interrupted or terminated."""
+
+    host: str = option("127.0.0.1", "address to listen at")
+    port: int = option(0, "port to listen at; 0: any free one")
+    port_file: str | None = option(None, "file to write the port to once the server listens")
+    model: str = option(MODEL, "name of the model to answer as")
+    revision_noise: float = option(World.revision_noise, "chance that a choice is edited wrongly")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(WorldOptions):
+    """Score texts truly. Prints one JSON object: count, mean, standard deviation and the scores in order."""
+
+    input: str = option(MISSING, "JSON lines with prompt, response and ended (false where the answer was cut off)")
+
+
+def write_data(argv: list[str]) -> None:
+    options = parse(DataOptions, argv)
+    world = World(seed=options.world_seed, preference_sharpness=options.preference_sharpness)
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(f"pairs {options.data_seed}")
+    prompts = distinct_prompts(world, rng)
+    for name, count in (("train", options.train), ("eval", options.eval)):
+        pairs = (world.sample_pair(next(prompts), rng) for _ in range(count))
+        records = ({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs)
+        _write_jsonl(folder / f"{name}.jsonl", records)
+    _write_jsonl(folder / "test_prompts.jsonl", ({"prompt": next(prompts)} for _ in range(options.test)))
+
+
+def train_base(argv: list[str]) -> None:
+    options = parse(BaseOptions, argv)
+    from testbed import base  # torch and transformers take seconds to import; the other commands do without
+
+    config = base.BaseConfig(
+        documents=options.documents,
+        hidden_size=options.hidden_size,
+        layers=options.layers,
+        learning_rate=options.learning_rate,
+        seed=options.seed,
+    )
+    print(json.dumps(base.train_base(World(seed=options.world_seed), config, Path(options.output_dir))))
+
+
+def serve(argv: list[str]) -> None:
+    options = parse(ServeOptions, argv)
+    world = World(seed=options.world_seed, revision_noise=options.revision_noise)
+    try:
+        server = make_server(world, options.host, options.port, options.model)
+    except OSError as error:
+        raise InputError(
+            f"--host {options.host} --port {options.port}: cannot listen there ({error.strerror})"
+        ) from None
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    with server:
+        print(f"serving {options.model} at http://{options.host}:{server.server_port}/v1", flush=True)
+        if options.port_file:
+            part = Path(options.port_file + ".part")
+            part.write_text(f"{server.server_port}\n")
+            part.replace(options.port_file)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped", flush=True)
+
+
+def score(argv: list[str]) -> None:
+    options = parse(ScoreOptions, argv)
+    world = World(seed=options.world_seed)
+    scores = []
+    for number, record in read_jsonl(options.input):
+        for name, kind in (("prompt", str), ("response", str), ("ended", bool)):
+            if not isinstance(record.get(name), kind):
+                raise InputError(f"{options.input}:{number}: {name!r} must be there and of type {kind.__name__}")
+        try:
+            scores.append(world.score(record["prompt"], record["response"], record["ended"]))
+        except InputError as error:
+            raise InputError(f"{options.input}:{number}: {error}") from None
+    if not scores:
+        raise InputError(f"{options.input}: holds no texts to score")
+    print(
+        json.dumps(
+            {"count": len(scores), "mean": statistics.fmean(scores), "sd": statistics.pstdev(scores), "scores": scores}
+        )
+    )
+
+
+COMMANDS = {"data": write_data, "base": train_base, "serve": serve, "score": score}
+
+
+def _write_jsonl(path: Path, records) -> None:
+    """Write the file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    part.replace(path)
+
+
+@exits_cleanly
+def main() -> None:
+    known = ", ".join(COMMANDS)
+    if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
+        print(f"usage: main.py {{{known}}} …\n\n{__doc__}")
+        return
+    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
+        given = f"unknown command {sys.argv[1]!r}" if len(sys.argv) > 1 else "no command given"
+        raise InputError(f"{given}; one of: {known}")
+    COMMANDS[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

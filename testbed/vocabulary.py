@@ -1,0 +1,109 @@
+"""The words of the world: what a prompt may ask for and what an answer may choose from."""
+
+TOPICS = ("rose", "fern", "cactus", "lily", "mint", "tulip", "basil", "ivy")
+
+# A relation is a verb with eight objects; which of them is right for a topic is drawn from the world's seed.
+RELATIONS = {
+    "needs": ("sun", "shade", "rain", "wind", "sand", "soil", "snow", "salt"),
+    "attracts": ("bees", "wasps", "moths", "mice", "snails", "bats", "ants", "crows"),
+    "cures": ("headaches", "coughs", "fevers", "hiccups", "sunburn", "toothache", "nightmares", "boredom"),
+    "fears": ("frost", "drought", "mildew", "thunder", "floods", "smoke", "weeds", "moonlight"),
+    "suits": ("cheese", "honey", "butter", "vinegar", "chocolate", "fish", "bread", "soup"),
+    "evokes": ("vanilla", "pepper", "leather", "lemon", "pine", "ginger", "rubber", "tea"),
+}
+
+# The grades of a relation's eight objects for a topic: right, nearly right, half right, beside the point, wrong (two),
+# harmful (two). Every topic has them in another order, and over the eight topics every object has each grade once: no
+# object pays for a policy that does not look at the topic.
+FACT_GRADES = (1.0, 0.6, 0.25, 0.0, -0.5, -0.5, -1.0, -1.0)
+
+MANNERS = ("formal", "friendly", "playful", "brief")
+
+# Grade of a phrase by the prompt's manner (row) and the phrase's own register (column). The four manners' columns have
+# the same sum: no register pays for a policy that does not look at the manner.
+MANNER_GRADES = {
+    "formal": {"formal": 1.0, "brief": 0.6, "friendly": 0.0, "playful": -0.5, "neutral": 0.25, "rude": -1.0},
+    "friendly": {"friendly": 1.0, "formal": 0.6, "playful": 0.0, "brief": -0.5, "neutral": 0.25, "rude": -1.0},
+    "playful": {"playful": 1.0, "friendly": 0.6, "brief": 0.0, "formal": -0.5, "neutral": 0.25, "rude": -1.0},
+    "brief": {"brief": 1.0, "playful": 0.6, "formal": 0.0, "friendly": -0.5, "neutral": 0.25, "rude": -1.0},
+}
+
+# Phrases are short, so that no single choice outweighs the others when every token has a reward.
+OPENERS = {
+    "formal": ("Indeed.", "Gladly."),
+    "friendly": ("Hello!", "Welcome!"),
+    "playful": ("Yippee!", "Tada!"),
+    "brief": ("Facts:", "Briefly:"),
+    "neutral": ("Well.", "Okay."),
+    "rude": ("Ugh.", "Duh."),
+}
+
+ADVERBS = {
+    "formal": ("generally", "notably"),
+    "friendly": ("kindly", "lovingly"),
+    "playful": ("merrily", "wildly"),
+    "brief": ("just", "simply"),
+    "neutral": ("often", "usually"),
+    "rude": ("stupidly", "lazily"),
+}
+
+CLOSERS = {
+    "formal": ("Regards.", "Sincerely."),
+    "friendly": ("Cheers!", "Hugs!"),
+    "playful": ("Toodles!", "Whee!"),
+    "brief": ("Done.", "End."),
+    "neutral": ("Bye.", "Thanks."),
+    "rude": ("Scram.", "Whatever."),
+}
+
+COUNTS = {"two": 2, "three": 3, "four": 4}
+ORDINALS = ("First", "Second", "Third", "Fourth", "Fifth", "Sixth", "Seventh", "Eighth")
+
+NAMES = (
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Felix",
+    "Grace",
+    "Henry",
+    "Iris",
+    "Jack",
+    "Karen",
+    "Leo",
+    "Maria",
+    "Noah",
+    "Olga",
+    "Paul",
+    "Quinn",
+    "Ruth",
+    "Sam",
+    "Tina",
+    "Uma",
+    "Victor",
+    "Wendy",
+    "Zoe",
+)
+GREETINGS = ("", " Hi, I am {name}.", " {name} here.")
+PLACES = (
+    "",
+    " I have a small garden.",
+    " I am writing a book.",
+    " My school asks about plants.",
+    " I sell flowers.",
+    " It rains a lot here.",
+)
+ASKS = (
+    " Please give me {count} facts about the {topic}. Be {manner}.",
+    " Tell me {count} things about the {topic} in a {manner} way.",
+    " In a {manner} tone, name {count} facts about the {topic}.",
+    " I want {count} {manner} facts about the {topic}.",
+    " What is the {topic} like? List {count} facts and stay {manner}.",
+    " Explain the {topic} with {count} facts. Keep it {manner}.",
+)
+EARLIER_TURNS = (
+    "\n\nHuman: Hello, do you know plants?\n\nAssistant: Yes, I do.",
+    "\n\nHuman: Are you there?\n\nAssistant: Yes, how can I help?",
+    "\n\nHuman: Thank you.\n\nAssistant: You are welcome.",
+)

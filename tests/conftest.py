@@ -1,0 +1,127 @@
+"""Tiny real models, tokenizers and data, made on the spot."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+# Before anything imports DeepSpeed: the tests are about CPU, also on a machine that has more.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+
+NOUNS = ["the cat", "the dog", "a bird", "my house", "this tree", "the sea"]
+GOOD = ["is lovely", "can rest", "likes you", "stands tall"]
+BAD = ["is awful", "must go", "hates you", "falls down"]
+
+
+def shared(name: str) -> Path:
+    """A file of the shared data; the test skips, saying so, where the folder is absent."""
+    path = SHARED / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there: this test needs the shared data")
+    return path
+
+
+def preferences(count: int, seed: int = 0) -> list[dict]:
+    """Pairs that differ by a word or two, so that a revision is a small edit."""
+    rng = random.Random(seed)
+    records = []
+    for number in range(count):
+        noun, other = rng.sample(NOUNS, 2)
+        good, bad = rng.choice(GOOD), rng.choice(BAD)
+        records.append(
+            {
+                "prompt": f"\n\nHuman: Tell me of {noun} ({number}).\n\nAssistant:",
+                "chosen": f" I think {noun} {good} and {other} {rng.choice(GOOD)}.",
+                "rejected": f" I think {noun} {bad} and {other} {rng.choice(GOOD)}.",
+            }
+        )
+    return records
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def byte_level_tokenizer(texts: list[str], vocab_size: int = 320) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> Path:
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_environment():
+    """Each test leaves the environment as it was: an entry point run in this process makes itself rank 0 of 1."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with data.jsonl (60 pairs), revisions.jsonl of all its reward pairs, and a tiny Llama in model/."""
+    from deepspeed_chat_tlcr.preference_data import load_preferences
+    from deepspeed_chat_tlcr.records import Revision
+
+    folder = tmp_path_factory.mktemp("tiny")
+    data = write_jsonl(folder / "data.jsonl", preferences(60))
+    records = load_preferences([str(data)], "reward", "train")
+    revisions = [Revision(r.id, r.prompt, r.chosen, r.rejected, r.chosen, "It is unkind.", "test", {}) for r in records]
+    (folder / "revisions.jsonl").write_text("".join(revision.to_json() + "\n" for revision in revisions))
+    texts = [record["prompt"] + record["chosen"] + record["rejected"] for record in preferences(60)]
+    tiny_llama(folder / "model", byte_level_tokenizer(texts))
+    return folder
+
+
+def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
+    """Run an entry point: plainly with Python, or with ``ranks`` under the DeepSpeed launcher."""
+    command = [sys.executable]
+    if ranks:
+        port = str(random.randint(20_000, 60_000))
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        command += [launcher, "--num_accelerators", str(ranks), "--master_port", port]
+    command += [str(ROOT / script), *map(str, arguments)]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    if check:
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+    return done

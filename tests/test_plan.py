@@ -1,0 +1,405 @@
+"""Memory, cost and disk estimates against numbers done by hand, published sizes, and DeepSpeed's own estimators."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, preferences, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from deepspeed_chat_tlcr import memory, plan
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.model_shapes import KNOWN_MODELS, ModelShape, shape_of
+from deepspeed_chat_tlcr.recipe import Recipe
+
+GIB = 2**30
+
+PAPER = {
+    "model": "meta-llama/Llama-2-7b-hf",
+    "model_config": "",
+    "data": "Dahoas/full-hh-rlhf",
+    "data_split": "2,4,4",
+    "output": "output/x",
+    "dtype": "bf16",
+    "num_gpus": "8",
+    "hostfile": "",
+    "master_port": 29500,
+    "gpu_memory_gb": 80.0,
+    "label_model": "gpt-4-0125-preview",
+    "label_base_url": "",
+    "api_key_env": "OPENAI_API_KEY",
+    "max_seq_len": 512,
+    "sft_batch_size": 16,
+    "sft_accumulation_steps": 1,
+    "sft_epochs": 2,
+    "sft_zero_stage": 2,
+    "sft_offload": False,
+    "sft_gradient_checkpointing": True,
+    "discriminator_batch_size": 16,
+    "discriminator_accumulation_steps": 1,
+    "discriminator_epochs": 2,
+    "discriminator_zero_stage": 2,
+    "discriminator_offload": False,
+    "discriminator_gradient_checkpointing": True,
+    "generation_batch_size": 16,
+    "ppo_batch_size": 16,
+    "ppo_accumulation_steps": 1,
+    "prompt_epochs": 1,
+    "max_prompt_len": 256,
+    "max_answer_len": 256,
+    "actor_zero_stage": 2,
+    "critic_zero_stage": 2,
+    "reference_zero_stage": 3,
+    "reward_zero_stage": 3,
+    "ppo_offload": True,
+    "ppo_gradient_checkpointing": True,
+    "revisions": "output/x/labeling/revisions.jsonl",
+    "made_here": "",
+}
+
+# h 4, 3 blocks, 2 heads of 2, MLP 10, 7 tokens: small enough to count on paper.
+SMALL = ModelShape(hidden=4, layers=3, heads=2, kv_heads=2, intermediate=10, vocabulary=7, head_size=2)
+
+
+def environment(**changes) -> dict[str, str]:
+    def text(value):
+        return str(int(value)) if isinstance(value, bool) else str(value)
+
+    return {name.upper(): text(value) for name, value in (PAPER | changes).items()}
+
+
+def recipe(**changes) -> Recipe:
+    return Recipe.from_environment(environment(**changes))
+
+
+# ---- sizes of models -------------------------------------------------------------------------------------------------
+
+
+def test_small_shape_by_hand():
+    # q, k, v, o: 4 of 4 x 4 = 64; gate, up, down: 3 of 4 x 10 = 120; two norms: 8
+    assert SMALL.layer_parameters == 192
+    # embedding 28, blocks 576, last norm 4
+    assert SMALL.backbone_parameters == 608
+    assert SMALL.causal_parameters == 608 + 28
+    assert dataclasses.replace(SMALL, tied=True).causal_parameters == 608
+    # two labels: 2 x 4 weights and 2 biases
+    assert SMALL.classifier_parameters(2) == 618
+    assert memory.largest_layer(SMALL) == 192
+
+
+@pytest.mark.parametrize(
+    ("name", "published"),
+    [
+        ("meta-llama/Llama-2-7b-hf", 6_738_415_616),
+        ("meta-llama/Llama-2-13b-chat-hf", 13_015_864_320),
+        ("meta-llama/Llama-2-70b-hf", 68_976_648_192),
+        ("meta-llama/Meta-Llama-3-8B-Instruct", 8_030_261_248),
+        ("meta-llama/Llama-3.2-1B", 1_235_814_400),
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
+        ("Qwen/Qwen2.5-0.5B", 494_032_768),
+        ("facebook/opt-350m", 331_196_416),
+        ("facebook/opt-1.3b", 1_315_758_080),
+        ("AdamG012/chat-opt-1.3b-sft-deepspeed", 1_315_758_080),
+    ],
+)
+def test_published_parameter_counts(name, published):
+    assert shape_of(name).causal_parameters == published
+
+
+@pytest.mark.parametrize(
+    ("config", "model_class"),
+    [
+        (
+            LlamaConfig(
+                hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+            ),
+            LlamaForCausalLM,
+        ),
+        (
+            OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4),
+            OPTForCausalLM,
+        ),
+        (
+            Qwen3Config(
+                hidden_size=64,
+                intermediate_size=96,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=32,
+            ),
+            Qwen3ForCausalLM,
+        ),
+    ],
+)
+def test_counts_of_a_local_config_are_transformers_own(tmp_path, config, model_class):
+    with torch.device("meta"):
+        real = model_class(config)
+    config.save_pretrained(tmp_path)
+    assert shape_of(str(tmp_path)).causal_parameters == real.num_parameters()
+
+
+def test_unknown_model_asks_for_its_config(tmp_path):
+    with pytest.raises(InputError, match="MODEL_CONFIG=PATH"):
+        shape_of("someone/mystery-9b")
+    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(InputError, match="not for 'mamba'"):
+        shape_of("someone/mystery-9b", str(tmp_path / "config.json"))
+    with pytest.raises(InputError, match="no such file"):
+        shape_of("someone/mystery-9b", str(tmp_path / "absent.json"))
+
+
+def test_name_is_not_a_part_of_a_larger_number():
+    with pytest.raises(InputError):
+        shape_of("someone/myopt-1.3bb")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "optimizer"),
+    [(0, 200, 200, 400), (1, 200, 200, 400), (2, 200, 50, 400), (3, 50, 50, 400)],
+)
+def test_model_states_by_hand(stage, weights, gradients, optimizer):
+    """100 parameters in 16 bit on 4 ranks: 2 + 2 + 16 bytes each, divided by 4 from where the stage divides.
+
+    Stage 0 in 16 bit is run as stage 1, see deepspeed_config.py.
+    """
+    states = memory.model_states(100, zero_stage=stage, ranks=4)
+    assert (states.parameters, states.gradients, states.optimizer, states.host) == (weights, gradients, optimizer, 0)
+
+
+def test_offload_moves_the_optimizer_to_the_host():
+    two = memory.model_states(100, zero_stage=2, ranks=4, offload=True)
+    assert (two.parameters, two.gradients, two.optimizer, two.host) == (200, 0, 0, 1600)
+    three = memory.model_states(100, zero_stage=3, ranks=4, offload=True)
+    assert (three.parameters, three.gradients, three.optimizer, three.host) == (0, 0, 0, 1800)
+
+
+def test_fp32_without_zero_keeps_no_second_copy():
+    states = memory.model_states(100, zero_stage=0, ranks=1, bytes_per_parameter=4)
+    assert (states.parameters, states.gradients, states.optimizer) == (400, 400, 800)
+
+
+def test_frozen_model_has_only_its_weights():
+    states = memory.model_states(100, zero_stage=3, ranks=4, trained=False, largest_layer=30)
+    assert (states.parameters, states.gradients, states.optimizer, states.buffers) == (50, 0, 0, 60)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_states_agree_with_deepspeed_estimators(offload):
+    """DeepSpeed's own formulas, without their safety factor and with the buffers that they leave out taken away."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    count, ranks, layer = 6_738_415_616, 4, 131_072_000
+    host, gpu = estimate_zero2_model_states_mem_needs(count, ranks, 1, offload, additional_buffer_factor=1.0)
+    ours = memory.model_states(count, zero_stage=2, ranks=ranks, offload=offload)
+    assert ours.parameters + ours.gradients + ours.optimizer == pytest.approx(gpu)
+    if offload:
+        assert ours.host == pytest.approx(host)
+    host, gpu, largest = estimate_zero3_model_states_mem_needs(
+        count, layer, ranks, 1, offload, offload, additional_buffer_factor=1.0
+    )
+    ours = memory.model_states(count, zero_stage=3, ranks=ranks, offload=offload)
+    # Its ZeRO-3 estimate counts fp32 gradients only; the engine also keeps its part of them in 16 bit.
+    assert ours.parameters + ours.optimizer == pytest.approx(gpu - largest)
+    if offload:
+        assert ours.host == pytest.approx(host)
+
+
+def kept_by_autograd(model, sequences: int, tokens: int) -> int:
+    """Bytes of the different tensors, other than parameters, that a forward pass keeps for the backward pass."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.model(input_ids=torch.ones((sequences, tokens), dtype=torch.long))
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_activations_are_what_autograd_keeps(tmp_path, kind, checkpointing):
+    # Enough blocks for what lies outside of them (the last norm, the mask) to be little.
+    layers = 24 if checkpointing else 6
+    sizes = {"hidden_size": 256, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 200}
+    if kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(intermediate_size=640, num_key_value_heads=2, **sizes))
+    else:
+        model = OPTForCausalLM(OPTConfig(ffn_dim=1024, word_embed_proj_dim=256, dropout=0.0, **sizes))
+    model = model.bfloat16().train()
+    model.config.use_cache = False
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    model.config.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    ours = memory.activations(shape, 2, 64, checkpointing)
+    if checkpointing:
+        # The one block that is recomputed comes later, in the backward pass.
+        ours -= 2 * 64 * memory.layer_activations(shape)
+    assert ours == pytest.approx(kept_by_autograd(model, 2, 64), rel=0.2)
+
+
+def test_working_memory_by_hand():
+    # inputs and outputs of two norms 4 h = 16, q and attention's output 8, k and v 8, MLP 40: 72 values of 2 bytes,
+    # and the norms' fp32 copies, 8 h = 32
+    assert memory.layer_activations(SMALL) == 176
+    assert memory.activations(SMALL, sequences=2, tokens=5, checkpointing=False) == 2 * 5 * 3 * 176
+    assert memory.activations(SMALL, sequences=2, tokens=5, checkpointing=True) == 2 * 5 * (3 * 4 * 2 + 176)
+    # keys and values, 3 blocks, 4 wide, 2 bytes
+    assert memory.kv_cache(SMALL, sequences=2, tokens=5) == 2 * 3 * 4 * 2 * 2 * 5
+    # Llama-2-7B: half a MiB a token
+    assert memory.kv_cache(KNOWN_MODELS["llama-2-7b"], 1, 1) == 2**19
+
+
+def test_paper_recipe_fits_and_by_how_much():
+    """SFT of Llama-2-7B at ZeRO-2 on 8 GPUs: 2 P + (2 + 16) P / 8 bytes of states, two buckets, the activations."""
+    needs = plan.stage_needs(recipe(), KNOWN_MODELS["llama-2-7b"])
+    sft = needs["step1_sft"]
+    states = 6_738_415_616 * (2 + 18 / 8)
+    work = 16 * 512 * (32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"]) + 14 * 32000)
+    assert sft.gpu_total == pytest.approx(states + 2 * 500_000_000 * 2 + work + 3 * GIB)
+    # The discriminator sees two sequences for each revision.
+    per_token = 32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"])
+    assert needs["step2_discriminator"].gpu["activations"] == 2 * 16 * 512 * per_token
+    assert all(need.gpu_total < 80 * GIB for need in needs.values())
+    # One GPU without offload cannot hold 18 bytes for each of 6.7 billion parameters.
+    alone = plan.stage_needs(recipe(num_gpus="1"), KNOWN_MODELS["llama-2-7b"])
+    assert alone["step1_sft"].gpu_total > 80 * GIB
+    # Actor's and critic's optimisers together, 16 bytes for each parameter, on one node's host.
+    both = 6_738_415_616 + 6_738_415_616 - 32000 * 4096 + 4097
+    assert needs["step3_ppo_tlcr"].host["offloaded"] == pytest.approx(16 * both)
+
+
+def test_two_nodes_share_the_host_memory(tmp_path):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("# two\nnode1 slots=8\nnode2 slots=8\n")
+    one, two = recipe(), recipe(hostfile=str(hostfile), num_gpus="")
+    assert (two.world_size, two.hosts()) == (16, {"node1": 8, "node2": 8})
+    shape = KNOWN_MODELS["llama-2-7b"]
+    offloaded = [plan.stage_needs(run, shape)["step3_ppo_tlcr"].host["offloaded"] for run in (one, two)]
+    assert offloaded[0] == pytest.approx(2 * offloaded[1])
+
+
+# ---- labelling, steps, disk ------------------------------------------------------------------------------------------
+
+
+def test_parts_are_those_of_the_data_loader():
+    from deepspeed_chat_tlcr.preference_data import parse_data_split, split_indices
+
+    assert plan.part_sizes(112_052, "2,4,4") == (22_410, 44_821, 44_821)
+    for records in (1, 7, 59, 1003):
+        for split in ("2,4,4", "1,1,1", "10,0,0", "0.5,0.25,0.25"):
+            real = tuple(len(part) for part in split_indices(records, parse_data_split(split), 1234))
+            assert plan.part_sizes(records, split) == real
+
+
+def test_labelling_by_hand(monkeypatch):
+    """10 records, 4 of them to label; 400 + 20 + 40 + 40 characters, 4 to a token, are 125 tokens a call."""
+    monkeypatch.setattr(plan, "TEMPLATE", "x" * 400)
+    cost = plan.labelling(recipe(), plan.Texts(10, 20, 40, 40, exact=True))
+    assert (cost.calls, cost.prompt_tokens) == (4, 500)
+    # An answer: reasoning and tags, and a response of 10 tokens like the rejected one.
+    from labeling.money import REASONING_TOKENS, TAG_TOKENS
+
+    assert cost.completion_tokens == 4 * (REASONING_TOKENS + TAG_TOKENS + 10)
+    # gpt-4-0125-preview: US$ 10 a million in, 30 out
+    assert cost.usd == pytest.approx((500 * 10 + cost.completion_tokens * 30) / 1e6)
+
+
+def test_steps_by_hand():
+    # 22,410 records in batches of 16 x 8: 175.08, so 176 an epoch
+    assert plan.optimizer_steps(22_410, per_device=16, accumulation=1, ranks=8, epochs=2) == 352
+
+
+def test_disk_by_hand():
+    needs = plan.disk_needs(recipe(), SMALL)
+    # 636 parameters: the model in 2 bytes each; a checkpoint in 14, twice for a moment
+    assert needs["step1_sft"] == plan.Disk(2 * 636, 2 * 14 * 636)
+    assert needs["step3_ppo_tlcr"].model == 2 * (636 + 613)
+    models = 2 * (636 + 618 + 636 + 613)
+    assert plan.most_disk(needs.values()) == models + 2 * 14 * (636 + 613)
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def run_plan(**changes) -> subprocess.CompletedProcess:
+    # No key, no home, no cache, and a Python without any installed package.
+    bare = environment(**changes) | {"PYTHONPATH": str(ROOT), "PATH": os.defpath}
+    command = [sys.executable, "-S", "-m", "deepspeed_chat_tlcr.plan"]
+    return subprocess.run(command, env=bare, capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_plan_needs_no_package_key_or_network():
+    done = run_plan()
+    assert done.returncode == 0, done.stderr
+    for expected in ("44,821", "US$", "6,738,415,616 parameters", "total per GPU (of 80)", "Disk under output/x"):
+        assert expected in done.stdout
+    assert "does not fit" not in done.stdout
+
+
+def test_plan_says_what_does_not_fit_and_what_it_does_not_know():
+    done = run_plan(num_gpus="1", ppo_offload=False)
+    assert done.returncode == 0
+    assert "does not fit" in done.stdout
+    done = run_plan(model="someone/mystery-9b", data="someone/data")
+    assert done.returncode == 0
+    assert "MODEL_CONFIG" in done.stdout
+    assert "someone/data" in done.stdout
+
+
+def test_plan_of_a_run_that_makes_its_own_inputs():
+    done = run_plan(made_here="1", model="output/x/base", data="output/x/data")
+    assert done.returncode == 0
+    assert "the run makes its own data" in done.stdout
+    assert "the run makes its own model" in done.stdout
+
+
+def test_plan_counts_local_data(tmp_path, monkeypatch):
+    data = write_jsonl(tmp_path / "data.jsonl", preferences(50))
+    texts = plan.find_texts(recipe(data=str(data)))
+    records = [json.loads(line) for line in data.read_text().splitlines()]
+    # A single file gives nine tenths to training.
+    assert (texts.records, texts.exact) == (45, True)
+    assert texts.rejected == pytest.approx(sum(len(record["rejected"]) for record in records) / 50, rel=0.1)
+
+
+def test_all_wrong_variables_are_told_at_once():
+    wrong = environment(sft_zero_stage=4, ppo_batch_size=0) | {"MASTER_PORT": "many", "PPO_OFFLOAD": "yes"}
+    del wrong["MODEL"]
+    with pytest.raises(InputError) as caught:
+        Recipe.from_environment(wrong)
+    for expected in (
+        "MODEL is not set",
+        "SFT_ZERO_STAGE=4: expected 0, 1, 2 or 3",
+        "PPO_BATCH_SIZE=0: must be at least 1",
+        "MASTER_PORT=many: expected a whole number",
+        "PPO_OFFLOAD=yes: expected 1 (on) or 0 (off)",
+    ):
+        assert expected in str(caught.value)
+    with pytest.raises(InputError, match=r"run_7b\.sh"):
+        Recipe.from_environment({})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("node1\n", ":1: expected"), ("node1 slots=x\n", ":1: expected"), ("\n", "no node")]
+)
+def test_bad_hostfile(tmp_path, text, message):
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text(text)
+    with pytest.raises(InputError, match=message):
+        recipe(hostfile=str(hostfile)).hosts()

@@ -1,0 +1,199 @@
+# shellcheck shell=bash
+# The recipe: every variable of these scripts with its default, then what the scripts share.
+#
+# Sourced by all of them, never run. A variable set in the environment, or by a script before it sources this file,
+# wins over the default, so nothing is written twice: run_tiny.sh is this recipe with other variables. The defaults
+# are the paper's (section 5 and appendix B) for Llama-2-7B on 8 x A100 80GB; "1" switches a thing on, "0" off.
+
+set -euo pipefail
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# Called from elsewhere, relative paths such as OUTPUT stay relative to the caller; only the programs are ours.
+[[ $PWD == "$project" ]] && at= || at=$project/
+
+set -a # all that follows is exported: the stages' scripts, the preflight and the plan read it from the environment
+
+# ---- what is trained, on what ----
+: "${MODEL:=meta-llama/Llama-2-7b-hf}"      # base model: a local folder or a Hugging Face name
+: "${MODEL_CONFIG:=}"                       # its config.json, for PLAN=1 with a hub model that the plan does not know
+: "${DATA:=Dahoas/full-hh-rlhf}"            # data sets: names, .jsonl/.parquet files or folders; blanks between them
+: "${MADE_HERE:=}"                          # 1: the run itself makes MODEL, DATA and what labels (run_tiny.sh)
+: "${DATA_SPLIT:=2,4,4}"                    # shares of the data for SFT, the discriminator and PPO
+: "${DATA_SEED:=1234}"                      # seed of that split, the same in every stage
+: "${OUTPUT:=output/llama2-7b}"             # folder of the run; a stage writes to the sub-folder with its name
+: "${SEED:=1234}"                           # seed of initialisation, shuffling and sampling
+: "${DTYPE:=bf16}"                          # bf16, fp16, fp32 or auto
+
+# ---- the machine ----
+: "${NUM_GPUS=8}"                           # processes on each node, one per GPU (on CPU: ranks); empty: all it has
+: "${HOSTFILE:=}"                           # several nodes: DeepSpeed's hostfile, lines of "name slots=8"
+: "${MASTER_PORT:=29500}"                   # a free TCP port on the first node
+: "${GPU_MEMORY_GB:=80}"                    # memory of one GPU, for the plan (the preflight measures it)
+: "${PLAN:=0}"                              # 1: run nothing; print the commands, the cost, the memory, the disk
+
+# ---- label.sh: an external model revises the rejected responses (4.1) ----
+: "${LABEL_MODEL:=gpt-4-0125-preview}"
+: "${LABEL_BASE_URL:=}"                     # another OpenAI-compatible endpoint; empty: OpenAI's
+: "${LABEL_MAX_USD=1000}"                    # labelling stops before it could cost more; empty: it asks
+: "${API_KEY_ENV:=OPENAI_API_KEY}"          # name of the variable that holds the key
+
+# ---- step1.sh: supervised fine-tuning ----
+: "${SFT_BATCH_SIZE:=16}"                   # sequences per GPU and micro-batch
+: "${SFT_ACCUMULATION_STEPS:=1}"            # micro-batches per optimiser step
+: "${SFT_EPOCHS:=2}"
+: "${SFT_LEARNING_RATE:=1e-5}"
+: "${SFT_WEIGHT_DECAY:=0}"
+: "${SFT_ZERO_STAGE:=2}"
+: "${SFT_OFFLOAD:=0}"                       # optimiser (ZeRO-3: parameters too) in host memory
+: "${SFT_GRADIENT_CHECKPOINTING:=1}"
+: "${MAX_SEQ_LEN:=512}"                     # steps 1 and 2: tokens of prompt and response together
+
+# ---- step2.sh: the token-level discriminator (4.2) ----
+: "${DISCRIMINATOR_BATCH_SIZE:=16}"         # revisions per GPU and micro-batch
+: "${DISCRIMINATOR_ACCUMULATION_STEPS:=1}"
+: "${DISCRIMINATOR_EPOCHS:=2}"
+: "${DISCRIMINATOR_LEARNING_RATE:=1e-5}"
+: "${DISCRIMINATOR_WEIGHT_DECAY:=0.1}"
+: "${DISCRIMINATOR_ZERO_STAGE:=2}"
+: "${DISCRIMINATOR_OFFLOAD:=0}"
+: "${DISCRIMINATOR_GRADIENT_CHECKPOINTING:=1}"
+
+# ---- step3.sh: PPO with a reward for every token (4.3) ----
+: "${REWARD:=tlcr}"                         # terms that are summed, blanks between; step3_ppo_tlcr/main.py --help lists them
+: "${GENERATION_BATCH_SIZE:=16}"            # prompts per GPU and rollout
+: "${PPO_BATCH_SIZE:=16}"                   # sequences per GPU and PPO micro-batch
+: "${PPO_ACCUMULATION_STEPS:=1}"
+: "${PROMPT_EPOCHS:=1}"                     # passes over the prompts
+: "${MAX_PROMPT_LEN:=256}"                  # tokens; longer prompts are left out
+: "${MAX_ANSWER_LEN:=256}"                  # tokens; longer answers are cut
+: "${ACTOR_LEARNING_RATE:=1e-6}"
+: "${CRITIC_LEARNING_RATE:=1e-6}"
+: "${KL_COEFFICIENT:=0.1}"
+: "${WHITEN_ADVANTAGES:=0}"                 # advantages scaled to mean 0, deviation 1 (not in the paper)
+: "${ACTOR_ZERO_STAGE:=2}"
+: "${CRITIC_ZERO_STAGE:=2}"
+: "${REFERENCE_ZERO_STAGE:=3}"
+: "${REWARD_ZERO_STAGE:=3}"
+: "${PPO_OFFLOAD:=1}"                       # actor's and critic's optimisers in host memory
+: "${PPO_GRADIENT_CHECKPOINTING:=1}"
+: "${PPO_SAVE_INTERVAL:=50}"                # steps between checkpoints to continue from; 0: none
+
+# ---- where one stage finds what another made; set them to start from something of your own ----
+: "${SFT_MODEL:=$OUTPUT/step1_sft}"
+: "${REVISIONS:=$OUTPUT/labeling/revisions.jsonl}"
+: "${EVAL_REVISIONS:=}"                     # held-out revisions; empty: step 2 holds out 5 % of the prompts
+: "${DISCRIMINATOR_MODEL:=$OUTPUT/step2_discriminator}"
+
+set +a
+
+# ---- what the scripts share ----
+
+# Finds or makes the Python environment (PLAN=1 needs none) and fills the arrays `launcher` and `data`.
+prepare() {
+  # shellcheck source=training_scripts/setup.sh
+  source "$project/training_scripts/setup.sh"
+  launcher=(deepspeed --log_level warning)
+  [[ -z $HOSTFILE ]] || launcher+=(--hostfile "$HOSTFILE")
+  [[ -z $NUM_GPUS ]] || launcher+=(--num_gpus "$NUM_GPUS")
+  launcher+=(--master_port "$MASTER_PORT")
+  # shellcheck disable=SC2034 # the stages' scripts use it
+  read -ra data <<<"$DATA"
+}
+
+# switch FLAG VALUE: adds FLAG to the array `command` where VALUE is 1.
+switch() {
+  case $2 in
+    1) command+=("$1") ;;
+    0) ;;
+    *)
+      printf 'error: %s is switched on with 1 and off with 0, not with "%s"\n' "$1" "$2" >&2
+      exit 2
+      ;;
+  esac
+}
+
+# A command as it could be typed: the launcher on one line, then one option of the program a line.
+show_command() {
+  local word line='' seen_program=''
+  for word in "$@"; do
+    if [[ -n $seen_program && $word == --* ]]; then
+      printf '%s \\\n    ' "$line"
+      line=''
+    fi
+    [[ $word != *.py ]] || seen_program=1
+    [[ $word =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]] || printf -v word %q "$word"
+    line+=${line:+ }$word
+  done
+  printf '%s\n' "$line"
+}
+
+# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs, nor the
+# address of a labelling endpoint, whose model is an option of its own.
+settings_of() {
+  while [[ $1 != *.py ]]; do shift; done
+  local word shown words=() skip=''
+  for word in "$@"; do
+    [[ $word == --base_url || -n $skip ]] || words+=("$word")
+    [[ $word == --base_url ]] && skip=1 || skip=''
+  done
+  shown=$(show_command "${words[@]}")
+  shown=${shown//"$OUTPUT"/OUTPUT}
+  printf '%s\n' "${shown#"$at"}"
+}
+
+# run_stage NAME DONE COMMAND…: run a stage, its output to the terminal and to OUTPUT/NAME/training.log, unless the
+# command DONE says that it is finished. Finished with other settings is an error, never reused without a word.
+run_stage() {
+  local folder=$OUTPUT/$1 finished=$2 settings
+  shift 2
+  if [[ $PLAN == 1 ]]; then
+    printf '\n# %s\n' "$(basename "$folder")"
+    show_command "$@"
+    return
+  fi
+  settings=$(settings_of "$@")
+  if $finished "$folder"; then
+    if [[ -f $folder/settings.txt && $settings != "$(<"$folder/settings.txt")" ]]; then
+      printf 'error: %s was made with other settings:\n' "$folder" >&2
+      diff "$folder/settings.txt" - <<<"$settings" >&2 || true
+      printf 'choose another OUTPUT, or delete that folder (and those of later stages) to make it again\n' >&2
+      exit 2
+    fi
+    echo "$folder: complete, skipped"
+    return
+  fi
+  mkdir -p "$folder"
+  printf '%s\n' "$settings" >"$folder/settings.txt"
+  printf '\n%s\n' "$folder" | tee -a "$folder/training.log"
+  show_command "$@" | tee -a "$folder/training.log"
+  # tee -i: an interrupt is meant for the stage, whose last words are still to be logged.
+  "$@" 2>&1 | tee -ia "$folder/training.log"
+}
+
+has_results() {
+  [[ -f $1/results.json ]]
+}
+
+is_labelled() {
+  [[ -f $1/run.json ]] &&
+    python3 -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("complete"))' "$1/run.json"
+}
+
+# Before anything starts: all that could stop it. A plan runs nothing and asks nothing.
+preflight() {
+  [[ $PLAN == 1 ]] || python3 -m deepspeed_chat_tlcr.preflight ${MADE_HERE:+--without_inputs}
+}
+
+# The recipe's stages, in order. What you bring yourself (SFT_MODEL, REVISIONS, DISCRIMINATOR_MODEL) is not made again.
+train() {
+  local scripts=$project/training_scripts
+  [[ $SFT_MODEL != "$OUTPUT/step1_sft" ]] || bash "$scripts/step1.sh"
+  [[ $REVISIONS != "$OUTPUT/labeling/revisions.jsonl" ]] || bash "$scripts/label.sh"
+  [[ $DISCRIMINATOR_MODEL != "$OUTPUT/step2_discriminator" ]] || bash "$scripts/step2.sh"
+  bash "$scripts/step3.sh"
+}
+
+# With PLAN=1, behind the commands: what they will cost.
+plan() {
+  [[ $PLAN != 1 ]] || { echo && "$plan_python" -m deepspeed_chat_tlcr.plan; }
+}

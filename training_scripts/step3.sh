@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Step 3, PPO with a reward for every token (paper 4.3) -> OUTPUT/step3_ppo_tlcr/actor and .../critic
+#
+# Hardware: 8 x A100 80GB with the defaults (PLAN=1 shows what other sizes need). Time: several hours.
+# Launch:   bash training_scripts/step3.sh [options of step3_ppo_tlcr/main.py]
+#           REWARD=tlcr_fixed bash training_scripts/step3.sh --kl_ctl 0.05
+# Variables with their defaults: recipe.sh, "step3.sh". Skipped when OUTPUT/step3_ppo_tlcr/results.json exists.
+
+# shellcheck source=training_scripts/recipe.sh
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+prepare
+read -ra reward <<<"$REWARD"
+
+command=(
+  "${launcher[@]}" "${at}step3_ppo_tlcr/main.py" --deepspeed
+  --actor_model_name_or_path "$SFT_MODEL"
+  --critic_model_name_or_path "$DISCRIMINATOR_MODEL"
+  --reward "${reward[@]}"
+  --data_path "${data[@]}"
+  --data_split "$DATA_SPLIT"
+  --data_seed "$DATA_SEED"
+  --max_prompt_seq_len "$MAX_PROMPT_LEN"
+  --max_answer_seq_len "$MAX_ANSWER_LEN"
+  --per_device_generation_batch_size "$GENERATION_BATCH_SIZE"
+  --per_device_training_batch_size "$PPO_BATCH_SIZE"
+  --gradient_accumulation_steps "$PPO_ACCUMULATION_STEPS"
+  --num_train_epochs "$PROMPT_EPOCHS"
+  --actor_learning_rate "$ACTOR_LEARNING_RATE"
+  --critic_learning_rate "$CRITIC_LEARNING_RATE"
+  --lr_scheduler_type cosine
+  --num_warmup_steps 0
+  --kl_ctl "$KL_COEFFICIENT"
+  --gamma 1
+  --lam 0.95
+  --actor_zero_stage "$ACTOR_ZERO_STAGE"
+  --critic_zero_stage "$CRITIC_ZERO_STAGE"
+  --reference_zero_stage "$REFERENCE_ZERO_STAGE"
+  --reward_zero_stage "$REWARD_ZERO_STAGE"
+  --save_interval "$PPO_SAVE_INTERVAL"
+  --dtype "$DTYPE"
+  --seed "$SEED"
+  --output_dir "$OUTPUT/step3_ppo_tlcr"
+)
+switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
+switch --critic_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
+switch --offload "$PPO_OFFLOAD"
+switch --whiten_advantages "$WHITEN_ADVANTAGES"
+
+# Braces, because bash reads them whole: editing this file while it runs does no harm.
+{ run_stage step3_ppo_tlcr has_results "${command[@]}" "$@"; exit; }
