@@ -16,14 +16,14 @@ MODEL=$OUTPUT/base DATA=$OUTPUT/data MADE_HERE=1 # made by this run: nothing to 
 : "${TESTBED_DOCUMENTS:=24000}"                       # what the base model reads
 : "${LABEL_MODEL:=oracle-reviser}"
 LABEL_BASE_URL=http://127.0.0.1:PORT/v1
-: "${DTYPE:=fp32}" "${NUM_GPUS:=1}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
-# So few parameters are no work for a GPU, nor for two threads, which spend their time waiting for each other.
+: "${DTYPE:=fp32}" "${NUM_GPUS:=2}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
+# So few parameters are no work for a GPU; two ranks of one thread use two cores better than one rank of two threads.
 : "${DS_ACCELERATOR:=cpu}" "${OMP_NUM_THREADS:=1}"
-: "${SFT_BATCH_SIZE:=32}" "${SFT_LEARNING_RATE:=1e-3}"
+: "${SFT_BATCH_SIZE:=16}" "${SFT_LEARNING_RATE:=1e-3}"
 : "${SFT_ZERO_STAGE:=0}" "${SFT_GRADIENT_CHECKPOINTING:=0}"
-: "${DISCRIMINATOR_BATCH_SIZE:=16}" "${DISCRIMINATOR_LEARNING_RATE:=1e-3}"
+: "${DISCRIMINATOR_BATCH_SIZE:=8}" "${DISCRIMINATOR_LEARNING_RATE:=1e-3}"
 : "${DISCRIMINATOR_ZERO_STAGE:=0}" "${DISCRIMINATOR_GRADIENT_CHECKPOINTING:=0}"
-: "${GENERATION_BATCH_SIZE:=64}" "${PPO_BATCH_SIZE:=64}" "${MAX_PROMPT_LEN:=64}" "${MAX_ANSWER_LEN:=96}"
+: "${GENERATION_BATCH_SIZE:=32}" "${PPO_BATCH_SIZE:=32}" "${MAX_PROMPT_LEN:=64}" "${MAX_ANSWER_LEN:=96}"
 : "${ACTOR_LEARNING_RATE:=3e-4}" "${CRITIC_LEARNING_RATE:=1e-3}" "${WHITEN_ADVANTAGES:=1}"
 : "${ACTOR_ZERO_STAGE:=0}" "${CRITIC_ZERO_STAGE:=0}" "${REFERENCE_ZERO_STAGE:=0}" "${REWARD_ZERO_STAGE:=0}"
 : "${PPO_OFFLOAD:=0}" "${PPO_GRADIENT_CHECKPOINTING:=0}" "${PPO_SAVE_INTERVAL:=0}"
@@ -39,7 +39,7 @@ has_data() {
 }
 run_stage data has_data python3 "${at}testbed/main.py" data --output_dir "$DATA" \
   --train "$TESTBED_PAIRS" --test "$TESTBED_PROMPTS" --data_seed "$DATA_SEED"
-run_stage base has_results python3 "${at}testbed/main.py" base --output_dir "$MODEL" \
+run_stage base has_results env OMP_NUM_THREADS=2 python3 "${at}testbed/main.py" base --output_dir "$MODEL" \
   --documents "$TESTBED_DOCUMENTS" --seed "$SEED"
 
 # The testbed's reviser plays GPT-4's part, behind the same kind of endpoint, for as long as this script runs.
