@@ -18,7 +18,8 @@ from functools import partial
 
 from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.preference_data import Preferences, find_source, load_preferences, parse_data_split
+from deepspeed_chat_tlcr.preference_data import Preferences, load_preferences, parse_data_split
+from deepspeed_chat_tlcr.record_sources import find_source
 from labeling.batch import BatchRunner
 from labeling.dispatch import Dispatcher, Limits
 from labeling.endpoint import ChatRequest, Endpoint, Sampling

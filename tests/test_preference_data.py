@@ -18,7 +18,7 @@ from conftest import ROOT, byte_level_tokenizer, preferences, shared, write_json
 from datasets import Dataset, DatasetDict
 from fake_hub import fake_hub
 
-from deepspeed_chat_tlcr import preference_data, record_files
+from deepspeed_chat_tlcr import preference_tables, record_files
 from deepspeed_chat_tlcr.dataset_formats import FORMATS
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.preference_data import (
@@ -33,7 +33,7 @@ from deepspeed_chat_tlcr.records import Preference
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(preference_data, "_default_cache", lambda: tmp_path / "cache")
+    monkeypatch.setattr(preference_tables, "_default_cache", lambda: tmp_path / "cache")
 
 
 def record(number: int) -> dict:
@@ -793,7 +793,7 @@ def test_same_content_is_read_once_and_errors_name_the_file_at_hand(tmp_path, mo
         write_jsonl(tmp_path / name, [record(0) | {"rejected": None}] * 10) for name in ("a.jsonl", "b.jsonl")
     )
     everything(first, require_rejected=False)
-    monkeypatch.setattr(preference_data, "_write", None)  # a second pass would fail
+    monkeypatch.setattr(preference_tables, "_write", None)  # a second pass would fail
     assert len(everything(second, require_rejected=False)) == 9
     with pytest.raises(InputError, match=r"b\.jsonl:1: no 'rejected'"):
         everything(second)
