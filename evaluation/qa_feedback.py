@@ -30,25 +30,23 @@ from transformers import (
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.generation import Decoding, generate, left_pad, response_mask
+from deepspeed_chat_tlcr.generation import Decoding, answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
 from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.saving import write_json
+from deepspeed_chat_tlcr.scoring import positive_probs, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from labeling.importing import qa_feedback_preference
 from step2_discriminator.main import hold_out
 from step2_discriminator.objectives import positive_logit
-from step3_ppo_tlcr.engines import action_logits, positive_probs
-from step3_ppo_tlcr.logprobs import token_logprobs
-from step3_ppo_tlcr.records import Rollout
 from step3_ppo_tlcr.rewards import continuous_reward
 
 EOS = "</s>"
 SHOWN = ("reward/per_token", "policy/kl", "rollout/response_length", "rollout/eos_rate", "value/loss")
 """What the report repeats of the first and the last update's metrics."""
-AT_ONCE = 16
-"""Prompts that are answered at once, each ``--answers`` times."""
+AT_ONCE = 64
+"""Answers that are generated at once."""
 
 # ---- before the stages -----------------------------------------------------------------------------------------------
 
@@ -192,7 +190,6 @@ def rate_with_error(sums: torch.Tensor, counts: torch.Tensor) -> tuple[float, fl
     return rate.item(), error.item()
 
 
-@torch.no_grad()
 def sample(
     policy: PreTrainedModel,
     sft: PreTrainedModel,
@@ -204,23 +201,18 @@ def sample(
 ) -> Scored:
     """Answers as PPO samples and scores them: temperature 1, the whole distribution, a reward for every token."""
     set_seed(options.seed)
-    decoding = Decoding(options.max_answer_seq_len)
-    columns = []
-    for begin in tqdm(range(0, len(prompts), AT_ONCE), desc=f"answers of {name}", dynamic_ncols=True):
-        rows = [prompt for prompt in prompts[begin : begin + AT_ONCE] for _ in range(options.answers)]
-        ids, mask = left_pad(rows, tokenizer.pad_token_id)
-        output = generate(policy, tokenizer, ids, mask, decoding)
-        actions = response_mask(output[:, ids.size(1) :], tokenizer.eos_token_id)
-        rollout = Rollout(output, torch.cat([mask, actions], dim=1), actions)
-        rewards = continuous_reward(positive_probs(discriminator, rollout), actions)
-        logprobs, sft_logprobs = (
-            token_logprobs(action_logits(model, rollout), rollout.action_ids, decoding, tokenizer.eos_token_id)
-            for model in (policy, sft)
-        )
-        ended = ((rollout.action_ids == tokenizer.eos_token_id) * actions).sum(1)
-        kl = ((logprobs - sft_logprobs) * actions).sum(1)
-        columns.append((rewards.sum(1), actions.sum(1), ended, kl))
-    return Scored(*(torch.cat(column).double() for column in zip(*columns, strict=True)))
+    rows = [prompt for prompt in prompts for _ in range(options.answers)]
+    generated = answers(policy, tokenizer, rows, Decoding(options.max_answer_seq_len), AT_ONCE)
+    written = list(tqdm(generated, total=len(rows), desc=f"answers of {name}", dynamic_ncols=True))
+    pad_id = tokenizer.pad_token_id
+    probs = positive_probs(discriminator, written, pad_id)
+    logprobs, sft_logprobs = (response_logprobs(model, written, pad_id) for model in (policy, sft))
+    return Scored(
+        rewards=torch.stack([continuous_reward(row, torch.ones_like(row)).sum() for row in probs]).double(),
+        lengths=torch.tensor([len(answer.response_ids) for answer in written]).double(),
+        ended=torch.tensor([answer.ended for answer in written]).double(),
+        kl=(logprobs - sft_logprobs).double(),
+    )
 
 
 def summary(scored: Scored, answers: int) -> dict[str, float]:

@@ -23,8 +23,8 @@ from deepspeed_chat_tlcr.pictures import Sample, TokenScores, token_strings
 from deepspeed_chat_tlcr.records import read_jsonl, read_revisions
 from deepspeed_chat_tlcr.report import Run, write_report
 from deepspeed_chat_tlcr.saving import write_json
+from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_prompt
-from deepspeed_chat_tlcr.training import pad_examples
 from labeling.token_labels import label_revision
 from step2_discriminator.main import hold_out
 from step2_discriminator.objectives import positive_logit
@@ -71,22 +71,6 @@ def sample(model: PreTrainedModel, tokenizer, prompts: Sequence[str], world: Wor
     written = list(tqdm(generated, total=len(ids), desc=f"answers of {name}", dynamic_ncols=True))
     scores = [world.score(prompt, a.text, a.ended) for prompt, a in zip(prompts, written, strict=True)]
     return Policy(written, scores)
-
-
-def as_examples(written: Sequence[Answer]) -> list[TokenizedExample]:
-    return [TokenizedExample([*a.prompt_ids, *a.response_ids], len(a.prompt_ids)) for a in written]
-
-
-@torch.no_grad()
-def response_logprobs(model: PreTrainedModel, written: Sequence[Answer], pad_id: int) -> torch.Tensor:
-    """log pi(response | prompt) of each answer, in nats, ``(N,)``."""
-    totals = []
-    for begin in range(0, len(written), 64):
-        batch = pad_examples(as_examples(written[begin : begin + 64]), pad_id)
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        chosen = logits.float().log_softmax(-1).gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1)
-        totals.append((chosen * batch["response_mask"][:, 1:]).sum(1))
-    return torch.cat(totals)
 
 
 @torch.no_grad()

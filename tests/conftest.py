@@ -3,14 +3,18 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Before anything imports DeepSpeed: the tests are about CPU, also on a machine that has more.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports datasets, which reads it once: what tests read is not kept in the user's own cache.
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tlcr-tests-")
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -18,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
+DATASETS_CACHE = os.environ["HF_DATASETS_CACHE"]
 
 NOUNS = ["the cat", "the dog", "a bird", "my house", "this tree", "the sea"]
 GOOD = ["is lovely", "can rest", "likes you", "stands tall"]
@@ -85,6 +90,10 @@ def tiny_llama(folder: Path, tokenizer: PreTrainedTokenizerFast, seed: int = 0) 
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def pytest_sessionfinish():
+    shutil.rmtree(DATASETS_CACHE, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

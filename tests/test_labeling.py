@@ -18,9 +18,8 @@ ANSWERS = {"malformed": 0.25, "odd": 0.3, "wrong_usage": 0.1}
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch, tmp_path_factory):
+def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ QUICK = {"batch": True, "batch_poll": 0.2, "batch_size": 40}
 
 
 @pytest.fixture(autouse=True)
-def key(monkeypatch, tmp_path_factory):
+def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="module")

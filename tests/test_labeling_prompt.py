@@ -1,9 +1,11 @@
 """The question that the external model gets, and everything its answer can look like."""
 
 import doctest
+import gzip
 import json
 
 import pytest
+from conftest import shared
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import Preference
@@ -146,6 +148,18 @@ def test_edit_ratio():
         "I'm sorry, but I can't advise that. You should just buy it from the shop, or ask whether it is going cheap."
     )
     assert edit_ratio(rejected, modified) < MAX_EDIT_RATIO
+
+
+def test_the_default_edit_ratio_tells_people_s_edits_from_other_responses():
+    """The shares that ``edit_ratio`` states, on the shared data."""
+
+    def passing(name: str, before: str, after: str) -> float:
+        with gzip.open(shared(name), "rt", encoding="utf-8") as file:
+            pairs = [(record[before], record[after]) for record in map(json.loads, file)]
+        return sum(edit_ratio(*pair) <= MAX_EDIT_RATIO for pair in pairs) / len(pairs)
+
+    assert passing("qa_feedback_dev.jsonl.gz", "prediction", "corrected") == pytest.approx(0.97, abs=0.005)
+    assert passing("hh_harmless_base_test.jsonl.gz", "rejected", "chosen") == pytest.approx(0.20, abs=0.01)
 
 
 def test_a_users_own_instruction(tmp_path):

@@ -55,7 +55,6 @@ def served(tmp_path_factory):
 
 def test_nonsense_ends_in_failures_and_nothing_is_lost(served, tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)  # a local server needs none
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     model, url = served
     pairs, output = write_pairs(tmp_path / "pairs.jsonl", 6), tmp_path / "out"
     options = {"model": model, "max_tokens": 8, "attempts": 2, "concurrency": 3, "timeout": 60}

@@ -29,7 +29,8 @@ def run(script, *arguments, path=None, cwd=ROOT, timeout=120, **variables) -> su
     """Run a script with this Python first on PATH and no variable of the recipe but those given."""
     own = str(Path(sys.executable).parent)
     environment = {"PATH": path or f"{own}{os.pathsep}{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
-    environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | variables
+    environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"]} | variables
     return subprocess.run(
         ["bash", str(script if Path(script).is_absolute() else SCRIPTS / script), *map(str, arguments)],
         env={name: str(value) for name, value in environment.items() if value is not None},
@@ -550,6 +551,33 @@ def test_background_server_ends_with_its_script(tmp_path, how):
         os.kill(server, 0)
 
 
+# ---- a script that is told to end ------------------------------------------------------------------------------------
+
+
+def test_sigterm_ends_the_stage_with_its_script(tmp_path):
+    """Script calls label.sh calls labelling, which waits for an endpoint that never answers: it stops and says so."""
+    data = write_jsonl(tmp_path / "pairs.jsonl", preferences(40))
+    script = tmp_path / "outer.sh"
+    script.write_text(f"source {SCRIPTS}/recipe.sh; prepare; attended bash {SCRIPTS}/label.sh --timeout 2")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "OUTPUT": str(tmp_path / "out"),
+            "DATA": str(data),
+            "LABEL_MODEL": "nobody",
+            "LABEL_MAX_USD": "",
+            "LABEL_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}/v1",
+        }
+        process = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        call, _ = silent.accept()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == -signal.SIGTERM
+        # The pipe ends when nothing that the script started is left.
+        assert "the same command continues" in process.communicate(timeout=30)[0]
+        call.close()
+    assert "the same command continues" in (tmp_path / "out" / "labeling" / "training.log").read_text()
+
+
 # ---- the whole of it -------------------------------------------------------------------------------------------------
 
 
@@ -559,7 +587,7 @@ def test_run_tiny_end_to_end(tmp_path):
     What the policy learns in one update is not the matter here.
     """
     output = tmp_path / "run"
-    sizes = {"TESTBED_PAIRS": 320, "TESTBED_PROMPTS": 8, "TESTBED_DOCUMENTS": 160, "HF_DATASETS_CACHE": tmp_path}
+    sizes = {"TESTBED_PAIRS": 320, "TESTBED_PROMPTS": 8, "TESTBED_DOCUMENTS": 160}
     done = run("run_tiny.sh", output, SEED=3, timeout=600, **sizes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((output / "results.json").read_text())

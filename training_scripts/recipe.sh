@@ -166,8 +166,38 @@ run_stage() {
   printf '%s\n' "$settings" >"$folder/settings.txt"
   printf '\n%s\n' "$folder" | tee -a "$folder/training.log"
   show_command "$@" | tee -a "$folder/training.log"
-  # tee -i: an interrupt is meant for the stage, whose last words are still to be logged.
-  "$@" 2>&1 | tee -ia "$folder/training.log"
+  attended logged "$folder/training.log" "$@"
+}
+
+# An interrupt, or the end of the script, is meant for the stage, whose last words are still to be logged.
+logged() {
+  local log=$1
+  shift
+  "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log")
+}
+
+# attended COMMAND…: run it, and take it along where SIGTERM ends this script, which would otherwise leave it running.
+# Bash reads signals at once only while it waits for a background job, so the command is one, but with the terminal's
+# input and its Ctrl-C.
+attended() {
+  (trap - INT && "$@") <&0 &
+  local job=$! status=0
+  trap 'terminate "$job"; trap - TERM; kill -TERM $$' TERM
+  trap : INT # the terminal sends it to the command too; how that ends is up to the command
+  wait "$job" || status=$?
+  while kill -0 "$job" 2>/dev/null; do
+    status=0
+    wait "$job" || status=$?
+  done
+  trap - TERM INT
+  return "$status"
+}
+
+# SIGTERM to a process and to all it started: DeepSpeed's launcher does not pass it on to the ranks.
+terminate() {
+  local child
+  for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do terminate "$child"; done
+  kill -TERM "$1" 2>/dev/null || true
 }
 
 has_results() {
@@ -187,10 +217,10 @@ preflight() {
 # The recipe's stages, in order. What you bring yourself (SFT_MODEL, REVISIONS, DISCRIMINATOR_MODEL) is not made again.
 train() {
   local scripts=$project/training_scripts
-  [[ $SFT_MODEL != "$OUTPUT/step1_sft" ]] || bash "$scripts/step1.sh"
-  [[ $REVISIONS != "$OUTPUT/labeling/revisions.jsonl" ]] || bash "$scripts/label.sh"
-  [[ $DISCRIMINATOR_MODEL != "$OUTPUT/step2_discriminator" ]] || bash "$scripts/step2.sh"
-  bash "$scripts/step3.sh"
+  [[ $SFT_MODEL != "$OUTPUT/step1_sft" ]] || attended bash "$scripts/step1.sh"
+  [[ $REVISIONS != "$OUTPUT/labeling/revisions.jsonl" ]] || attended bash "$scripts/label.sh"
+  [[ $DISCRIMINATOR_MODEL != "$OUTPUT/step2_discriminator" ]] || attended bash "$scripts/step2.sh"
+  attended bash "$scripts/step3.sh"
 }
 
 # With PLAN=1, behind the commands: what they will cost.
