@@ -32,8 +32,8 @@ _PLACEHOLDER = re.compile(r"\(?(the modified non-preferred response|your reasoni
 def edit_ratio(rejected: str, modified: str) -> float:
     """Share of the words of both responses that an edit does not keep: 0 no edit, 1 nothing in common.
 
-    Of the 300 corrections that people made in QA-feedback 97 % stay below 0.85, of the 1,500 pairs of unrelated responses
-    to one prompt in HH-RLHF's harmless-base test split 20 % do.
+    Of the 300 corrections that people made in QA-feedback 97 % stay below 0.85; of 1,500 pairs of unrelated responses
+    to one prompt (HH-RLHF, harmless-base) 20 % do.
     """
     before, after = rejected.split(), modified.split()
     words = len(before) + len(after)
