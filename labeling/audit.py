@@ -37,6 +37,9 @@ from labeling.journal import replace_file
 from labeling.revising import MAX_EDIT_RATIO
 from labeling.show import revision_sample
 
+WORDS_SHOWN = 15
+"""Words in each list on the page; audit.json has more."""
+
 
 def read_error_spans(path: str) -> dict[str, list[Span]]:
     """The error spans of a QA-feedback file, by rejected response. Raises ``InputError`` for another kind of file."""
@@ -61,7 +64,7 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
     charts = columns(
         histogram(audit.ratios, "Edit ratio: share of words edited", "edit ratio", "revisions", x_range=(0.0, 1.0)),
         histogram(audit.growth, "Change in length", "tokens modified − rejected", "revisions"),
-        line_chart(by_position, "Share of edited tokens by place in the response", "place (0 start, 1 end)", "share"),
+        line_chart(by_position, "Edited tokens by place", "place in the response (0 start, 1 end)", "share"),
         kind="charts",
     )
     counts = table_html(
@@ -80,8 +83,8 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
         ],
     )
     words = columns(
-        table_html(["most often deleted", "times"], summary["most_deleted_words"]),
-        table_html(["most often added", "times"], summary["most_added_words"]),
+        table_html(["most often deleted", "times"], summary["most_deleted_words"][:WORDS_SHOWN]),
+        table_html(["most often added", "times"], summary["most_added_words"][:WORDS_SHOWN]),
     )
     rewrites = summary["suspected_rewrites"]
     doubts = table_html(
