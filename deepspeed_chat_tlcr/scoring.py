@@ -1,4 +1,4 @@
-"""What models say of answers that are already written: log-probabilities of a policy, D of a discriminator."""
+"""What models say of answers that are already written: log-probs of a policy, D of a discriminator, a reward."""
 
 from collections.abc import Iterator, Sequence
 
@@ -44,3 +44,14 @@ def positive_probs(discriminator: PreTrainedModel, answers: Sequence[Answer], pa
         probs = logits.float().softmax(-1)[..., POSITIVE]
         found += [row[mask == 1] for row, mask in zip(probs, batch["response_mask"], strict=True)]
     return found
+
+
+@torch.no_grad()
+def end_values(reward_model: PreTrainedModel, answers: Sequence[Answer], pad_id: int) -> torch.Tensor:
+    """A sequence reward model's score of each answer, read at its last token, ``(N,)``."""
+    found = []
+    for batch in _batches(answers, pad_id):
+        values = reward_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.squeeze(-1)
+        last = batch["attention_mask"].sum(1, keepdim=True) - 1
+        found.append(values.float().gather(1, last).squeeze(1))
+    return torch.cat(found)

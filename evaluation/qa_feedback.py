@@ -102,17 +102,20 @@ def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=EOS)
 
 
-def untrained_llama(tokenizer: PreTrainedTokenizerFast, options: PrepareOptions) -> LlamaForCausalLM:
-    set_seed(options.seed)
+def untrained_llama(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, max_positions: int, seed: int
+) -> LlamaForCausalLM:
+    """A small Llama with random weights; a head for every 32 of its width."""
+    set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=options.hidden_size,
-            intermediate_size=options.hidden_size * 8 // 3 // 32 * 32,
-            num_hidden_layers=options.layers,
-            num_attention_heads=max(1, options.hidden_size // 32),
-            max_position_embeddings=options.max_positions,
-            bos_token_id=None,
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * 8 // 3 // 32 * 32,
+            num_hidden_layers=layers,
+            num_attention_heads=max(1, hidden_size // 32),
+            max_position_embeddings=max_positions,
+            bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=False,
@@ -138,7 +141,7 @@ def prepare(argv: Sequence[str]) -> None:
     corpus = [text["prompt"] + text["chosen"] for text in texts["train"]]
     corpus += [r.prompt + answer for r in revisions["train"] for answer in (r.chosen, r.modified)]
     tokenizer = byte_level_bpe(corpus, options.vocabulary)
-    model = untrained_llama(tokenizer, options)
+    model = untrained_llama(tokenizer, options.hidden_size, options.layers, options.max_positions, options.seed)
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     counts = {f"{split}_prompts": len({r.prompt for r in kept}) for split, kept in revisions.items()}

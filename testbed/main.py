@@ -147,15 +147,16 @@ def _write_jsonl(path: Path, records) -> None:
 
 
 @exits_cleanly
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else argv
     known = ", ".join(COMMANDS)
-    if len(sys.argv) > 1 and sys.argv[1] in ("-h", "--help"):
+    if words and words[0] in ("-h", "--help"):
         print(f"usage: main.py {{{known}}} …\n\n{__doc__}")
         return
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        given = f"unknown command {sys.argv[1]!r}" if len(sys.argv) > 1 else "no command given"
+    if not words or words[0] not in COMMANDS:
+        given = f"unknown command {words[0]!r}" if words else "no command given"
         raise InputError(f"{given}; one of: {known}")
-    COMMANDS[sys.argv[1]](sys.argv[2:])
+    COMMANDS[words[0]](words[1:])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,75 @@
+"""Revisions of a study's reward part -> OUTPUT_DIR/{train,eval}.jsonl
+
+By the testbed's reviser, behind an OpenAI-compatible endpoint and asked by labeling/main.py as GPT-4 would be; or taken
+from a file (--revisions), where the world has another reviser.
+"""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
+from deepspeed_chat_tlcr.saving import write_json
+from labeling.main import main as label
+from testbed.serve import MODEL, serve_in_thread
+from testbed.world import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Revise the rejected responses of a study's reward part."""
+
+    data_path: str = option(MISSING, "the folder reward/ of the parts")
+    revisions: str | None = option(None, "revisions.jsonl of another reviser; unset: the testbed's reviser is asked")
+    world_seed: int = option(0, "the testbed world whose truth the reviser knows")
+    noise: float = option(World.revision_noise, "chance that the testbed's reviser edits a choice wrongly")
+    one_of: int = option(1, "keep every n-th training revision only")
+    output_dir: str = option(MISSING, "folder for the revisions")
+
+
+def ask(options: Options, split: str) -> list[Revision]:
+    """The testbed's revisions of one split, in the order of the data."""
+    folder = Path(options.output_dir) / f"labeling-{split}"
+    server = serve_in_thread(World(seed=options.world_seed, revision_noise=options.noise))
+    try:
+        address = f"http://127.0.0.1:{server.server_port}/v1"
+        status = label(
+            [
+                *("--data_path", options.data_path, "--data_split", "0,10,0", "--split", split),
+                *("--model", MODEL, "--base_url", address, "--output_dir", str(folder), "--concurrency", "8"),
+            ]
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+    if status:
+        raise InputError(f"{folder}: labelling ended with status {status}")
+    found = read_revisions(folder / "revisions.jsonl")
+    # Answers arrive in any order; by id, the same pairs are kept whatever that order was.
+    return sorted(found, key=lambda revision: revision.id)
+
+
+def imported(options: Options, split: str) -> list[Revision]:
+    """The revisions of --revisions whose prompts belong to one split."""
+    prompts = {record["prompt"] for _, record in read_jsonl(Path(options.data_path) / f"{split}.jsonl")}
+    found = [revision for revision in read_revisions(options.revisions) if revision.prompt in prompts]
+    if not found:
+        raise InputError(f"{options.revisions}: no revision of a prompt of the {split} split of the reward part")
+    return found
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, argv)
+    if options.one_of < 1:
+        raise InputError(f"--one_of {options.one_of}: must be at least 1")
+    find = imported if options.revisions else ask
+    counts = {}
+    for split, step in (("train", options.one_of), ("eval", 1)):
+        kept = find(options, split)[::step]
+        text = "".join(revision.to_json() + "\n" for revision in kept)
+        (Path(options.output_dir) / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        counts[split] = len(kept)
+    write_json(Path(options.output_dir) / "results.json", counts)

@@ -1,0 +1,210 @@
+"""The study: every method x seeds on the testbed, or on another world.
+
+python testbed/study/main.py --output_dir OUTPUT --stage grid|study|sensitivity|report
+
+Whatever was made before is reused; an interrupted study continues with the same command. docs/study.md explains it.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.saving import require_writable, write_json
+from testbed.study import results as tables
+from testbed.study import schedule
+from testbed.study.artefacts import Output, Step, Store, in_order
+from testbed.study.methods import METHODS, NO_REWARD, STANDARD, Artefacts, Condition, Scale, Setting, World, grid
+from testbed.study.options import (
+    PAPER,
+    SENSITIVITY,
+    Options,
+    chosen_methods,
+    chosen_scale,
+    chosen_seeds,
+    chosen_world,
+)
+from testbed.study.pages import write_study_page
+from testbed.study.results import Run
+
+SEQUENCE = {"ppo_synthetic", "ppo_seq", "remax"}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is to be run, as steps; nothing here runs anything."""
+
+    options: Options
+    world: World
+    scale: Scale
+    methods: list[str]
+    seeds: list[int]
+    store: Store
+
+    def artefacts(self, seed: int, condition: Condition = STANDARD) -> Artefacts:
+        return Artefacts(self.world, self.scale, seed, condition)
+
+    def judged_by(self, made: Artefacts) -> dict[str, Output]:
+        """The models whose rewards are reported beside the true score: those that some method here learns from."""
+        learning = set(self.methods) - NO_REWARD
+        found = {}
+        if learning - SEQUENCE:
+            found["discriminator"] = made.discriminator()
+        if learning & SEQUENCE:
+            found["reward_model"] = made.reward_model()
+        return found
+
+    def run(self, method: str, variant: str, seed: int, setting: Setting, condition: Condition = STANDARD) -> Run:
+        policy = METHODS[method](self.artefacts(seed, condition), setting)
+        plain = self.artefacts(seed)  # judged as all others are, whatever was varied
+        return Run(method, variant, seed, setting, condition, policy, plain.measured(policy, **self.judged_by(plain)))
+
+    # ---- the grid ----
+
+    @cached_property
+    def trials(self) -> list[tuple[str, Setting, Step]]:
+        """(method, setting, its measure on validation prompts at temperature 1), all on the grid's own world."""
+        made = self.artefacts(self.options.grid_seed)
+        options = self.options
+        return [
+            (method, setting, made.measured(METHODS[method](made, setting), "validation", temperatures=[1.0]))
+            for method in self.methods
+            for setting in grid(method, options.learning_rates, options.kls, options.reward_scales, PAPER)
+        ]
+
+    def finished_trials(self) -> list[dict]:
+        found = []
+        for method, setting, measured in self.trials:
+            if self.store.is_done(measured):
+                kept = self.store.results(measured)
+                measures = {name: kept[name] for name in ("true_score", "response_length", "kl")}
+                found.append({"method": method, "setting": asdict(setting), **measures})
+        return found
+
+    def settings(self) -> dict[str, dict[str, Setting]]:
+        """By method: the settings to report, "paper" and, where the grid is finished for the method, "best"."""
+        done = self.finished_trials()
+        found = {}
+        for method in self.methods:
+            expected = sum(trial[0] == method for trial in self.trials)
+            mine = [trial for trial in done if trial["method"] == method]
+            chosen = tables.chosen_settings(mine, PAPER)[method] if len(mine) == expected else {"paper": asdict(PAPER)}
+            found[method] = {variant: Setting(**setting) for variant, setting in chosen.items()}
+        return found
+
+    # ---- the study and its sensitivity ----
+
+    def runs(self) -> list[Run]:
+        settings = self.settings()
+        return [
+            self.run(method, variant, seed, setting)
+            for seed in self.seeds
+            for method in self.methods
+            for variant, setting in settings[method].items()
+        ]
+
+    def sensitivity_runs(self) -> list[Run]:
+        """Learning rates as the grid chose them at the paper's settings; the rest is what SENSITIVITY varies."""
+        settings = self.settings()
+        return [
+            self.run(method, f"{question}: {name}", seed, self._at_its_rate(settings, method, setting), condition)
+            for question, levels in SENSITIVITY.items()
+            for name, (condition, setting, method) in levels.items()
+            if method in self.methods and not (condition.noise != Condition.noise and self.world.revisions)
+            for seed in self.seeds
+        ]
+
+    @staticmethod
+    def _at_its_rate(settings: dict[str, dict[str, Setting]], method: str, setting: Setting) -> Setting:
+        return replace(setting, learning_rate=settings[method]["paper"].learning_rate)
+
+    def judges(self) -> Iterator[tuple[str, int, Step]]:
+        for seed in self.seeds:
+            made = self.artefacts(seed)
+            yield "discriminator", seed, made.discriminator().step
+            yield "reward_model", seed, made.reward_model().step
+            yield "synthetic_reward_model", seed, made.synthetic_reward_model().step
+
+    # ---- what came out ----
+
+    def results(self) -> dict:
+        settings = self.settings()
+        records = tables.collect(self.store, self.runs())
+        varied = tables.collect(self.store, self.sensitivity_runs())
+        variants = list(dict.fromkeys(variant for chosen in settings.values() for variant in chosen))
+        trials = self.finished_trials()
+        return {
+            "world": {**asdict(self.world), **asdict(STANDARD), "seeds": self.seeds},
+            "scale": asdict(self.scale),
+            "grid": {"seed": self.options.grid_seed, "trials": trials, "of": len(self.trials)},
+            "settings": {name: {v: asdict(s) for v, s in chosen.items()} for name, chosen in settings.items()},
+            "judges": tables.judges(self.store, list(self.judges())),
+            "tables": {variant: tables.table(records, self.methods, variant) for variant in variants},
+            "comparisons": {variant: tables.comparisons(records, self.methods, variant) for variant in variants},
+            "sensitivity": {
+                question: {
+                    name: tables.table(varied, [method], f"{question}: {name}").get(method)
+                    for name, (_, _, method) in levels.items()
+                }
+                for question, levels in SENSITIVITY.items()
+            },
+            "runs": records + varied,
+        }
+
+
+def wanted(study: Study, stage: str) -> list[Step]:
+    """The steps that a stage is for."""
+    if stage == "grid":
+        return [measured for _, _, measured in study.trials]
+    if stage == "report":
+        return []
+    runs = study.runs() if stage == "study" else study.sensitivity_runs()
+    return [run.measured for run in runs]
+
+
+def absolute(options: Options) -> Options:
+    """Paths as they are seen from everywhere: a step's arguments decide its key."""
+    names = ("preferences", "revisions", "prompts", "base_model")
+    given = {name: getattr(options, name) for name in names}
+    return replace(options, **{name: str(Path(path).resolve()) for name, path in given.items() if path})
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    options = absolute(parse(Options, argv))
+    if options.jobs < 1:
+        raise InputError(f"--jobs {options.jobs}: must be at least 1")
+    folder = Path(options.output_dir)
+    study = Study(
+        options,
+        chosen_world(options),
+        chosen_scale(options.scale),
+        chosen_methods(options),
+        chosen_seeds(options),
+        Store(folder / "artefacts"),
+    )
+    steps = wanted(study, options.stage)
+    if options.plan:
+        for step in in_order(steps):
+            done = "done" if study.store.is_done(step) else "to do"
+            print(f"{done:5}  {step.name}-{step.key}  {step.program}")
+        return 0
+    require_writable(folder)
+    # Small models gain nothing from two threads or a GPU; the jobs side by side do.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    outcome = schedule.run(study.store, steps, options.jobs, options.stage)
+    found = study.results()
+    write_json(folder / "results.json", found)
+    page = write_study_page(folder / "study.html", found)
+    print(f"{folder / 'results.json'}, {page}: {len(found['runs'])} runs, {len(found['grid']['trials'])} trials")
+    schedule.require(outcome, study.store)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

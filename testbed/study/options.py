@@ -1,0 +1,105 @@
+"""The study's command line, and the choices in it that are not a matter of any one method."""
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from typing import Literal
+
+from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.errors import InputError
+from testbed.study.methods import METHODS, QUICK, Condition, Scale, Setting, World
+from testbed.study.scoring import TESTBED, load_scorer
+
+PAPER = Setting()
+"""The study's settings before any grid: the paper's KL coefficient, rewards as they are."""
+
+SENSITIVITY: dict[str, dict[str, tuple[Condition, Setting, str]]] = {
+    "reviser noise": {f"{noise:.0%}": (Condition(noise=noise), PAPER, "tlcr") for noise in (0.0, 0.03, 0.1, 0.25)},
+    "labelled pairs": {f"1/{n}" if n > 1 else "all": (Condition(one_of=n), PAPER, "tlcr") for n in (1, 4, 16)},
+    "KL coefficient": {f"{kl:g}": (Condition(), Setting(kl=kl), "tlcr") for kl in (0.01, 0.1, 1.0)},
+    "neutral weight": {f"{w:g}": (Condition(neutral_weight=w), PAPER, "tlcr") for w in (0.0, 0.25, 1.0)},
+    "discriminator from": {start: (Condition(judge_from=start), PAPER, "tlcr") for start in ("base", "sft")},
+    "reward": {
+        "paper": (Condition(), PAPER, "tlcr"),
+        "released code": (Condition(), PAPER, "tlcr_released_code"),
+    },
+    "budget": {
+        f"{method}, {n} x": (Condition(budget=n), PAPER, method) for method in ("tlcr", "tlcr_fixed") for n in (1, 4)
+    },
+}
+"""By question: what is varied, one thing at a time, all else as in the study."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Run methods x seeds on worlds whose truth is known; write results.json and study.html."""
+
+    output_dir: str = option(MISSING, "folder for artefacts/, results.json and study.html; what is there is reused")
+    stage: Literal["study", "grid", "sensitivity", "report"] = option(
+        "study", "grid: choose settings; study: the table; sensitivity: one thing varied at a time; report: only write"
+    )
+    methods: list[str] = option([], f"methods to run; unset: all of {', '.join(METHODS)}")
+    seeds: list[int] = option([1, 2, 3, 4, 5], "seeds of worlds, data, models and sampling alike")
+    jobs: int = option(2, "commands side by side, one core each")
+    quick: bool = option(False, f"one seed and {', '.join(QUICK)}, unless --seeds or --methods say otherwise")
+    plan: bool = option(False, "print what would run, in order, and stop")
+    scale: list[str] = option([], "sizes other than the study's, as in pairs=3200 updates=20 (see methods.Scale)")
+
+    grid_seed: int = option(0, "the world that settings are chosen on; none of --seeds")
+    learning_rates: list[float] = option([1e-4, 3e-4, 1e-3], "the grid's learning rates, the same for every method")
+    kls: list[float] = option([0.03, 0.3], "the grid's KL coefficients (DPO: beta) besides 0.1")
+    reward_scales: list[float] = option([0.3, 3.0], "the grid's reward scales besides 1")
+
+    preferences: str | None = option(None, "another world: its pairs, JSON lines of prompt, chosen, rejected")
+    revisions: str | None = option(None, "another world: revisions.jsonl of its pairs")
+    scorer: str = option(TESTBED, "another world: its truth, python:module:function(prompt, response, ended)")
+    prompts: str | None = option(None, "another world: prompts to test on; unset: those of its held-out pairs")
+    base_model: str | None = option(None, "another world: its base model; unset: one is trained on the pairs' texts")
+
+
+def chosen_methods(options: Options) -> list[str]:
+    """Raises ``InputError`` for an unknown method, listing the known."""
+    named = options.methods or (list(QUICK) if options.quick else list(METHODS))
+    unknown = [name for name in named if name not in METHODS]
+    if unknown:
+        raise InputError(f"--methods {' '.join(unknown)}: unknown; known are {', '.join(METHODS)}")
+    return named
+
+
+def chosen_seeds(options: Options) -> list[int]:
+    seeds = options.seeds[:1] if options.quick and options.seeds == [1, 2, 3, 4, 5] else options.seeds
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"--seeds {' '.join(map(str, seeds))}: give at least one, each once")
+    if options.grid_seed in seeds:
+        raise InputError(f"--grid_seed {options.grid_seed}: settings chosen on a world must not be reported on it")
+    return list(seeds)
+
+
+def chosen_scale(texts: Sequence[str]) -> Scale:
+    """``Scale`` with some of its fields replaced. Raises ``InputError`` for an unknown field or a bad value."""
+    kinds = {field.name: type(field.default) for field in fields(Scale)}
+    changes = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise InputError(f"--scale {text}: unknown; known are {', '.join(kinds)}")
+        try:
+            changes[name] = kinds[name](value)
+        except ValueError:
+            raise InputError(f"--scale {text}: {value!r} is not a number") from None
+        if changes[name] < 0 or (name not in ("judge_weight_decay",) and changes[name] == 0):
+            raise InputError(f"--scale {text}: must be above 0")
+    return replace(Scale(), **changes)
+
+
+def chosen_world(options: Options) -> World:
+    """Raises ``InputError`` for a world of which a part is missing, or whose scorer cannot be imported."""
+    load_scorer(options.scorer)
+    needed = {"--preferences": options.preferences, "--revisions": options.revisions}
+    own_scorer = options.scorer != TESTBED
+    if any(needed.values()) or own_scorer:
+        missing = [name for name, value in needed.items() if value is None]
+        missing += [] if own_scorer else ["--scorer"]
+        if missing:
+            raise InputError(f"another world than the testbed also needs {', '.join(missing)}")
+    names = ("preferences", "revisions", "prompts", "base_model", "scorer")
+    return World(**{name: getattr(options, name) for name in names})

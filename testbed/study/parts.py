@@ -1,0 +1,90 @@
+"""The data of one world, cut once into what each stage may see; all methods share these files.
+
+OUTPUT_DIR/{sft,reward,rl,rl_half}/{train,eval}.jsonl   pairs; rl_half is the first half of rl's training prompts
+OUTPUT_DIR/{validation,test}.jsonl                      prompts that no stage trains on: to choose settings, to report
+OUTPUT_DIR/texts/{train,eval}.jsonl                     both responses of the SFT part: what a base model may read
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.records import Preference, read_jsonl
+from deepspeed_chat_tlcr.saving import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Split preference data into the parts of a study."""
+
+    preferences: str = option(MISSING, "a file, or a folder with train.jsonl and eval.jsonl, of pairs")
+    prompts: str | None = option(None, "JSON lines with prompts to test on; unset: prompts of the eval pairs")
+    data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
+    data_seed: int = option(1234, "seed of that split")
+    rl_prompts: int = option(5120, "training prompts of RL, the same for every method; fewer where there are fewer")
+    validation: int = option(256, "prompts that settings are chosen on")
+    test: int = option(256, "other prompts, that are reported on")
+    output_dir: str = option(MISSING, "folder for the parts")
+
+
+def write(path: Path, records: Iterable[dict]) -> int:
+    """Write JSON lines; returns how many."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    return len(lines)
+
+
+def pair(one: Preference) -> dict:
+    return {"prompt": one.prompt, "chosen": one.chosen, "rejected": one.rejected}
+
+
+def test_prompts(options: Options, held_out: Sequence[Preference], trained_on: set[str]) -> list[str]:
+    """Prompts, each once, that no training part holds. Raises ``InputError`` where there are too few."""
+    if options.prompts:
+        found = [record.get("prompt") for _, record in read_jsonl(options.prompts)]
+        if not all(isinstance(prompt, str) for prompt in found):
+            raise InputError(f"{options.prompts}: every line needs a 'prompt' that is a string")
+    else:
+        found = [one.prompt for one in held_out]
+    kept = [prompt for prompt in dict.fromkeys(found) if prompt not in trained_on]
+    wanted = options.validation + options.test
+    if len(kept) < wanted:
+        raise InputError(
+            f"{options.prompts or options.preferences}: {len(kept)} prompts that no stage trains on, but "
+            f"--validation {options.validation} and --test {options.test} need {wanted}"
+        )
+    return kept
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, argv)
+    folder = Path(options.output_dir)
+    loaded = {
+        (part, split): list(load_preferences([options.preferences], part, split, options.data_split, options.data_seed))
+        for part in ("sft", "reward", "rl")
+        for split in ("train", "eval")
+    }
+    loaded["rl", "train"] = loaded["rl", "train"][: options.rl_prompts]
+    counts = {
+        f"{part}_{split}": write(folder / part / f"{split}.jsonl", map(pair, ps))
+        for (part, split), ps in loaded.items()
+    }
+    rl = loaded["rl", "train"]
+    write(folder / "rl_half" / "train.jsonl", map(pair, rl[: len(rl) // 2]))
+    write(folder / "rl_half" / "eval.jsonl", map(pair, loaded["rl", "eval"]))
+    for split in ("train", "eval"):
+        texts = [{"prompt": p.prompt, "chosen": text} for p in loaded["sft", split] for text in (p.chosen, p.rejected)]
+        write(folder / "texts" / f"{split}.jsonl", texts)
+    trained_on = {one.prompt for (_, split), ones in loaded.items() if split == "train" for one in ones}
+    held_out = [one for (_, split), ones in loaded.items() if split == "eval" for one in ones]
+    prompts = test_prompts(options, held_out, trained_on)
+    write(folder / "validation.jsonl", ({"prompt": prompt} for prompt in prompts[: options.validation]))
+    rest = prompts[options.validation : options.validation + options.test]
+    write(folder / "test.jsonl", ({"prompt": prompt} for prompt in rest))
+    write_json(folder / "results.json", counts)

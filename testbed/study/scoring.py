@@ -1,0 +1,36 @@
+"""The true score, by a function that is named as ``python:package.module:function``."""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+
+from deepspeed_chat_tlcr.errors import InputError
+from testbed.world import World
+
+TESTBED = "python:testbed.study.scoring:testbed_score"
+
+Scorer = Callable[[str, str, bool], float]
+"""(prompt, response, whether the response was ended by the policy itself) to a score; higher is better."""
+
+
+def load_scorer(name: str) -> Scorer:
+    """Raises ``InputError`` for a name of another form, or that cannot be imported."""
+    kind, _, path = name.partition(":")
+    module, _, function = path.partition(":")
+    if kind != "python" or not module or not function:
+        raise InputError(f"--scorer {name}: expected python:package.module:function")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"--scorer {name}: {error}") from None
+
+
+def testbed_score(prompt: str, response: str, ended: bool) -> float:
+    """True score, 1-10, in the world of seed ``TESTBED_WORLD_SEED`` (default 0); builds each world once."""
+    return _world(int(os.environ.get("TESTBED_WORLD_SEED", "0"))).score(prompt, response, ended)
+
+
+@functools.cache
+def _world(seed: int) -> World:
+    return World(seed=seed)
