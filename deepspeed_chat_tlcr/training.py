@@ -167,7 +167,8 @@ def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> Non
         )
 
 
-def training_arguments(options: StageOptions, runtime: Runtime, config: dict[str, Any]) -> TrainingArguments:
+def training_arguments(options: StageOptions, runtime: Runtime, config: dict[str, Any] | None) -> TrainingArguments:
+    """transformers' arguments from this project's flags. ``config``: DeepSpeed's; None to evaluate without it."""
     by_step = options.save_interval > 0
     return TrainingArguments(
         output_dir=options.output_dir,
@@ -212,6 +213,17 @@ def prepare_model(model: PreTrainedModel, options: StageOptions) -> PreTrainedMo
     elif options.only_optimize_lora:
         raise InputError("--only_optimize_lora: there is no LoRA to optimise; give --lora_dim")
     return model
+
+
+def evaluate_only(trainer: StageTrainer, results: dict[str, Any]) -> dict[str, Any]:
+    """Measure the model on the held-out data and write ``results.json``; nothing is trained or saved."""
+    trainer.remove_callback(PrinterCallback)
+    measured = trainer.evaluate()
+    results = {**results, **{key.replace("eval_", "eval/", 1): value for key, value in measured.items()}}
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.stage.output_dir) / "results.json", results)
+    torch.distributed.barrier()
+    return results
 
 
 def run(trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from labeling.importing import qa_feedback_preference
-from step2_discriminator.main import hold_out
 from step2_discriminator.objectives import positive_logit
+from step2_discriminator.revisions import hold_out
 from step3_ppo_tlcr.engines import action_logits, positive_probs
 from step3_ppo_tlcr.logprobs import token_logprobs
 from step3_ppo_tlcr.records import Rollout
