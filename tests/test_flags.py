@@ -48,6 +48,12 @@ LINES = {
         "--bf16 --discriminate_reward --uni_discriminator_head --enable_tensorboard --num_padding_at_beginning 0",
         TRAIN + FORK + "--weight_decay 0.1 --num_padding_at_beginning 0 --disable_dropout --enable_tensorboard",
     ),
+    "baselines/dpo/main.py": (
+        TRAIN + FOUR_SETS + "--weight_decay 0.1 --gradient_checkpointing --offload --lora_dim 128 --lora_module_name "
+        "layers. --beta 0.2 --label_smoothing 0.1 --offload_reference_model --compute_fp32_loss --print_loss",
+        CHAT_SHORT,
+        TRAIN + "--data_path Dahoas/rm-static --weight_decay 0.1 --dropout 0.0 --num_padding_at_beginning 1 --offload",
+    ),
 }
 
 

@@ -82,6 +82,22 @@ def on_disk(records: list[dict[str, list[int]]], folder: Path, runtime: Runtime)
     return load_from_disk(folder)
 
 
+def dpo_arguments(options: Options, runtime: Runtime, config: dict | None) -> DPOConfig:
+    """TRL's arguments from this stage's flags. Raises ``InputError`` for a label smoothing that is none."""
+    return training_arguments(
+        options,
+        runtime,
+        config,
+        DPOConfig,
+        beta=options.beta,
+        max_length=options.max_seq_len,
+        precompute_ref_log_probs=options.offload_reference_model,
+        gradient_checkpointing=False,  # prepare_model does it
+        disable_dropout=False,  # --dropout says it; the reference never drops out
+        **smoothed_loss(options.label_smoothing),
+    )
+
+
 class PreferenceTrainer(StageMixin, DPOTrainer):
     """TRL's trainer on records that are tokenised already; it reports to nobody and writes no model card."""
 
@@ -100,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # TRL still calls by their old names what transformers 5 has renamed, several times an evaluation.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     options = parse_args(argv)
-    loss = smoothed_loss(options.label_smoothing)
     require_writable(options.output_dir)
     runtime = runtimes.start(options.precision, options.seed)
     if runtime.is_main:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)
+    arguments = dpo_arguments(options, runtime, config)
 
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     pairs, data = {}, {}
@@ -129,18 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer = PreferenceTrainer(
         prepare_model(load(), options),
         reference,
-        training_arguments(
-            options,
-            runtime,
-            config,
-            DPOConfig,
-            beta=options.beta,
-            max_length=options.max_seq_len,
-            precompute_ref_log_probs=options.offload_reference_model,
-            gradient_checkpointing=False,  # prepare_model has done it
-            disable_dropout=False,  # --dropout says it; the reference never drops out
-            **loss,
-        ),
+        arguments,
         train_dataset=data["train"],
         eval_dataset=data["eval"],
         processing_class=tokenizer,
