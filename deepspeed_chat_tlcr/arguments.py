@@ -19,7 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -29,12 +29,15 @@ Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "co
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
 
 
-def option(default: Any, help: str, no_effect: str | None = None, flags: Sequence[str] = ()) -> Any:
+def option(
+    default: Any, help: str, no_effect: str | None = None, flags: Sequence[str] = (), better: str | None = None
+) -> Any:
     """A dataclass field that is a command-line option; ``default=MISSING`` makes it required.
 
-    ``no_effect`` says why an accepted flag does nothing (then giving it warns); ``flags`` are further spellings.
+    ``no_effect`` says why an accepted flag does nothing (then giving it warns); ``better`` how it improves on the flag
+    of the same name in DeepSpeed-Chat or its forks (docs/flags.md); ``flags`` are further spellings.
     """
-    metadata = {"help": help, "no_effect": no_effect, "flags": tuple(flags)}
+    metadata = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
@@ -48,18 +51,28 @@ class RunOptions:
 
     output_dir: str = option("./output", "folder for the model, metrics.jsonl, checkpoints and results.json")
     seed: int = option(1234, "seed of initialisation, shuffling and sampling (the data split has its own: --data_seed)")
-    dtype: Dtype = option("auto", "training precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
-    bf16: bool = option(False, "the RLHF-TLCR fork's spelling of --dtype bf16")
+    dtype: Dtype = option(
+        "auto",
+        "training precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU",
+        better="fp32 too, and by default what the accelerator does best",
+    )
+    bf16: bool = option(False, "the forks' spelling of --dtype bf16")
     save_interval: int = option(0, "optimiser steps between resumable checkpoints; 0: one at the end of each epoch")
     save_total_limit: int = option(1, "how many resumable checkpoints are kept")
     resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")
     report_to: list[str] = option([], "further trackers of transformers' Trainer, such as wandb")
-    enable_tensorboard: bool = option(False, "write TensorBoard logs")
-    tensorboard_path: str = option("", "folder for TensorBoard logs; empty: output_dir")
+    enable_tensorboard: bool = option(
+        False, "write TensorBoard logs", better="every number of metrics.jsonl, not the loss alone"
+    )
+    tensorboard_path: str = option(
+        "", "folder for TensorBoard logs; empty: output_dir/tensorboard", better="by default beside the model"
+    )
     local_rank: int = option(-1, "set by the launcher")
     deepspeed: bool = option(False, "accepted as in DeepSpeed-Chat; training always runs on DeepSpeed")
     deepspeed_config: str | None = option(
-        None, "JSON file that overrides entries of the DeepSpeed config built from flags"
+        None,
+        "JSON file that overrides entries of the DeepSpeed config built from flags",
+        better="it is read; DeepSpeed-Chat parses it only",
     )
     deepscale: bool = option(False, "deprecated spelling of --deepspeed", "DeepSpeed is always on")
     deepscale_config: str | None = option(None, "deprecated", "use --deepspeed_config")
@@ -79,7 +92,11 @@ class RunOptions:
 class DataOptions:
     """data"""
 
-    data_path: list[str] = option(["Dahoas/rm-static"], "data-set names, local .json/.jsonl/.parquet files or folders")
+    data_path: list[str] = option(
+        ["Dahoas/rm-static"],
+        "data-set names, local .json/.jsonl/.parquet files or folders",
+        better="own files and folders need no name that it knows, chat messages included",
+    )
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
     data_seed: int = option(1234, "seed of the split; the same in every stage, whatever --seed is")
     data_output_path: str = option("/tmp/data_files/", "DeepSpeed-Chat's cache", "data is memory-mapped, not copied")
@@ -102,15 +119,31 @@ class TrainOptions:
     num_warmup_steps: int = option(0, "optimiser steps of linear warm-up")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     dropout: float | None = option(None, "every dropout probability of the model; unset: the checkpoint's own")
+    disable_dropout: bool = option(False, "the forks' spelling of --dropout 0")
     zero_stage: Literal[0, 1, 2, 3] = option(0, "ZeRO stage")
     offload: bool = option(False, "keep optimiser states (ZeRO-3: parameters too) in host memory")
     lora_dim: int = option(0, "LoRA rank; 0: train all parameters")
-    lora_module_name: str = option("decoder.layers.", "LoRA goes on linear layers whose name contains this")
+    lora_module_name: str = option(
+        "decoder.layers.",
+        "LoRA goes on linear layers whose name contains this",
+        better="a pattern that matches nothing is an error that lists the model's layers",
+    )
     only_optimize_lora: bool = option(False, "freeze everything but LoRA and a new head")
     lora_learning_rate: float = option(5e-4, "peak learning rate of LoRA parameters")
     compute_fp32_loss: bool = option(False, "loss in fp32", "the loss is always computed in fp32")
     add_eot_token: bool = option(False, "end responses with --eot_token instead of the tokenizer's EOS")
     eot_token: str = option("<|endoftext|>", "the token that --add_eot_token adds")
+    print_loss: bool = option(False, "print the loss of every step", "the progress bar and metrics.jsonl show it")
+
+    @property
+    def dropout_rate(self) -> float | None:
+        """Every dropout probability, by either of its two flags; None leaves the checkpoint's own."""
+        return 0.0 if self.disable_dropout else self.dropout
+
+    @property
+    def new_eos(self) -> str | None:
+        """The end-of-sequence token that --add_eot_token asks for, if it does."""
+        return self.eot_token if self.add_eot_token else None
 
 
 OptionsType = TypeVar("OptionsType")
@@ -121,47 +154,55 @@ def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -
 
     Warns once, on stderr, for every given flag that has no effect here. Argparse exits with code 2 on unknown flags.
     """
-    defaults = getattr(options_class, "DEFAULTS", {})
     parser = argparse.ArgumentParser(
         description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False
     )
-    owners = _groups(options_class)
     hints = typing.get_type_hints(options_class)
-    groups = {owner: parser.add_argument_group(title) for owner, title in dict.fromkeys(owners.values())}
-    for entry in fields(options_class):
-        group = groups[owners[entry.name][0]]
-        default = defaults.get(entry.name, _default(entry))
-        group.add_argument(
-            f"--{entry.name}", *entry.metadata["flags"], **_argparse_kwargs(entry, hints[entry.name], default)
-        )
+    for group in groups_of(options_class):
+        shown = parser.add_argument_group(group.title)
+        for entry in group.entries:
+            kwargs = _argparse_kwargs(entry, hints[entry.name], default_of(options_class, entry))
+            shown.add_argument(f"--{entry.name}", *entry.metadata["flags"], **kwargs)
     given = parser.parse_args(argv)
     for entry in fields(options_class):
-        reason, value = entry.metadata["no_effect"], getattr(given, entry.name)
-        if reason and value != defaults.get(entry.name, _default(entry)):
+        reason = entry.metadata["no_effect"]
+        if reason and getattr(given, entry.name) != default_of(options_class, entry):
             print(f"warning: --{entry.name} has no effect: {reason}", file=sys.stderr)
     return options_class(**vars(given))
 
 
-def _groups(options_class: type) -> dict[str, tuple[type, str]]:
-    """Map each field's name to the class that declares it and that class's one-word title."""
-    owners = {}
-    for owner in reversed(options_class.__mro__):
-        for name in getattr(owner, "__annotations__", {}):
-            title = (owner.__doc__ or "").strip().splitlines()[0] if owner is not options_class else "this stage"
-            owners[name] = (owner, title)
-    return owners
+@dataclass(frozen=True)
+class OptionGroup:
+    """The options that one class declares, under the first line of its docstring."""
+
+    title: str
+    entries: tuple[Field, ...]
 
 
-def _default(entry) -> Any:
-    if entry.default_factory is not MISSING:
-        return entry.default_factory()
-    return entry.default
+def groups_of(options_class: type) -> list[OptionGroup]:
+    """A stage's options by the class that declares them: its own first, then those it inherits, as it names them."""
+    by_name = {entry.name: entry for entry in fields(options_class)}
+    groups = []
+    for owner in options_class.__mro__:
+        entries = tuple(by_name.pop(name) for name in getattr(owner, "__annotations__", {}) if name in by_name)
+        title = "this stage" if owner is options_class else (owner.__doc__ or "").strip().splitlines()[0]
+        if entries:
+            groups.append(OptionGroup(title, entries))
+    return groups
+
+
+def default_of(options_class: type, entry: Field) -> Any:
+    """An option's default in a stage, whose ``DEFAULTS`` win over the declaration; ``MISSING`` for a required one."""
+    overrides = getattr(options_class, "DEFAULTS", {})
+    if entry.name in overrides:
+        return overrides[entry.name]
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
 
 
 def _argparse_kwargs(entry, hint: Any, default: Any) -> dict[str, Any]:
     kwargs: dict[str, Any] = {"help": entry.metadata["help"].replace("%", "%%")}
     if entry.metadata["no_effect"]:
-        kwargs["help"] += f" (no effect: {entry.metadata['no_effect']})"
+        kwargs["help"] += f" (no effect: {entry.metadata['no_effect'].replace('%', '%%')})"
     if default is MISSING:
         kwargs["required"] = True
     else:
@@ -178,9 +219,21 @@ def _argparse_kwargs(entry, hint: Any, default: Any) -> dict[str, Any]:
     return kwargs | {"type": hint, "metavar": hint.__name__.upper()}
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+class _HelpFormatter(argparse.HelpFormatter):
+    """A line of usage, then each option with its default where that says something."""
+
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=38, width=120)
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        required = [f"{action.option_strings[0]} {action.metavar}" for action in actions if action.required]
+        super().add_usage(" ".join(["%(prog)s", *required, "[options]"]), actions, groups, prefix)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
+        silent = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
+        return action.help if silent else f"{action.help} (default: %(default)s)"
 
 
 def announce(options: Any, folder: str | Path) -> None:

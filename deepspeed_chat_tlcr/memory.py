@@ -159,6 +159,20 @@ def trained_alone(
     )
 
 
+def with_reference(need: Need, shape: ModelShape, zero_stage: int, ranks: int, size: int = 2) -> Need:
+    """DPO: a frozen copy of the policy beside it, partitioned where the policy is."""
+    states = model_states(
+        shape.causal_parameters,
+        zero_stage=3 if zero_stage == 3 else 0,
+        ranks=ranks,
+        trained=False,
+        offload=False,
+        largest_layer=largest_layer(shape),
+        bytes_per_parameter=size,
+    )
+    return Need(gpu={**need.gpu, "reference": states.parameters + states.buffers}, host=need.host)
+
+
 def ppo(
     shape: ModelShape,
     *,

@@ -19,6 +19,7 @@ from transformers import (
     OPTConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_outputs import TokenClassifierOutput
@@ -169,6 +170,15 @@ def _fill_head(model: PreTrainedModel, std: float) -> None:
         head.weight.normal_(0.0, std) if std else head.weight.zero_()
         if head.bias is not None:
             head.bias.zero_()
+
+
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Give the model embeddings for tokens that ``--add_eot_token`` added; a multiple of 8, as DeepSpeed-Chat does.
+
+    A model that already has a row for every token keeps its size.
+    """
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
 
 
 def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:

@@ -84,49 +84,50 @@ def find_texts(recipe: Recipe) -> Texts | str:
     return Texts(sum(known), *HH_CHARACTERS, exact=False)
 
 
+ALONE = {"step1": "sft", "step2": "discriminator", "step2_sequence": "sequence", "dpo": "dpo", "figa": "figa"}
+"""Stages that train one model, and the prefix of their variables."""
+
+
 def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
-    """Memory of each training stage."""
+    """Memory of each training stage of the run, by its folder."""
     ranks, nodes, size = recipe.world_size, len(recipe.hosts()), recipe.bytes_per_parameter
     shared = {"ranks": ranks, "nodes": nodes, "size": size}
-    return {
-        "step1_sft": memory.trained_alone(
-            shape,
-            shape.causal_parameters,
-            sequences=recipe.sft_batch_size,
-            tokens=recipe.max_seq_len,
-            scored_logits=True,
-            zero_stage=recipe.sft_zero_stage,
-            offload=recipe.sft_offload,
-            checkpointing=recipe.sft_gradient_checkpointing,
-            **shared,
-        ),
-        "step2_discriminator": memory.trained_alone(
-            shape,
-            shape.classifier_parameters(2),
-            # Every revision is two sequences, the rejected and the modified response.
-            sequences=2 * recipe.discriminator_batch_size,
-            tokens=recipe.max_seq_len,
-            scored_logits=False,
-            zero_stage=recipe.discriminator_zero_stage,
-            offload=recipe.discriminator_offload,
-            checkpointing=recipe.discriminator_gradient_checkpointing,
-            **shared,
-        ),
-        "step3_ppo_tlcr": memory.ppo(
-            shape,
-            generated_sequences=recipe.generation_batch_size,
-            trained_sequences=recipe.ppo_batch_size,
-            prompt_tokens=recipe.max_prompt_len,
-            answer_tokens=recipe.max_answer_len,
-            actor_stage=recipe.actor_zero_stage,
-            critic_stage=recipe.critic_zero_stage,
-            reference_stage=recipe.reference_zero_stage,
-            reward_stage=recipe.reward_zero_stage,
-            offload=recipe.ppo_offload,
-            checkpointing=recipe.ppo_gradient_checkpointing,
-            **shared,
-        ),
-    }
+    classifiers = {"step2": 2, "step2_sequence": 1}
+    needs = {}
+    for stage, folder in recipe.folders().items():
+        if stage in ALONE:
+            training = recipe.training(ALONE[stage])
+            labels = classifiers.get(stage)
+            needs[folder] = memory.trained_alone(
+                shape,
+                shape.classifier_parameters(labels) if labels else shape.causal_parameters,
+                # A record is two sequences everywhere but in SFT: the worse and the better response.
+                sequences=(1 if stage == "step1" else 2) * training.batch_size,
+                tokens=recipe.max_seq_len,
+                scored_logits=not labels,
+                zero_stage=training.zero_stage,
+                offload=training.offload,
+                checkpointing=training.gradient_checkpointing,
+                **shared,
+            )
+            if stage == "dpo":
+                needs[folder] = memory.with_reference(needs[folder], shape, training.zero_stage, ranks, size)
+        elif stage == "step3":
+            needs[folder] = memory.ppo(
+                shape,
+                generated_sequences=recipe.generation_batch_size,
+                trained_sequences=recipe.ppo_batch_size,
+                prompt_tokens=recipe.max_prompt_len,
+                answer_tokens=recipe.max_answer_len,
+                actor_stage=recipe.actor_zero_stage,
+                critic_stage=recipe.critic_zero_stage,
+                reference_stage=recipe.reference_zero_stage,
+                reward_stage=recipe.reward_zero_stage,
+                offload=recipe.ppo_offload,
+                checkpointing=recipe.ppo_gradient_checkpointing,
+                **shared,
+            )
+    return needs
 
 
 @dataclass(frozen=True)
@@ -139,10 +140,15 @@ class Disk:
 
 def disk_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Disk]:
     """Disk by stage. A new checkpoint is whole before the old one goes, so for a moment there are two."""
+    written = {
+        "step2": shape.classifier_parameters(2),
+        "step2_sequence": shape.classifier_parameters(1),
+        "step3": shape.causal_parameters + shape.classifier_parameters(1),
+    }
     parameters = {
-        "step1_sft": shape.causal_parameters,
-        "step2_discriminator": shape.classifier_parameters(2),
-        "step3_ppo_tlcr": shape.causal_parameters + shape.classifier_parameters(1),
+        folder: written.get(stage, shape.causal_parameters)
+        for stage, folder in recipe.folders().items()
+        if stage != "label"
     }
     size = recipe.bytes_per_parameter
     return {
@@ -194,21 +200,20 @@ def steps_report(recipe: Recipe, texts: Texts | str) -> str:
         return f"Optimiser steps: {texts}"
     sft, reward, rl = part_sizes(texts.records, recipe.data_split)
     ranks = recipe.world_size
-    stages = {
-        "step1_sft": (sft, recipe.sft_batch_size, recipe.sft_accumulation_steps, recipe.sft_epochs),
-        "step2_discriminator": (
-            reward,
-            recipe.discriminator_batch_size,
-            recipe.discriminator_accumulation_steps,
-            recipe.discriminator_epochs,
-        ),
-        "step3_ppo_tlcr": (rl, recipe.ppo_batch_size, recipe.ppo_accumulation_steps, recipe.prompt_epochs),
-    }
     rows = []
-    for name, (examples, per_device, accumulation, epochs) in stages.items():
+    for stage, folder in recipe.folders().items():
+        if stage in ALONE:
+            training = recipe.training(ALONE[stage])
+            examples = sft if stage == "step1" else reward
+            per_device, accumulation, epochs = training.batch_size, training.accumulation_steps, training.epochs
+        elif stage == "step3":
+            examples, per_device = rl, recipe.ppo_batch_size
+            accumulation, epochs = recipe.ppo_accumulation_steps, recipe.prompt_epochs
+        else:
+            continue
         batch = per_device * accumulation * ranks
         steps = optimizer_steps(examples, per_device, accumulation, ranks, epochs)
-        rows.append((name, f"{examples:,}", f"{batch:,}", str(epochs), f"{steps:,}"))
+        rows.append((folder, f"{examples:,}", f"{batch:,}", str(epochs), f"{steps:,}"))
     return "Optimiser steps, at most (records that are too long are left out)\n" + table(
         ("stage", "records", "global batch", "epochs", "steps"), rows
     )
@@ -216,15 +221,16 @@ def steps_report(recipe: Recipe, texts: Texts | str) -> str:
 
 def memory_report(recipe: Recipe, shape: ModelShape) -> str:
     parts = []
-    stages = {
-        "step1_sft": f"ZeRO-{recipe.sft_zero_stage}" + ", offload" * recipe.sft_offload,
-        "step2_discriminator": f"ZeRO-{recipe.discriminator_zero_stage}" + ", offload" * recipe.discriminator_offload,
-        "step3_ppo_tlcr": (
-            f"ZeRO actor {recipe.actor_zero_stage}, critic {recipe.critic_zero_stage}, "
-            f"reference {recipe.reference_zero_stage}, reward {recipe.reward_zero_stage}"
-        )
-        + ", offload of actor and critic" * recipe.ppo_offload,
-    }
+    settings = {}
+    for stage, folder in recipe.folders().items():
+        if stage in ALONE:
+            training = recipe.training(ALONE[stage])
+            settings[folder] = f"ZeRO-{training.zero_stage}" + ", offload" * training.offload
+        elif stage == "step3":
+            settings[folder] = (
+                f"ZeRO actor {recipe.actor_zero_stage}, critic {recipe.critic_zero_stage}, "
+                f"reference {recipe.reference_zero_stage}, reward {recipe.reward_zero_stage}"
+            ) + ", offload of actor and critic" * recipe.ppo_offload
     for name, need in stage_needs(recipe, shape).items():
         rows = [(label, gib(size)) for label, size in need.gpu.items() if size]
         rows.append((f"total per GPU (of {recipe.gpu_memory_gb:g})", gib(need.gpu_total)))
@@ -232,7 +238,7 @@ def memory_report(recipe: Recipe, shape: ModelShape) -> str:
         note = ""
         if need.gpu_total > recipe.gpu_memory_gb * GIB:
             note = "\n  does not fit: lower the batch size, raise the ZeRO stage, or switch offload or checkpointing on"
-        parts.append(f"Memory of {name} ({stages[name]})\n" + table((name, "GiB"), rows) + note)
+        parts.append(f"Memory of {name} ({settings[name]})\n" + table((name, "GiB"), rows) + note)
     return "\n\n".join(parts)
 
 
@@ -251,7 +257,8 @@ def main() -> None:
     texts = find_texts(recipe)
     hosts = recipe.hosts()
     ranks = f"{recipe.world_size} process(es) on {len(hosts)} node(s), {recipe.dtype}"
-    sections = [labelling_report(recipe, texts), steps_report(recipe, texts)]
+    sections = [labelling_report(recipe, texts)] if recipe.labels_here else []
+    sections.append(steps_report(recipe, texts))
     try:
         shape = shape_of(recipe.model, recipe.model_config)
     except InputError as error:

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 from deepspeed_chat_tlcr.errors import EXIT_INPUT, InputError, exits_cleanly
 from deepspeed_chat_tlcr.memory import GIB
 from deepspeed_chat_tlcr.model_shapes import ModelShape, shape_of
-from deepspeed_chat_tlcr.plan import disk_needs, most_disk, part_sizes, stage_needs
+from deepspeed_chat_tlcr.plan import ALONE, disk_needs, most_disk, part_sizes, stage_needs
 from deepspeed_chat_tlcr.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,7 +142,9 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
                 "end other programs on it, or use a smaller batch, a higher ZeRO stage, offload or more GPUs "
                 "(PLAN=1 shows what each saves)",
             )
-    if recipe.ppo_offload or recipe.sft_offload or recipe.discriminator_offload:
+    stages = recipe.folders()
+    offloads = [recipe.training(ALONE[stage]).offload for stage in stages if stage in ALONE]
+    if any(offloads) or (recipe.ppo_offload and "step3" in stages):
         yield from _host_memory(recipe)
 
 
@@ -205,6 +207,8 @@ def check_port(recipe: Recipe) -> Iterator[Problem]:
 
 def check_labelling(recipe: Recipe) -> Iterator[Problem]:
     """The key is set (its value is never shown), and an endpoint on this machine answers."""
+    if "label" not in recipe.folders():
+        return
     own = Path(recipe.output) / "labeling"
     if Path(recipe.revisions).parent != own:
         if not Path(recipe.revisions).is_file():
@@ -308,11 +312,14 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"DATA={recipe.data}: {error}", "name local files or folders, or a data set that can be had")
         return
     ranks = recipe.world_size
-    batches = (
-        ("SFT", sft, recipe.sft_batch_size * recipe.sft_accumulation_steps * ranks),
-        ("reward", reward, recipe.discriminator_batch_size * recipe.discriminator_accumulation_steps * ranks),
-        ("RL", rl, recipe.generation_batch_size * ranks),
-    )
+    batches = []
+    for stage in recipe.folders():
+        if stage in ALONE:
+            training = recipe.training(ALONE[stage])
+            batch = training.batch_size * training.accumulation_steps * ranks
+            batches.append(("SFT", sft, batch) if stage == "step1" else ("reward", reward, batch))
+        elif stage == "step3":
+            batches.append(("RL", rl, recipe.generation_batch_size * ranks))
     for part, size, batch in batches:
         if size < batch:
             yield Problem(

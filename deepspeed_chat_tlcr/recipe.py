@@ -12,6 +12,18 @@ from pathlib import Path
 from deepspeed_chat_tlcr.errors import InputError
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a stage trains its one model; ``batch_size`` counts records per device and micro-batch."""
+
+    batch_size: int
+    accumulation_steps: int
+    epochs: int
+    zero_stage: int
+    offload: bool
+    gradient_checkpointing: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """One run. Each field is the variable of the same name in capitals; recipe.sh says what it means."""
@@ -21,6 +33,7 @@ class Recipe:
     data: str
     data_split: str
     output: str
+    stages: str
     dtype: str
     num_gpus: str
     hostfile: str
@@ -42,6 +55,24 @@ class Recipe:
     discriminator_zero_stage: int
     discriminator_offload: bool
     discriminator_gradient_checkpointing: bool
+    sequence_batch_size: int
+    sequence_accumulation_steps: int
+    sequence_epochs: int
+    sequence_zero_stage: int
+    sequence_offload: bool
+    sequence_gradient_checkpointing: bool
+    dpo_batch_size: int
+    dpo_accumulation_steps: int
+    dpo_epochs: int
+    dpo_zero_stage: int
+    dpo_offload: bool
+    dpo_gradient_checkpointing: bool
+    figa_batch_size: int
+    figa_accumulation_steps: int
+    figa_epochs: int
+    figa_zero_stage: int
+    figa_offload: bool
+    figa_gradient_checkpointing: bool
     generation_batch_size: int
     ppo_batch_size: int
     ppo_accumulation_steps: int
@@ -54,6 +85,8 @@ class Recipe:
     reward_zero_stage: int
     ppo_offload: bool
     ppo_gradient_checkpointing: bool
+    ppo_folder: str
+    sequence_folder: str
     revisions: str
     made_here: str
 
@@ -81,6 +114,32 @@ class Recipe:
         if problems:
             raise InputError("; ".join(problems))
         return cls(**values)
+
+    def folders(self) -> dict[str, str]:
+        """The run's stages in order: name of the script without .sh, and the folder under OUTPUT it writes."""
+        folders = {
+            "step1": "step1_sft",
+            "label": "labeling",
+            "step2": "step2_discriminator",
+            "step2_sequence": self.sequence_folder,
+            "dpo": "dpo",
+            "figa": "figa",
+            "step3": self.ppo_folder,
+        }
+        unknown = [stage for stage in self.stages.split() if stage not in folders]
+        if unknown:
+            raise InputError(f"STAGES: there is no stage {unknown[0]!r}; known: {' '.join(folders)}")
+        return {stage: folders[stage] for stage in self.stages.split()}
+
+    @property
+    def labels_here(self) -> bool:
+        """Whether the run asks an external model, rather than using revisions that it was given."""
+        own = Path(self.output) / "labeling" / "revisions.jsonl"
+        return "label" in self.folders() and Path(self.revisions) == own
+
+    def training(self, prefix: str) -> "Training":
+        """The variables PREFIX_BATCH_SIZE and so on of a stage that trains one model."""
+        return Training(*(getattr(self, f"{prefix}_{field.name}") for field in fields(Training)))
 
     def hosts(self) -> dict[str, int]:
         """Processes by node. Raises ``InputError`` for a missing, malformed or empty hostfile."""

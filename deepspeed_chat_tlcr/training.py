@@ -82,8 +82,8 @@ class LengthGroupedSampler(Sampler[int]):
         return iter([index for batch in shuffled for index in batches[batch]] + last)
 
 
-class StageTrainer(Trainer):
-    """Trainer with this library's optimiser and length-grouped batches."""
+class StageMixin:
+    """This library's optimiser and length-grouped batches for transformers' Trainer, or for one made from it."""
 
     def __init__(self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], **kwargs: Any):
         self.stage, self.train_lengths = stage, train_lengths
@@ -107,6 +107,10 @@ class StageTrainer(Trainer):
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.seed,
         )
+
+
+class StageTrainer(StageMixin, Trainer):
+    """The trainer of SFT, step 2 and FIGA."""
 
 
 class _Log(TrainerCallback):
@@ -135,7 +139,8 @@ class _Bar(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
         measured = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if measured:
-            shown = [f"{key} {value:.4g}" for key, value in measured.items() if not key.endswith("per_second")]
+            left_out = ("runtime", "samples_per", "steps_per", "num_tokens", "logits/", "logps/")
+            shown = [f"{key} {value:.4g}" for key, value in measured.items() if not key.startswith(left_out)]
             self.training_bar.write(f"epoch {logs['epoch']:.2g}: " + "  ".join(shown))
 
 
@@ -167,9 +172,19 @@ def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> Non
         )
 
 
-def training_arguments(options: StageOptions, runtime: Runtime, config: dict[str, Any]) -> TrainingArguments:
+def training_arguments(
+    options: StageOptions,
+    runtime: Runtime,
+    config: dict[str, Any] | None,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """transformers' arguments from this project's flags. ``config``: DeepSpeed's; None to evaluate without it.
+
+    ``kind`` is a class made from transformers' own, ``more`` its further arguments.
+    """
     by_step = options.save_interval > 0
-    return TrainingArguments(
+    return kind(
         output_dir=options.output_dir,
         per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_eval_batch_size,
@@ -193,6 +208,7 @@ def training_arguments(options: StageOptions, runtime: Runtime, config: dict[str
         save_total_limit=options.save_total_limit,
         remove_unused_columns=False,
         dataloader_pin_memory=runtime.device.type != "cpu",
+        **more,
     )
 
 
@@ -214,10 +230,24 @@ def prepare_model(model: PreTrainedModel, options: StageOptions) -> PreTrainedMo
     return model
 
 
-def run(trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any]) -> dict[str, Any]:
+def evaluate_only(trainer: StageTrainer, results: dict[str, Any]) -> dict[str, Any]:
+    """Measure the model on the held-out data and write ``results.json``; nothing is trained or saved."""
+    trainer.remove_callback(PrinterCallback)
+    measured = trainer.evaluate()
+    results = {**results, **{key.replace("eval_", "eval/", 1): value for key, value in measured.items()}}
+    if trainer.is_world_process_zero():
+        write_json(Path(trainer.stage.output_dir) / "results.json", results)
+    torch.distributed.barrier()
+    return results
+
+
+def run(
+    trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any], scratch: str = ""
+) -> dict[str, Any]:
     """Train (from the newest checkpoint if there is one), evaluate, save the model, then ``results.json`` last.
 
     ``results`` is what the stage already knows; the final ``eval/…`` measures, seconds and steps are added to it.
+    ``scratch``: pattern of further folders in output_dir that go, as the checkpoints do, when all is saved.
     """
     options = trainer.stage
     checkpoint = newest_checkpoint(options)
@@ -241,7 +271,8 @@ def run(trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict
     }
     if trainer.is_world_process_zero():
         write_json(Path(options.output_dir) / "results.json", results)
-        for path in Path(options.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(path)
+        for pattern in filter(None, ("checkpoint-*", scratch)):
+            for path in Path(options.output_dir).glob(pattern):
+                shutil.rmtree(path)
     torch.distributed.barrier()
     return results

@@ -38,8 +38,8 @@ from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import positive_probs, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from labeling.importing import qa_feedback_preference
-from step2_discriminator.main import hold_out
 from step2_discriminator.objectives import positive_logit
+from step2_discriminator.revisions import hold_out
 from step3_ppo_tlcr.rewards import continuous_reward
 
 EOS = "</s>"

@@ -11,7 +11,7 @@ import torch
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable
@@ -36,7 +36,7 @@ class Options(TrainOptions, DataOptions, RunOptions):
 
     sft_only_data_path: list[str] = option([], "further data sets that have only chosen responses")
     loss_on_prompt: bool = option(False, "train on the prompt's tokens too, as DeepSpeed-Chat does")
-    print_loss: bool = option(False, "print the loss of every step", "the progress bar and metrics.jsonl show it")
+    num_inner_step: int = option(1, "in RLHF-TLCR's script of step 1", "no program of that fork knows it either")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)
 
-    tokenizer = load_tokenizer(options.model_name_or_path, options.eot_token if options.add_eot_token else None)
+    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     examples = {}
     for split in ("train", "eval"):
         records = list(
@@ -92,10 +92,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.say(summary)
     require_batch(options, runtime, len(examples["train"]))
 
-    model = load_causal_lm(options.model_name_or_path, runtime.torch_dtype, config, options.dropout)
-    if options.add_eot_token and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        # A multiple of 8 keeps matrix products on the fast path, as DeepSpeed-Chat does.
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+    model = load_causal_lm(options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate)
+    fit_vocabulary(model, tokenizer)
     trainer = StageTrainer(
         prepare_model(model, options),
         training_arguments(options, runtime, config),

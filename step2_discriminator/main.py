@@ -3,7 +3,6 @@
 deepspeed step2_discriminator/main.py --model_name_or_path MODEL --revisions revisions.jsonl --output_dir OUTPUT
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,16 +12,17 @@ import numpy as np
 import torch
 
 from deepspeed_chat_tlcr import runtime as runtimes
-from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import token_metrics
-from deepspeed_chat_tlcr.models import label_count, load_token_classifier
+from deepspeed_chat_tlcr.models import fit_vocabulary, label_count, load_token_classifier
 from deepspeed_chat_tlcr.preference_data import load_preferences
-from deepspeed_chat_tlcr.records import Revision, read_revisions
+from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
 from deepspeed_chat_tlcr.training import (
     StageTrainer,
+    evaluate_only,
     pad_examples,
     prepare_model,
     require_batch,
@@ -32,7 +32,7 @@ from deepspeed_chat_tlcr.training import (
 )
 from labeling.token_labels import label_revisions
 from step2_discriminator.objectives import diverging_pair_loss, end_scores, pair_loss, positive_logit, token_loss
-from step2_discriminator.provenance import refuse_foreign_revisions
+from step2_discriminator.revisions import RevisionOptions, load_revisions
 
 Pair = tuple[TokenizedExample, TokenizedExample]
 """(better, worse): modified and rejected, or chosen and rejected."""
@@ -41,15 +41,32 @@ NOT_COUNTED = -100.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions, DataOptions, RunOptions):
+class ForkOptions:
+    """flags of the RLHF-TLCR fork's step 2"""
+
+    discriminate_reward: bool = option(False, "the fork's spelling of --objective token")
+    uni_discriminator_head: bool = option(False, "one head", "the discriminator has one head, as with this flag")
+    holistic_reward: bool = option(
+        False, "a sequence reward too", "train it by itself and sum both in step 3: --reward tlcr:PATH sequence:PATH"
+    )
+    token_level_reward: bool = option(False, "sums of token scores", "the fork's trial, not in the paper")
+    reward_aggregate_top_k: float = option(1.0, "share of tokens in them", "the fork's trial, not in the paper")
+    bidirectional_reward: bool = option(False, "no causal mask on top", "the fork's trial, not in the paper")
+    bidirectional_layer_num: int = option(1, "layers of it", "the fork's trial, not in the paper")
+    custom_template: bool = option(False, "data with a template", "masks come from lengths, whatever the template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainOptions, RevisionOptions, RunOptions, ForkOptions):
     """Step 2: the token discriminator (--objective token), or a sequence reward model (--objective sequence)."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5}
 
-    objective: Literal["token", "sequence"] = option("token", "token: D per token (Eq. 6); sequence: Bradley-Terry")
-    revisions: list[str] = option([], "revisions.jsonl files of labeling/main.py")
-    eval_revisions: list[str] = option([], "held-out revisions; unset: --eval_share of the prompts is held out")
-    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash")
+    objective: Literal["auto", "token", "sequence"] = option(
+        "auto",
+        "token: D per token (Eq. 6); sequence: Bradley-Terry; auto: token with --revisions or --discriminate_reward, "
+        "else sequence, which is what DeepSpeed-Chat's command line means",
+    )
     neutral_weight: float = option(1.0, "weight of unedited tokens in the token loss")
     pairs: Literal["preferences", "modified"] = option(
         "preferences", "pairs of the sequence objective: chosen or modified (PPO_synthetic) over rejected"
@@ -57,39 +74,21 @@ class Options(TrainOptions, DataOptions, RunOptions):
     score_positions: Literal["end", "all"] = option(
         "end", "sequence loss at the last token, or averaged from the first difference on as DeepSpeed-Chat does"
     )
-    allow_foreign_revisions: bool = option(False, "accept revisions of prompts from the SFT or RL part of the data")
     eval_interval: int = option(0, "optimiser steps between evaluations; 0: at the end of each epoch")
     eval_iters: int = option(100, "batches per evaluation when --eval_interval is set")
+    do_eval: bool = option(False, "evaluate --model_name_or_path on the held-out data and train nothing")
     num_padding_at_beginning: int = option(1, "OPT's padding", "masks come from lengths, padding is never counted")
+
+    @property
+    def token_level(self) -> bool:
+        """Whether the objective is the token discriminator's."""
+        if self.objective == "auto":
+            return self.discriminate_reward or (bool(self.revisions) and self.pairs == "preferences")
+        return self.objective == "token"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
     return parse(Options, argv)
-
-
-def hold_out(revisions: list[Revision], share: float) -> tuple[list[Revision], list[Revision]]:
-    """Split by prompt, so that no prompt is on both sides; which prompts depends on nothing but their text."""
-    ranked = sorted({r.prompt for r in revisions}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    held = set(ranked[: max(1, round(share * len(ranked)))])
-    train = [revision for revision in revisions if revision.prompt not in held]
-    return train, [revision for revision in revisions if revision.prompt in held]
-
-
-def load_revisions(options: Options) -> dict[str, list[Revision]]:
-    """Revisions for ``train`` and ``eval``. Raises ``InputError`` for missing, empty or foreign ones."""
-    if not options.revisions:
-        raise InputError("--revisions is missing: give the revisions.jsonl that labeling/main.py wrote")
-    train = list(chain.from_iterable(read_revisions(path) for path in options.revisions))
-    if not train:
-        raise InputError(f"--revisions {' '.join(options.revisions)}: no revisions in it; run labeling/main.py first")
-    if not options.allow_foreign_revisions:
-        refuse_foreign_revisions(train, options.data_path, options.data_split, options.data_seed)
-    if options.eval_revisions:
-        return {"train": train, "eval": list(chain.from_iterable(map(read_revisions, options.eval_revisions)))}
-    if len({revision.prompt for revision in train}) < 2:
-        raise InputError("--revisions: all have one prompt, so none can be held out; give --eval_revisions")
-    train, held_out = hold_out(train, options.eval_share)
-    return {"train": train, "eval": held_out}
 
 
 def token_pairs(revisions: Iterable[Revision], tokenizer, max_length: int, what: str) -> tuple[list[Pair], str]:
@@ -208,14 +207,15 @@ def collate(tokenizer):
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
-    token_level = options.objective == "token"
+    token_level = options.token_level
+    objective = "token" if token_level else "sequence"
     revisions = load_revisions(options) if token_level or options.pairs == "modified" else None
     runtime = runtimes.start(options.precision, options.seed)
     if runtime.is_main:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)
 
-    tokenizer = load_tokenizer(options.model_name_or_path, options.eot_token if options.add_eot_token else None)
+    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     pairs: dict[str, list[Pair]] = {}
     for split in ("train", "eval"):
         if token_level:
@@ -231,14 +231,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         labels,
         runtime.torch_dtype,
         config,
-        options.dropout,
-        new_head=label_count(options.model_name_or_path) != labels,
+        options.dropout_rate,
+        new_head=not options.do_eval and label_count(options.model_name_or_path) != labels,
     )
-    if options.add_eot_token and len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
+    fit_vocabulary(model, tokenizer)
     # Tokens are judged one sequence at a time; pairs must stay together to be compared.
     held_out = list(chain.from_iterable(pairs["eval"])) if token_level else pairs["eval"]
-    arguments = training_arguments(options, runtime, config)
+    # Without an optimiser DeepSpeed has nothing to do but to partition.
+    partitioned = config["zero_optimization"]["stage"] == 3
+    arguments = training_arguments(options, runtime, config if partitioned or not options.do_eval else None)
     if options.eval_interval > 0:
         arguments.eval_strategy, arguments.eval_steps = "steps", options.eval_interval
         held_out = held_out[: options.eval_iters * options.per_device_eval_batch_size * runtime.world_size]
@@ -253,9 +254,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         stage=options,
         train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
     )
-    results = run(trainer, tokenizer, {"stage": f"step2_{options.objective}", "train_pairs": len(pairs["train"])})
+    facts = {"stage": f"step2_{objective}", "train_pairs": len(pairs["train"])}
+    results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
     measure = "edited_accuracy" if token_level else "pair_accuracy"
-    runtime.say(f"{options.objective} reward: held-out {measure} {results[f'eval/{measure}']:.4f}")
+    runtime.say(f"{objective} reward: held-out {measure} {results[f'eval/{measure}']:.4f}")
     runtime.finish()
 
 

@@ -26,8 +26,8 @@ from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_prompt
 from labeling.token_labels import label_revision
-from step2_discriminator.main import hold_out
 from step2_discriminator.objectives import positive_logit
+from step2_discriminator.revisions import hold_out
 from testbed.world import World
 
 SHOWN = 4

@@ -121,6 +121,24 @@ def tiny(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """Lets entry points run in this process, one after the other: ``main(arguments)``, ten times faster than a start.
+
+    They stay in one process group of one rank; DeepSpeed cannot join another once it has left the first.
+    """
+    import torch.distributed
+
+    from deepspeed_chat_tlcr.runtime import Runtime
+
+    monkeypatch.setattr(Runtime, "finish", lambda self: torch.distributed.barrier())
+
+    def run(main, *arguments: object) -> None:
+        main([str(argument) for argument in arguments])
+
+    return run
+
+
 def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
     """Run an entry point: plainly with Python, or with ``ranks`` under the DeepSpeed launcher."""
     command = [sys.executable]

@@ -10,7 +10,8 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import MetricsLog, auroc, read_metrics, token_metrics
 from deepspeed_chat_tlcr.records import Preference, Revision
 from step1_sft.main import tokenize_chosen
-from step2_discriminator.main import hold_out, text_pairs, token_pairs
+from step2_discriminator.main import text_pairs, token_pairs
+from step2_discriminator.revisions import hold_out
 
 TEXT = "Human: hello there Assistant: I do like you a lot"
 

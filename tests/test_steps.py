@@ -316,7 +316,7 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
         (("--revisions", mistyped), f"{mistyped}:2: 'modified' is of type int"),
         (("--revisions", empty), "no revisions in it"),
         (("--revisions", tmp_path / "none.jsonl"), "no such file"),
-        (("--revisions",), "--revisions is missing"),
+        (("--objective", "token", "--revisions"), "--revisions is missing"),
         (("--only_optimize_lora", "--per_device_train_batch_size", 4), "--lora_dim"),
         (("--lora_dim", 2, "--per_device_train_batch_size", 4), "matches no linear layer"),
     ):

@@ -24,6 +24,8 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${SEED:=1234}"                           # seed of initialisation, shuffling and sampling
 : "${DTYPE:=bf16}"                          # bf16, fp16, fp32 or auto
 
+: "${STAGES:=step1 label step2 step3}"       # the run's stages, by their scripts' names (run_method.sh sets it)
+
 # ---- the machine ----
 : "${NUM_GPUS=8}"                           # processes on each node, one per GPU (on CPU: ranks); empty: all it has
 : "${HOSTFILE:=}"                           # several nodes: DeepSpeed's hostfile, lines of "name slots=8"
@@ -58,7 +60,41 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${DISCRIMINATOR_OFFLOAD:=0}"
 : "${DISCRIMINATOR_GRADIENT_CHECKPOINTING:=1}"
 
+# ---- step2_sequence.sh: the sequence reward model of PPO_seq, PPO_synthetic and ReMax ----
+: "${SEQUENCE_PAIRS:=preferences}"          # preferences: chosen over rejected; modified: modified over rejected
+: "${SEQUENCE_FOLDER:=step2_sequence}"      # sub-folder of OUTPUT
+: "${SEQUENCE_BATCH_SIZE:=16}"              # pairs per GPU and micro-batch
+: "${SEQUENCE_ACCUMULATION_STEPS:=1}"
+: "${SEQUENCE_EPOCHS:=2}"
+: "${SEQUENCE_LEARNING_RATE:=1e-5}"
+: "${SEQUENCE_WEIGHT_DECAY:=0.1}"
+: "${SEQUENCE_ZERO_STAGE:=2}"
+: "${SEQUENCE_OFFLOAD:=0}"
+: "${SEQUENCE_GRADIENT_CHECKPOINTING:=1}"
+
+# ---- dpo.sh (docs/methods.md says where these come from) ----
+: "${DPO_BATCH_SIZE:=8}"                    # pairs per GPU and micro-batch
+: "${DPO_ACCUMULATION_STEPS:=1}"
+: "${DPO_EPOCHS:=1}"
+: "${DPO_LEARNING_RATE:=9.65e-6}"
+: "${DPO_WEIGHT_DECAY:=0.1}"
+: "${DPO_BETA:=0.1}"
+: "${DPO_ZERO_STAGE:=3}"
+: "${DPO_OFFLOAD:=1}"
+: "${DPO_GRADIENT_CHECKPOINTING:=1}"
+
+# ---- figa.sh ----
+: "${FIGA_BATCH_SIZE:=4}"                   # revisions per GPU and micro-batch
+: "${FIGA_ACCUMULATION_STEPS:=4}"
+: "${FIGA_EPOCHS:=5}"
+: "${FIGA_LEARNING_RATE:=1e-5}"
+: "${FIGA_ZERO_STAGE:=3}"
+: "${FIGA_OFFLOAD:=0}"
+: "${FIGA_GRADIENT_CHECKPOINTING:=1}"
+
 # ---- step3.sh: PPO with a reward for every token (4.3) ----
+: "${ALGO:=ppo}"                            # ppo, or remax: a greedy answer's score as baseline, no critic
+: "${PPO_FOLDER:=step3_ppo_tlcr}"           # sub-folder of OUTPUT
 : "${REWARD:=tlcr}"                         # terms that are summed, blanks between; step3_ppo_tlcr/main.py --help lists them
 : "${GENERATION_BATCH_SIZE:=16}"            # prompts per GPU and rollout
 : "${PPO_BATCH_SIZE:=16}"                   # sequences per GPU and PPO micro-batch
@@ -69,6 +105,8 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${ACTOR_LEARNING_RATE:=1e-6}"
 : "${CRITIC_LEARNING_RATE:=1e-6}"
 : "${KL_COEFFICIENT:=0.1}"
+: "${GAMMA:=1}"                             # discount of later rewards
+: "${ACTOR_WEIGHT_DECAY:=0}"
 : "${WHITEN_ADVANTAGES:=0}"                 # advantages scaled to mean 0, deviation 1 (not in the paper)
 : "${ACTOR_ZERO_STAGE:=2}"
 : "${CRITIC_ZERO_STAGE:=2}"
@@ -214,13 +252,17 @@ preflight() {
   [[ $PLAN == 1 ]] || python3 -m deepspeed_chat_tlcr.preflight ${MADE_HERE:+--without_inputs}
 }
 
-# The recipe's stages, in order. What you bring yourself (SFT_MODEL, REVISIONS, DISCRIMINATOR_MODEL) is not made again.
+# The run's STAGES, in order. What you bring yourself (SFT_MODEL, REVISIONS, DISCRIMINATOR_MODEL) is not made again.
 train() {
-  local scripts=$project/training_scripts
-  [[ $SFT_MODEL != "$OUTPUT/step1_sft" ]] || attended bash "$scripts/step1.sh"
-  [[ $REVISIONS != "$OUTPUT/labeling/revisions.jsonl" ]] || attended bash "$scripts/label.sh"
-  [[ $DISCRIMINATOR_MODEL != "$OUTPUT/step2_discriminator" ]] || attended bash "$scripts/step2.sh"
-  attended bash "$scripts/step3.sh"
+  local stage
+  for stage in $STAGES; do
+    case $stage in
+      step1) [[ $SFT_MODEL == "$OUTPUT/step1_sft" ]] || continue ;;
+      label) [[ $REVISIONS == "$OUTPUT/labeling/revisions.jsonl" ]] || continue ;;
+      step2) [[ $DISCRIMINATOR_MODEL == "$OUTPUT/step2_discriminator" ]] || continue ;;
+    esac
+    attended bash "$project/training_scripts/$stage.sh"
+  done
 }
 
 # With PLAN=1, behind the commands: what they will cost.

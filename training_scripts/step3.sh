@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Step 3, PPO with a reward for every token (paper 4.3) -> OUTPUT/step3_ppo_tlcr/actor and .../critic
+# Step 3, PPO with a reward for every token (paper 4.3) -> OUTPUT/PPO_FOLDER/actor and .../critic
 #
 # Hardware: 8 x A100 80GB with the defaults (PLAN=1 shows what other sizes need). Time: several hours.
 # Launch:   bash training_scripts/step3.sh [options of step3_ppo_tlcr/main.py]
 #           REWARD=tlcr_fixed bash training_scripts/step3.sh --kl_ctl 0.05
-# Variables with their defaults: recipe.sh, "step3.sh". Skipped when OUTPUT/step3_ppo_tlcr/results.json exists.
+# Variables with their defaults: recipe.sh, "step3.sh". Skipped when OUTPUT/PPO_FOLDER/results.json exists.
 
 # shellcheck source=training_scripts/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
@@ -30,8 +30,9 @@ command=(
   --lr_scheduler_type cosine
   --num_warmup_steps 0
   --kl_ctl "$KL_COEFFICIENT"
-  --gamma 1
+  --gamma "$GAMMA"
   --lam 0.95
+  --actor_weight_decay "$ACTOR_WEIGHT_DECAY"
   --actor_zero_stage "$ACTOR_ZERO_STAGE"
   --critic_zero_stage "$CRITIC_ZERO_STAGE"
   --reference_zero_stage "$REFERENCE_ZERO_STAGE"
@@ -39,12 +40,13 @@ command=(
   --save_interval "$PPO_SAVE_INTERVAL"
   --dtype "$DTYPE"
   --seed "$SEED"
-  --output_dir "$OUTPUT/step3_ppo_tlcr"
+  --output_dir "$OUTPUT/$PPO_FOLDER"
 )
+[[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --critic_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --offload "$PPO_OFFLOAD"
 switch --whiten_advantages "$WHITEN_ADVANTAGES"
 
 # Braces, because bash reads them whole: editing this file while it runs does no harm.
-{ run_stage step3_ppo_tlcr has_results "${command[@]}" "$@"; exit; }
+{ run_stage "$PPO_FOLDER" has_results "${command[@]}" "$@"; exit; }

@@ -1,0 +1,86 @@
+"""The revisions that step 2 and FIGA train on: read, checked against the data's split, and partly held out."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import DataOptions, option
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.preference_data import part_of_prompts
+from deepspeed_chat_tlcr.records import Revision, read_revisions
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevisionOptions(DataOptions):
+    """revisions"""
+
+    revisions: list[str] = option(
+        [],
+        "revisions.jsonl files of labeling/main.py",
+        flags=("--modification_train_data_path",),
+        better="text, so that one labelling serves every tokenizer; no pickles",
+    )
+    eval_revisions: list[str] = option(
+        [],
+        "held-out revisions; unset: --eval_share of the prompts is held out",
+        flags=("--modification_eval_data_path",),
+        better="may be left out",
+    )
+    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash")
+    allow_foreign_revisions: bool = option(False, "accept revisions of prompts from the SFT or RL part of the data")
+
+
+def load_revisions(options: RevisionOptions) -> dict[str, list[Revision]]:
+    """Revisions for ``train`` and ``eval``. Raises ``InputError`` for missing, empty or foreign ones."""
+    if not options.revisions:
+        raise InputError("--revisions is missing: give the revisions.jsonl that labeling/main.py wrote")
+    train = _read(options.revisions)
+    if not train:
+        raise InputError(f"--revisions {' '.join(options.revisions)}: no revisions in it; run labeling/main.py first")
+    if not options.allow_foreign_revisions:
+        refuse_foreign_revisions(train, options.data_path, options.data_split, options.data_seed)
+    if options.eval_revisions:
+        return {"train": train, "eval": _read(options.eval_revisions)}
+    if len({revision.prompt for revision in train}) < 2:
+        raise InputError("--revisions: all have one prompt, so none can be held out; give --eval_revisions")
+    train, held_out = hold_out(train, options.eval_share)
+    return {"train": train, "eval": held_out}
+
+
+def _read(paths: Sequence[str]) -> list[Revision]:
+    for path in paths:
+        if Path(path).suffix in (".pkl", ".pickle"):
+            raise InputError(
+                f"--revisions {path}: pickles are not read, they can run code; import the .json beside it with "
+                "`python labeling/main.py --from FILE.json --output_dir FOLDER`"
+            )
+    return list(chain.from_iterable(map(read_revisions, paths)))
+
+
+def hold_out(revisions: list[Revision], share: float) -> tuple[list[Revision], list[Revision]]:
+    """Split by prompt, so that no prompt is on both sides; which prompts depends on nothing but their text."""
+    ranked = sorted({r.prompt for r in revisions}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    held = set(ranked[: max(1, round(share * len(ranked)))])
+    train = [revision for revision in revisions if revision.prompt not in held]
+    return train, [revision for revision in revisions if revision.prompt in held]
+
+
+def refuse_foreign_revisions(
+    revisions: Sequence[Revision], data_path: Sequence[str], data_split: str, data_seed: int, tokenizer=None
+) -> None:
+    """Raise ``InputError`` if a revision's prompt is in the SFT or RL part of the data and not in the reward part.
+
+    Such labels would leak. A prompt may stand in several parts (data sets repeat prompts); one that is in none of
+    them is the user's own.
+    """
+    parts = part_of_prompts(data_path, data_split, data_seed, tokenizer=tokenizer)
+    for part, purpose in (("sft", "SFT"), ("rl", "RL")):
+        foreign = [r for r in revisions if r.prompt in parts[part] and r.prompt not in parts["reward"]]
+        if foreign:
+            raise InputError(
+                f"--revisions: {len(foreign)} of {len(revisions)} revisions have prompts of the {purpose} part under "
+                f"--data_split {data_split} --data_seed {data_seed} (first: id {foreign[0].id}); label the reward part "
+                "with the same split and seed, or pass --allow_foreign_revisions"
+            )

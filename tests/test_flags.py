@@ -1,0 +1,107 @@
+"""Command lines of DeepSpeed-Chat, ReMax and RLHF-TLCR parse here unchanged; docs/flags.md lists every flag."""
+
+import shlex
+
+import pytest
+from conftest import ROOT
+
+from deepspeed_chat_tlcr import flags
+from deepspeed_chat_tlcr.flags import PROGRAMS, Program, accepted
+
+BY_PATH = {program.path: program for program in PROGRAMS}
+
+
+def parse(path: str, line: str):
+    return __import__(BY_PATH[path].module, fromlist=["parse_args"]).parse_args(shlex.split(line))
+
+
+# What is common to the peers' scripts of steps 1, 2 and DPO, with the values they use.
+TRAIN = (
+    "--local_rank=0 --data_split 2,4,4 --model_name_or_path M --per_device_train_batch_size 4 "
+    "--per_device_eval_batch_size 4 --max_seq_len 512 --learning_rate 9.65e-6 --num_train_epochs 4 "
+    "--gradient_accumulation_steps 1 --lr_scheduler_type cosine --num_warmup_steps 0 --seed 1234 --zero_stage 3 "
+    "--deepspeed --output_dir ./output "
+)
+FOUR_SETS = (
+    "--data_path Dahoas/rm-static Dahoas/full-hh-rlhf Dahoas/synthetic-instruct-gptj-pairwise "
+    "yitingxie/rlhf-reward-datasets "
+)
+FORK = "--data_path Dahoas/full-hh-rlhf --data_output_path ~/data --gradient_checkpointing --offload --print_loss "
+CHAT_SHORT = "--model_name_or_path facebook/opt-350m --weight_decay 0.1 --dropout 0.0 --gradient_accumulation_steps 4 "
+CHAT_SHORT += "--zero_stage 0 --enable_tensorboard --tensorboard_path ./output --deepspeed --output_dir ./output "
+
+LINES = {
+    "step1_sft/main.py": (
+        TRAIN + FOUR_SETS + "--weight_decay 0. --gradient_checkpointing --offload --lora_dim 128 "
+        "--lora_module_name layers. --only_optimize_lora --dtype bf16 --compute_fp32_loss --add_eot_token --print_loss",
+        TRAIN + "--data_path wangrui6/Zhihu-KOL Cohere/miracl-zh-queries-22-12 mkqa-Chinese --weight_decay 0.1",
+        CHAT_SHORT,
+        TRAIN + FORK + "--weight_decay 0. --num_inner_step 1 --bf16 --enable_tensorboard",
+        TRAIN + FORK + "--weight_decay 0. --disable_dropout --data_seed 1234 --enable_tensorboard",
+    ),
+    "step2_discriminator/main.py": (
+        TRAIN + FOUR_SETS + "--weight_decay 0.1 --num_padding_at_beginning 0 --gradient_checkpointing --offload "
+        "--lora_dim 128 --lora_module_name layers. --eval_interval 50 --eval_iters 100",
+        CHAT_SHORT + "--num_padding_at_beginning 1",
+        TRAIN + FORK + "--weight_decay 0.1 --num_padding_at_beginning 0 --bf16 --custom_template --enable_tensorboard",
+        TRAIN + FORK + "--modification_train_data_path t.pkl --modification_eval_data_path e.pkl --weight_decay 0.1 "
+        "--bf16 --discriminate_reward --uni_discriminator_head --enable_tensorboard --num_padding_at_beginning 0",
+        TRAIN + FORK + "--weight_decay 0.1 --num_padding_at_beginning 0 --disable_dropout --enable_tensorboard",
+    ),
+    "baselines/dpo/main.py": (
+        TRAIN + FOUR_SETS + "--weight_decay 0.1 --gradient_checkpointing --offload --lora_dim 128 --lora_module_name "
+        "layers. --beta 0.2 --label_smoothing 0.1 --offload_reference_model --compute_fp32_loss --print_loss",
+        CHAT_SHORT,
+        TRAIN + "--data_path Dahoas/rm-static --weight_decay 0.1 --dropout 0.0 --num_padding_at_beginning 1 --offload",
+    ),
+}
+
+
+@pytest.mark.parametrize(("path", "line"), [(path, line) for path, lines in LINES.items() for line in lines])
+def test_scripts_of_the_peers_parse_unchanged(path, line):
+    options = parse(path, line)
+    assert options.model_name_or_path in ("M", "facebook/opt-350m")
+    assert options.gradient_accumulation_steps == (4 if "facebook" in line else 1)
+
+
+def test_flags_of_the_peers_keep_their_meaning():
+    step1, step2 = LINES["step1_sft/main.py"], LINES["step2_discriminator/main.py"]
+    chat = parse("step1_sft/main.py", step1[0])
+    assert (chat.learning_rate, chat.zero_stage, chat.lora_dim, chat.precision) == (9.65e-6, 3, 128, "bf16")
+    assert chat.data_path == [
+        "Dahoas/rm-static",
+        "Dahoas/full-hh-rlhf",
+        "Dahoas/synthetic-instruct-gptj-pairwise",
+        "yitingxie/rlhf-reward-datasets",
+    ]
+    assert chat.new_eos == "<|endoftext|>"
+    assert parse("step1_sft/main.py", step1[3]).precision == "bf16"
+    assert parse("step1_sft/main.py", step1[3]).dropout_rate is None
+    assert parse("step1_sft/main.py", step1[4]).dropout_rate == 0.0
+    # DeepSpeed-Chat's step 2 trains a sequence reward model, RLHF-TLCR's flag asks for the discriminator.
+    assert [parse("step2_discriminator/main.py", line).token_level for line in step2] == [0, 0, 0, 1, 0]
+    discriminator = parse("step2_discriminator/main.py", step2[3])
+    assert (discriminator.revisions, discriminator.eval_revisions) == (["t.pkl"], ["e.pkl"])
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.path)
+def test_every_flag_of_the_peers_is_accepted(program: Program):
+    for peer, names in program.peers.items():
+        assert not names - accepted(program), f"{program.path} does not know all flags of {peer}"
+
+
+def test_flags_page_is_that_of_the_declarations():
+    """A flag that is declared and not on the page, or has changed since, fails here."""
+    page = (ROOT / "docs" / "flags.md").read_text()
+    for program in PROGRAMS:
+        section = page.split(f"## {program.path}\n")[1].split("\n## ")[0]
+        rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+        assert {word.strip("`,") for row in rows for word in row.split()} == {f"--{name}" for name in accepted(program)}
+    assert page == flags.document(), "write it anew: python -m deepspeed_chat_tlcr.flags > docs/flags.md"
+
+
+def test_flags_without_effect_warn_once_each(capsys):
+    parse("step2_discriminator/main.py", LINES["step2_discriminator/main.py"][3])
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    named = sorted(line.split()[1] for line in warnings)
+    assert named == ["--data_output_path", "--num_padding_at_beginning", "--print_loss", "--uni_discriminator_head"]

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# One method of the paper's Table 1 or of its ablations, from data to policy, by name. docs/methods.md says which of
+# its settings are the paper's and which come from elsewhere.
+#
+# Hardware: 8 x A100 80GB with the defaults. Time: from an hour (sft) to most of a day (tlcr).
+# Launch:   bash training_scripts/run_method.sh METHOD [OUTPUT]
+#           PLAN=1 bash training_scripts/run_method.sh dpo
+# METHOD:   sft dpo figa ppo_synthetic ppo_seq remax tlcr_fixed tlcr
+#           tlcr_positive_only tlcr_negative_only tlcr_released_code random; labels: the external model's work alone
+# Methods that share OUTPUT share their stages (SFT, labelling, reward models): what is finished is not made again.
+
+METHOD=${1:?which method? sft dpo figa ppo_synthetic ppo_seq remax tlcr_fixed tlcr tlcr_positive_only ...}
+export OUTPUT=${2:-${OUTPUT:-output/llama2-7b}}
+set -a
+case $METHOD in
+  labels) STAGES="label" ;;
+  sft) STAGES="step1" ;;
+  dpo) STAGES="step1 dpo" ;;
+  figa) STAGES="step1 label figa" ;;
+  ppo_seq)
+    STAGES="step1 step2_sequence step3"
+    REWARD=sequence DISCRIMINATOR_MODEL=$OUTPUT/step2_sequence
+    ;;
+  ppo_synthetic) # its reward model learns from (modified, rejected) pairs
+    STAGES="step1 label step2_sequence step3"
+    SEQUENCE_PAIRS=modified SEQUENCE_FOLDER=step2_synthetic
+    REWARD=sequence DISCRIMINATOR_MODEL=$OUTPUT/step2_synthetic
+    ;;
+  remax)
+    STAGES="step1 step2_sequence step3"
+    ALGO=remax REWARD=sequence DISCRIMINATOR_MODEL=$OUTPUT/step2_sequence
+    : "${GAMMA:=0.99}" "${ACTOR_WEIGHT_DECAY:=0.1}"
+    ;;
+  tlcr | tlcr_fixed | tlcr_positive_only | tlcr_negative_only | tlcr_released_code | random)
+    STAGES="step1 label step2 step3"
+    REWARD=$METHOD
+    ;;
+  *)
+    printf 'error: there is no method "%s"; known: sft dpo figa ppo_synthetic ppo_seq remax tlcr_fixed tlcr' "$METHOD" >&2
+    printf ' tlcr_positive_only tlcr_negative_only tlcr_released_code random\n' >&2
+    exit 2
+    ;;
+esac
+[[ $METHOD == tlcr ]] || PPO_FOLDER=step3_$METHOD
+set +a
+
+# shellcheck source=training_scripts/recipe.sh
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+# Braces, because bash reads them whole: editing this file while it runs does no harm.
+{
+  prepare
+  preflight
+  train
+  plan
+  exit
+}
