@@ -27,6 +27,13 @@ class Part:
 
 PARTS = [
     Part("mt_bench", "MT-Bench", sections.mt_bench, sections.mt_bench_facts, "evaluation/mt_bench.py"),
+    Part(
+        "discriminator",
+        "Discriminator",
+        sections.discriminator,
+        sections.discriminator_facts,
+        "evaluation/discriminator.py",
+    ),
 ]
 
 

@@ -4,7 +4,11 @@ import json
 import re
 from pathlib import Path
 
-from tests.conftest import write_jsonl
+import torch
+from conftest import tiny_llama, write_jsonl
+
+from deepspeed_chat_tlcr.models import load_token_classifier
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
 
 QUESTIONS = [
     {"question_id": 81, "category": "writing", "turns": ["Tell me of the sea.", "Shorter."]},
@@ -52,3 +56,20 @@ def texts_of(page: Path) -> str:
     """A page's text without its tags, scripts and styles."""
     body = re.sub(r"(?s)<(script|style)\b.*?</\1>", " ", page.read_text())
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
+
+
+def other_model(folder: Path, tiny: Path, seed: int = 7) -> Path:
+    """A tiny Llama with other weights and the same tokenizer."""
+    return tiny_llama(folder, load_tokenizer(tiny / "model"), seed)
+
+
+def reward_model(folder: Path, tiny: Path, labels: int, scale: float = 40.0) -> Path:
+    """A token classifier with a head of random weights, large enough that its opinions differ between tokens."""
+    torch.manual_seed(labels)
+    tokenizer = load_tokenizer(tiny / "model")
+    model = load_token_classifier(str(tiny / "model"), labels, torch.float32, new_head=True)
+    with torch.no_grad():
+        model.score.weight.mul_(scale)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -9,22 +9,19 @@ import sys
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import byte_level_tokenizer, shared
+from evaluation_helpers import QUESTIONS, expected_rating, other_model, read_lines, texts_of, write_bench
+from judge_server import judging
 
 from evaluation import mt_bench
 from evaluation.policies import Question, prompt_text
 from evaluation.statistics import bootstrap_interval
 from labeling.endpoint import Unusable
-from tests.conftest import byte_level_tokenizer, shared, tiny_llama
-from tests.evaluation_helpers import QUESTIONS, expected_rating, read_lines, texts_of, write_bench
-from tests.judge_server import judging
 
 
 @pytest.fixture(scope="module")
 def models(tiny, tmp_path_factory):
-    from deepspeed_chat_tlcr.tokenization import load_tokenizer
-
-    other = tmp_path_factory.mktemp("other") / "model"
-    tiny_llama(other, load_tokenizer(tiny / "model"), seed=7)
+    other = other_model(tmp_path_factory.mktemp("other") / "model", tiny)
     return [f"sft={tiny / 'model'}", f"tlcr={other}"]
 
 
