@@ -28,6 +28,21 @@ class Part:
 PARTS = [
     Part("mt_bench", "MT-Bench", sections.mt_bench, sections.mt_bench_facts, "evaluation/mt_bench.py"),
     Part(
+        "alpaca_eval",
+        "AlpacaEval and head to head",
+        sections.alpaca_eval,
+        sections.alpaca_eval_facts,
+        "evaluation/alpaca_eval.py",
+    ),
+    Part(
+        "reward_scores",
+        "Reward scores",
+        sections.reward_scores,
+        sections.reward_scores_facts,
+        "evaluation/reward_scores.py",
+    ),
+    Part("curves", "Training curves", sections.curves, sections.curves_facts, "evaluation/curves.py"),
+    Part(
         "discriminator",
         "Discriminator",
         sections.discriminator,

@@ -13,13 +13,14 @@ from deepspeed_chat_tlcr.pictures import (
     join,
     legend_html,
     line_chart,
+    missing_chart,
     number,
     paragraph,
     radar_chart,
     sample_html,
     table_html,
 )
-from deepspeed_chat_tlcr.report import MEASURES, PUBLISHED
+from deepspeed_chat_tlcr.report import MEASURES, PUBLISHED, PUBLISHED_REWARDS
 
 TURNS = ("turn 1", "turn 2", "overall")
 
@@ -99,6 +100,143 @@ def mt_bench(results: dict) -> Html:
         ["category", *models], [[c, *(by_category[n][i] for n in models)] for i, c in enumerate(categories)]
     )
     return join([*parts, fold("Ratings by category as a table", table)])
+
+
+# ---- AlpacaEval ------------------------------------------------------------------------------------------------------
+
+
+def alpaca_eval_facts(results: dict) -> list:
+    judges = [name for name in (results["judge"], results["annotators_config"]) if name]
+    return ["win rates, two answers to one prompt", results["questions"], ", ".join(judges), results["usd"]]
+
+
+def alpaca_eval(results: dict) -> Html:
+    rows = results["head_to_head"]
+    parts = [missing_note(results)]
+    if rows:
+        names = [f"{row['model']} : {row['against']}" for row in rows]
+        rates = {"win rate": [percent(row["win_rate"]) for row in rows]}
+        ranges = {"win rate": [whisker([percent(edge) for edge in row["interval"]]) for row in rows]}
+        left = table_html(
+            ["head to head", "win rate, %", "95 % interval", "wins", "ties", "losses", "p"],
+            [
+                [
+                    f"{row['model']} against {row['against']}",
+                    percent(row["win_rate"]),
+                    interval(row["interval"], 1, percent=True),
+                    *(row[key] for key in ("wins", "ties", "losses")),
+                    number(row["p_value"], 3),
+                ]
+                for row in rows
+            ],
+            f"{results['questions']} prompts, each pair of answers judged in both orders by {results['judge']}; a win: "
+            "preferred in one order and not beaten in the other; ties count half; Wilson intervals, exact sign test.",
+            digits=1,
+        )
+        bias = table_html(
+            ["position bias", "first shown preferred, %", "orders disagree", "items left out"],
+            [
+                [names[i], percent(row["first_shown_preferred"]), row["inconsistent"], row["missing"]]
+                for i, row in enumerate(rows)
+            ],
+            "50 %: none. Where the two orders prefer different models the item is a tie.",
+            digits=1,
+        )
+        parts += [columns(bar_chart(names, rates, "Win rate", "%", ranges), left), bias]
+    if package := results["package"]:
+        table = [
+            [row["model"], row["reference"], percent(row["win_rate"]), percent(row["standard_error"]), row["items"]]
+            for row in package
+        ]
+        header = ["alpaca_eval’s own", "against", "win rate, %", "standard error", "items"]
+        parts.append(table_html(header, table, f"Judged by the package with {results['annotators_config']}.", 1))
+    published = {
+        method: {"TLCR preferred, %": row["TLCR preferred, %"]}
+        for method, row in PUBLISHED.items()
+        if "TLCR preferred, %" in row
+    }
+    return join([*parts, paper_table("Figure 4: against", published)])
+
+
+def percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+# ---- reward scores ---------------------------------------------------------------------------------------------------
+
+
+def reward_scores_facts(results: dict) -> list:
+    return [
+        f"answers of {len(results['models'])} models under {len(results['rewards'])} rewards",
+        results["prompts"],
+        None,
+        None,
+    ]
+
+
+def reward_scores(results: dict) -> Html:
+    models, rewards = results["models"], results["rewards"]
+
+    def chart(key: str, title: str, unit: str) -> Html:
+        values = {name: [row["rewards"][one][key] for one in rewards] for name, row in models.items()}
+        ranges = {
+            name: [whisker(row["rewards"][one][f"{key}_interval"]) for one in rewards] for name, row in models.items()
+        }
+        return bar_chart(rewards, values, title, unit, ranges)
+
+    header = ["model", "length, tokens", "end themselves"]
+    header += [words for one in rewards for words in (f"{one}: sum", "per token")]
+    rows = [
+        [name, row["response_length"], f"{row['ended']:.0%}"]
+        + [row["rewards"][one][key] for one in rewards for key in ("sum", "per_token")]
+        for name, row in models.items()
+    ]
+    note = (
+        f"{results['prompts']} prompts, one answer each at temperature {results['temperature']:g}; sums are means over "
+        "answers and grow with length, per token is over all tokens; 95 % bootstrap intervals over prompts. "
+        "Discrete: ±1, and 0 where max(D, 1 − D) < 0.6; continuous: 2D − 1."
+    )
+    parts = [
+        columns(
+            chart("sum", "Reward per answer", "mean sum"),
+            chart("per_token", "Reward per token", "mean"),
+        ),
+        table_html(header, rows, note),
+    ]
+    if absent := [name for name in ("discriminator", "sequence_reward") if not results[name]]:
+        parts.append(paragraph(f"Missing: no --{' and no --'.join(absent)} was given.", "note"))
+    return join([*parts, paper_table("Figure 6", PUBLISHED_REWARDS, 2)])
+
+
+def paper_table(where: str, published: Mapping[str, Mapping[str, float]], digits: int = 2) -> Html:
+    """Numbers of the paper, a row for each method."""
+    names = list(dict.fromkeys(name for row in published.values() for name in row))
+    rows = [[method, *(row.get(name) for name in names)] for method, row in published.items()]
+    return table_html([f"paper, {where}", *names], rows, digits=digits)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def curves_facts(results: dict) -> list:
+    return [
+        f"{len(results['charts'])} metrics of {len(results['runs'])} runs",
+        max(results["runs"].values()),
+        None,
+        None,
+    ]
+
+
+def curves(results: dict) -> Html:
+    drawn = []
+    for chart in results["charts"]:
+        lines = [Series(one["name"], one["x"], [nan(y) for y in one["y"]]) for one in chart["series"]]
+        drawn.append(line_chart(lines, chart["title"], "step", chart["unit"], results["smoothing"]))
+    drawn += [missing_chart(key, "not recorded by any run") for key in results["absent"]]
+    note = "Lines are smoothed, raw values behind them. The same charts as PNG are in curves/." * bool(
+        results["smoothing"]
+    )
+    return join([columns(*drawn, kind="charts"), paragraph(note, "note") if note else ""])
 
 
 # ---- discriminator ---------------------------------------------------------------------------------------------------

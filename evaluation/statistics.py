@@ -11,7 +11,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 2000
 
 
-def bootstrap_interval(columns: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+def bootstrap_interval(columns: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the mean of all entries of ``columns`` ``(N, C)``, whose N rows are resampled.
 
     A row is what was drawn together: both turns of a question, the answers to a prompt. NaN: not measured. For a
@@ -19,17 +19,23 @@ def bootstrap_interval(columns: np.ndarray, seed: int = 0, resamples: int = RESA
     """
     rows = np.atleast_2d(np.asarray(columns, float).T).T
     rows = rows[np.isfinite(rows).any(axis=1)]
-    if len(rows) < 2:
+    return ratio_interval(np.nansum(rows, axis=1), np.isfinite(rows).sum(axis=1))
+
+
+def ratio_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of sum(``sums``) / sum(``counts``), both ``(N,)``, resampled together."""
+    if len(sums) < 2:
         return math.nan, math.nan
 
-    def mean(index: np.ndarray) -> float:
-        return float(np.nanmean(rows[index.astype(int)]))
+    def ratio(sums: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
+        return sums.sum(axis) / counts.sum(axis)
 
     found = stats.bootstrap(
-        (np.arange(len(rows)),),
-        mean,
-        vectorized=False,
-        n_resamples=resamples,
+        (np.asarray(sums, float), np.asarray(counts, float)),
+        ratio,
+        paired=True,
+        vectorized=True,
+        n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
         rng=np.random.default_rng(seed),

@@ -45,7 +45,7 @@ def response(said: str | int) -> bytes:
         status, content = said, {"error": {"message": "as scripted", "type": "server_error", "code": "x"}}
     else:
         choice = {"index": 0, "message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
-        usage = {"prompt_tokens": 100, "completion_tokens": 10}
+        usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
         status, content = 200, {"model": "judge", "choices": [choice], "usage": usage}
     body = json.dumps(content).encode()
     fields = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
