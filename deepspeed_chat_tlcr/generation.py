@@ -11,7 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerF
 class Decoding:
     """How tokens are chosen. ``temperature`` 0 means the likeliest token; ``top_k`` 0 and ``top_p`` 1 mean no cut.
 
-    ``min_new_tokens``: EOS is impossible before that many tokens.
+    ``min_new_tokens``: EOS is impossible before that many tokens. ``stop_ids``: tokens that end a response as EOS does
+    (a chat model's end of turn).
     """
 
     max_new_tokens: int
@@ -19,6 +20,7 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     min_new_tokens: int = 0
+    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,12 @@ def left_pad(prompts: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Ten
     return ids, mask
 
 
-def response_mask(response_ids: torch.Tensor, eos_id: int) -> torch.Tensor:
+def response_mask(response_ids: torch.Tensor, eos_id: int, stop_ids: Sequence[int] = ()) -> torch.Tensor:
     """1 up to and including each row's first EOS; all ones where a row was cut at the limit. ``(B, A)`` to ``(B, A)``.
 
     What a generator writes behind the first EOS is padding, whatever its id: pad = EOS is harmless.
     """
-    is_eos = (response_ids == eos_id).long()
+    is_eos = torch.isin(response_ids, torch.tensor([eos_id, *stop_ids], device=response_ids.device)).long()
     ended_before = is_eos.cumsum(1) - is_eos
     return (ended_before == 0).long()
 
@@ -75,7 +77,7 @@ def generate(
         top_p=1.0 if greedy else decoding.top_p,
         top_k=0 if greedy else max(0, decoding.top_k),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, *decoding.stop_ids],
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -92,14 +94,15 @@ def answers(
     batch_size: int,
 ) -> Iterator[Answer]:
     """One answer for each prompt (token ids), in the order of the prompts."""
+    ends = {tokenizer.eos_token_id, *decoding.stop_ids}
     for begin in range(0, len(prompts), batch_size):
         batch = prompts[begin : begin + batch_size]
         ids, mask = left_pad(batch, tokenizer.pad_token_id)
         output = generate(model, tokenizer, ids.to(model.device), mask.to(model.device), decoding)[:, ids.size(1) :]
-        lengths = response_mask(output, tokenizer.eos_token_id).sum(1).tolist()
+        lengths = response_mask(output, tokenizer.eos_token_id, decoding.stop_ids).sum(1).tolist()
         for prompt, row, length in zip(batch, output.tolist(), lengths, strict=True):
             response = row[:length]
-            ended = response[-1:] == [tokenizer.eos_token_id]
+            ended = response[-1:] != [] and response[-1] in ends
             # Decoded behind the prompt: SentencePiece would drop the space before a text's first word.
             content = response[:-1] if ended else response
             whole = tokenizer.decode([*prompt, *content], clean_up_tokenization_spaces=False)

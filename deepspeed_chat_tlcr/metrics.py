@@ -58,21 +58,24 @@ def token_metrics(positive_probs: np.ndarray, targets: np.ndarray) -> dict[str, 
     """
     positive, negative = targets == 1.0, targets == 0.0
     edited = positive | negative
-    predicted = np.where(
-        np.maximum(positive_probs, 1 - positive_probs) < NEUTRAL_ZONE, 0.5, (positive_probs > 0.5).astype(float)
-    )
     rewards = 2 * positive_probs - 1
     share = _mean(positive[edited])
     return {
         "edited_accuracy": _mean((positive_probs > 0.5)[edited] == positive[edited]),
         "majority_accuracy": max(share, 1 - share),
-        "three_class_accuracy": _mean(predicted == targets),
+        "three_class_accuracy": _mean(predicted_targets(positive_probs) == targets),
         "auroc": auroc(positive_probs[positive], positive_probs[negative]),
         "reward_positive": _mean(rewards[positive]),
         "reward_neutral": _mean(rewards[~edited]),
         "reward_negative": _mean(rewards[negative]),
         "edited_share": _mean(edited),
     }
+
+
+def predicted_targets(positive_probs: np.ndarray) -> np.ndarray:
+    """What D says a token is: 1 positive, 0 negative, 0.5 neutral where max(D, 1 - D) is below 0.6."""
+    sure = np.maximum(positive_probs, 1 - positive_probs) >= NEUTRAL_ZONE
+    return np.where(sure, (positive_probs > 0.5).astype(float), 0.5)
 
 
 def auroc(positive_scores: np.ndarray, negative_scores: np.ndarray) -> float:

@@ -45,6 +45,13 @@ PUBLISHED: dict[str, dict[str, float]] = {
     "TLCR": {"turn 1": 5.71, "turn 2": 4.38, "overall": 5.04},
 }
 
+# Figure 6: rewards per answer, as far as the paper gives numbers; its token rewards are sums of released-code rewards.
+PUBLISHED_REWARDS: dict[str, dict[str, float]] = {
+    "PPO_seq": {"sequence": 4.28, "discrete token": 25.7, "continuous token": 17.0},
+    "TLCR": {"sequence": 4.13},
+    "TLCR_fixed": {"sequence": 3.04},
+}
+
 # What is said of the discriminator, by its keys in results.json; the first two even where they are missing.
 MEASURES = {
     "edited_accuracy": "accuracy on edited tokens (paper, 7.2: 0.814)",

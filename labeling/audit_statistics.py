@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.records import Revision
-from deepspeed_chat_tlcr.tokenization import tokenize_response
+from deepspeed_chat_tlcr.tokenization import TokenizedExample, tokenize_response
 from labeling.revising import MAX_EDIT_RATIO, edit_ratio
 from labeling.token_labels import NEGATIVE, NEUTRAL, edit_targets, label_revision
 
@@ -37,10 +37,10 @@ class SpanAgreement:
     def add(self, tokens: Sequence[Span], targets: Sequence[float], spans: Sequence[Span]):
         self.responses += 1
         for (start, end), target in zip(tokens, targets, strict=True):
-            is_marked = any(start < span_end and end > span_start for span_start, span_end in spans)
+            marked = is_marked((start, end), spans)
             self.edited += target == NEGATIVE
-            self.marked += is_marked
-            self.both += is_marked and target == NEGATIVE
+            self.marked += marked
+            self.both += marked and target == NEGATIVE
             self.tokens += 1
 
     def summary(self) -> dict:
@@ -50,6 +50,31 @@ class SpanAgreement:
         f1 = 2 * precision * recall / (precision + recall) if found and precision + recall else None
         counts = {"responses": self.responses, "tokens": self.tokens, "edited": self.edited, "marked": self.marked}
         return {"precision": precision, "recall": recall, "f1": f1, **counts}
+
+
+def is_marked(token: Span, spans: Sequence[Span]) -> bool:
+    """Whether one of a token's visible characters lies in a span."""
+    return any(token[0] < span_end and token[1] > span_start for span_start, span_end in spans)
+
+
+def visible_tokens(
+    tokenizer: PreTrainedTokenizerFast, revision: Revision, rejected: TokenizedExample
+) -> list[tuple[int, Span]]:
+    """The tokens of a whole rejected response that show something, EOS and white space not among them.
+
+    Each as its place among the response's tokens, and its visible characters, counted from the response's first one.
+    """
+    text = revision.prompt + revision.rejected
+    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    offsets = offsets[rejected.response_start : len(rejected.input_ids) - 1]  # without EOS
+    begin = len(revision.prompt) + len(revision.rejected) - len(revision.rejected.lstrip())
+    tokens = []
+    for place, (start, end) in enumerate(offsets):
+        piece = text[start:end]
+        if piece.strip():
+            left, right = len(piece) - len(piece.lstrip()), len(piece.rstrip())
+            tokens.append((place, (start + left - begin, start + right - begin)))
+    return tokens
 
 
 def span_agreement(
@@ -69,17 +94,8 @@ def add_agreement(
     if spans is None:
         return
     rejected, _ = label_revision(tokenizer, revision, WHOLE)
-    text = revision.prompt + revision.rejected
-    offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-    offsets = offsets[rejected.response_start : len(rejected.input_ids) - 1]  # without EOS
-    begin = len(revision.prompt) + len(revision.rejected) - len(revision.rejected.lstrip())
-    tokens, targets = [], []
-    for (start, end), target in zip(offsets, rejected.targets, strict=False):
-        piece = text[start:end]
-        if piece.strip():
-            tokens.append((start + len(piece) - len(piece.lstrip()) - begin, start + len(piece.rstrip()) - begin))
-            targets.append(target)
-    agreement.add(tokens, targets, spans)
+    visible = visible_tokens(tokenizer, revision, rejected)
+    agreement.add([token for _, token in visible], [rejected.targets[place] for place, _ in visible], spans)
 
 
 @dataclass

@@ -118,26 +118,8 @@ class RunFolder:
         self.lock.close()
 
     def repair(self, path: Path):
-        """Cut a torn last line off; keep one that only lacks its line feed."""
-        if not path.exists():
-            return
-        with path.open("r+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            start = _last_line_start(file, end)
-            file.seek(start)
-            tail = file.read()
-            if not tail or tail.endswith(b"\n"):
-                return
-            try:
-                whole = isinstance(json.loads(tail), dict)
-            except ValueError:
-                whole = False
-            if whole:
-                file.write(b"\n")
-            else:
-                file.truncate(start)
-                self.repairs.append(f"{path}: removed a torn last line of {len(tail)} bytes")
-            os.fsync(file.fileno())
+        if size := cut_torn_line(path):
+            self.repairs.append(f"{path}: removed a torn last line of {size} bytes")
 
     # ---- settings ----
 
@@ -330,6 +312,29 @@ def write_all(fd: int, data: bytes):
     view = memoryview(data)
     while view:
         view = view[os.write(fd, view) :]
+
+
+def cut_torn_line(path: Path) -> int:
+    """Cut off a last line that a kill left unfinished; keep one that only lacks its line feed. Bytes removed."""
+    if not path.exists():
+        return 0
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        start = _last_line_start(file, end)
+        file.seek(start)
+        tail = file.read()
+        if not tail or tail.endswith(b"\n"):
+            return 0
+        try:
+            whole = isinstance(json.loads(tail), dict)
+        except ValueError:
+            whole = False
+        if whole:
+            file.write(b"\n")
+        else:
+            file.truncate(start)
+        os.fsync(file.fileno())
+        return 0 if whole else len(tail)
 
 
 def _last_line_start(file, end: int) -> int:

@@ -9,23 +9,21 @@ input or settings; 1 anything else.
 """
 
 import asyncio
-import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 
 from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.preference_data import Preferences, load_preferences, parse_data_split
 from deepspeed_chat_tlcr.record_sources import find_source
-from labeling.batch import BatchRunner
-from labeling.dispatch import Dispatcher, Limits
+from labeling.asking import agreed, known_price, make_endpoint, run_all, signals_interrupt
 from labeling.endpoint import ChatRequest, Endpoint, Sampling
 from labeling.importing import import_revisions
 from labeling.journal import RunFolder
-from labeling.money import BATCH_DISCOUNT, Account, Estimate, Price, estimate, price_of
+from labeling.money import Account, Estimate, Price, estimate
 from labeling.options import Options, check
 from labeling.progress import Progress, Totals, describe
 from labeling.prompt import TEMPLATE, load_template
@@ -34,7 +32,6 @@ from labeling.selection import Selection, Shard, select, stream, to_ask
 from labeling.without_model import copy_chosen
 
 EXIT_COMPLETE, EXIT_OTHER, EXIT_RESUMABLE = 0, 1, 3
-ASK_ABOVE_USD = 10.0
 
 
 @exits_cleanly
@@ -59,18 +56,12 @@ def label(options: Options) -> int:
     settings = settings_of(options, selection, template)
     if options.reviser == "chosen":
         return copy_chosen(options.output_dir, preferences, selection, settings)
-    price = known_price(options)
+    price = known_price(options, options.model)
     if options.dry_run:
         print(estimate_for(options, price, selection, len(selection) * options.n, template))
         return EXIT_COMPLETE
-    endpoint = Endpoint(
-        options.model,
-        options.base_url,
-        options.api_key_env,
-        options.azure_api_version,
-        Sampling(options.max_tokens, options.temperature, options.top_p),
-        options.timeout,
-    )
+    sampling = Sampling(options.max_tokens, options.temperature, options.top_p)
+    endpoint = make_endpoint(options, options.model, sampling)
     try:
         with RunFolder(options.output_dir, redact=endpoint.redact) as folder:
             return revise(options, folder, endpoint, price, settings, preferences, selection, template)
@@ -183,16 +174,6 @@ def settings_of(options: Options, selection: Selection, template: str) -> dict:
     }
 
 
-def known_price(options: Options) -> Price | None:
-    """Raises ``InputError`` where a cost cap is asked for and the price is unknown."""
-    price = price_of(options.model, options.base_url, options.prices)
-    if price is None and options.max_cost_usd is not None:
-        raise InputError(
-            f"--max_cost_usd needs the price of {options.model!r}: add it to {options.prices}, or to a copy (--prices)"
-        )
-    return price.discounted(BATCH_DISCOUNT) if price is not None and options.batch else price
-
-
 def estimate_for(options: Options, price: Price | None, selection: Selection, calls: int, template: str) -> Estimate:
     """Scaled from the whole selection to the calls left."""
     texts = selection.prompt_bytes + selection.chosen_bytes + selection.rejected_bytes
@@ -201,52 +182,6 @@ def estimate_for(options: Options, price: Price | None, selection: Selection, ca
     rejected_bytes = round(calls * selection.rejected_bytes / pairs)
     limits = (options.concurrency, options.requests_per_minute, options.tokens_per_minute)
     return estimate(calls, question_bytes, rejected_bytes, price, *limits)
-
-
-def agreed(options: Options, expected: Estimate) -> bool:
-    """Ask before spending much, where someone is there to answer."""
-    cheap = expected.usd is not None and expected.usd <= ASK_ABOVE_USD
-    if options.yes or cheap or not sys.stdin.isatty():
-        return True
-    print("Go on? --yes answers in advance. [y/N] ", end="", flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
-
-
-async def run_all(options, endpoint, folder, account, state, requests, progress) -> str | None:
-    """Ask for everything, one call at a time per slot or in batches."""
-    limits = Limits(
-        options.concurrency,
-        options.attempts,
-        options.max_retries,
-        options.requests_per_minute,
-        options.tokens_per_minute,
-        batch_size=options.batch_size,
-        batch_poll=options.batch_poll,
-    )
-    kind = BatchRunner if options.batch else Dispatcher
-    runner = kind(endpoint, folder, account, limits, state)
-    folder.open_files()
-    try:
-        stopped = await runner.run(requests, progress.show)
-    finally:
-        await folder.close_files()
-        await endpoint.close()
-        progress.close()
-    return stopped
-
-
-@contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """SIGTERM as SIGINT: outside the event loop, which handles both itself, they raise KeyboardInterrupt."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -91,8 +91,23 @@ def estimate(
     An answer is taken to be some reasoning and a modified response as long as the rejected one. The hours are the
     longest of what latency and concurrency, requests per minute and tokens per minute ask for.
     """
-    prompt = round(question_bytes / BYTES_PER_TOKEN)
     completion = round(rejected_bytes / BYTES_PER_TOKEN + calls * (REASONING_TOKENS + TAG_TOKENS))
+    return estimate_tokens(
+        calls, question_bytes, completion, price, concurrency, requests_per_minute, tokens_per_minute
+    )
+
+
+def estimate_tokens(
+    calls: int,
+    question_bytes: int,
+    completion: int,
+    price: Price | None,
+    concurrency: int,
+    requests_per_minute: float = 0.0,
+    tokens_per_minute: float = 0.0,
+) -> Estimate:
+    """As ``estimate``, where ``completion`` is how many tokens all answers together are taken to have."""
+    prompt = round(question_bytes / BYTES_PER_TOKEN)
     seconds = (calls * SECONDS_PER_CALL + completion * SECONDS_PER_OUTPUT_TOKEN) / max(concurrency, 1)
     if requests_per_minute:
         seconds = max(seconds, 60 * calls / requests_per_minute)

@@ -25,6 +25,7 @@ class Totals:
     usd: float | None
     usd_lost: float
     seconds: float
+    names: tuple[str, str] = ("pairs", "revisions")  # what is asked about, what comes of it
 
     def summary(self, settings: dict, about: dict, complete: bool, stopped: str | None) -> dict:
         return {
@@ -33,8 +34,8 @@ class Totals:
             "stopped": stopped,
             **about,
             "counts": {
-                "pairs": self.pairs,
-                "revisions": self.revisions,
+                self.names[0]: self.pairs,
+                self.names[1]: self.revisions,
                 "failures": self.failures,
                 "unusable_answers": dict(sorted(self.state.unusable.items())),
                 "calls_without_answer": dict(sorted(self.state.faults.items())),
@@ -54,7 +55,8 @@ class Progress:
         self.todo = todo
         self.started = self.written = time.monotonic()
         on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=todo, unit=" pairs", desc="labelling", mininterval=0.5 if on_terminal else 15.0)
+        unit, what = totals.names
+        self.bar = tqdm(total=todo, unit=f" {unit}", desc=what, mininterval=0.5 if on_terminal else 15.0)
 
     @property
     def seconds(self) -> float:

@@ -19,14 +19,13 @@ from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
-from deepspeed_chat_tlcr.pictures import Sample, TokenScores, token_strings
+from deepspeed_chat_tlcr.pictures import Sample
 from deepspeed_chat_tlcr.records import read_jsonl, read_revisions
 from deepspeed_chat_tlcr.report import Run, write_report
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
-from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_prompt
-from labeling.token_labels import label_revision
-from step2_discriminator.objectives import positive_logit
+from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.scoring import heatmap, revision_heatmaps
 from step2_discriminator.revisions import hold_out
 from testbed.world import World
 
@@ -73,20 +72,6 @@ def sample(model: PreTrainedModel, tokenizer, prompts: Sequence[str], world: Wor
     return Policy(written, scores)
 
 
-@torch.no_grad()
-def response_probs(discriminator: PreTrainedModel, example: TokenizedExample) -> list[float]:
-    """D of each response token."""
-    logits = discriminator(input_ids=torch.tensor([example.input_ids])).logits[0]
-    return positive_logit(logits).sigmoid()[example.response_start :].tolist()
-
-
-def heatmap(
-    tokenizer: PreTrainedTokenizerFast, discriminator: PreTrainedModel, example: TokenizedExample, caption: str
-) -> TokenScores:
-    tokens = token_strings(tokenizer, example.input_ids)[example.response_start :]
-    return TokenScores.from_probs(tokens, response_probs(discriminator, example), caption)
-
-
 def answer_samples(
     prompts: Sequence[str], policies: dict[str, Policy], tokenizer: PreTrainedTokenizerFast, discriminator
 ) -> list[Sample]:
@@ -105,15 +90,8 @@ def answer_samples(
 def revision_samples(path: Path, tokenizer: PreTrainedTokenizerFast, discriminator) -> list[Sample]:
     """Held-out revisions: labels beside what the discriminator, which never saw them, says."""
     _, held_out = hold_out(list(read_revisions(path)), share=0.05)
-    samples = []
-    for revision in [r for r in held_out if r.modified != r.rejected][:SHOWN]:
-        texts = []
-        for name, example in zip(("rejected", "modified"), label_revision(tokenizer, revision, 4096), strict=True):
-            tokens = token_strings(tokenizer, example.input_ids)[example.response_start :]
-            texts.append(TokenScores.from_targets(tokens, example.targets, f"{name}: labels"))
-            texts.append(heatmap(tokenizer, discriminator, example, f"{name}: discriminator"))
-        samples.append(Sample(revision.prompt, texts))
-    return samples
+    shown = [revision for revision in held_out if revision.modified != revision.rejected][:SHOWN]
+    return [Sample(r.prompt, revision_heatmaps(tokenizer, discriminator, r, 4096)) for r in shown]
 
 
 def stage_results(run: Path) -> dict[str, dict]:

@@ -15,6 +15,7 @@ from deepspeed_chat_tlcr.pictures.heatmap import (
     sample_html,
 )
 from deepspeed_chat_tlcr.pictures.page import cards, columns, number, page, paragraph, table_html, write_page
+from deepspeed_chat_tlcr.pictures.radar import radar_chart
 from deepspeed_chat_tlcr.pictures.text import Html, escape, join, long_text, shorten, token_strings, visible
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "number",
     "page",
     "paragraph",
+    "radar_chart",
     "sample_html",
     "shorten",
     "smooth",

@@ -99,8 +99,8 @@ def line_chart(
         style = f'style="--k:var(--s{index % 8});stroke-dasharray:{DASHES[index % 8] or "none"}"'
         body.append(plot.path(one.x, smoothed[index], "series", style))
     body.append(plot.hovers([(one, smoothed[index]) for index, one in lines], x_label, bool(smoothing)))
-    legend = _legend([(one.name, index, True) for index, one in lines]) if len(lines) > 1 else ""
-    return _figure(title, legend, join(body))
+    key = legend([(one.name, index, True) for index, one in lines]) if len(lines) > 1 else ""
+    return figure(title, key, join(body))
 
 
 def bar_chart(
@@ -133,8 +133,8 @@ def bar_chart(
             words = [f"{group}", f"{name}: {short(value)}"]
             words += [f"interval {short(interval[0])} to {short(interval[1])}"] if interval else []
             body.append(plot.bar(left, left + room * 0.92, value, index, "\n".join(words), interval))
-    legend = _legend([(name, index, False) for index, name in enumerate(series)]) if len(series) > 1 else ""
-    return _figure(title, legend, join(body))
+    key = legend([(name, index, False) for index, name in enumerate(series)]) if len(series) > 1 else ""
+    return figure(title, key, join(body))
 
 
 def histogram(
@@ -161,7 +161,7 @@ def histogram(
         left = low + index * width
         words = f"{short(left)} to {short(left + width)}\n{count:,} of {len(finite):,} ({count / len(finite):.1%})"
         body.append(plot.bar(left, left + width * 0.94, count, 0, words))
-    return _figure(title, "", join(body))
+    return figure(title, "", join(body))
 
 
 def missing_chart(title: str, reason: str) -> Html:
@@ -171,15 +171,17 @@ def missing_chart(title: str, reason: str) -> Html:
     )
 
 
-def _figure(title: str, legend: object, body: Html) -> Html:
-    label, box = escape(title), f"0 0 {WIDTH} {HEIGHT}"
+def figure(title: str, key: object, body: Html, height: int = HEIGHT) -> Html:
+    """A chart: its title, its legend, and ``body`` in a drawing of ``WIDTH`` times ``height``."""
+    label, box = escape(title), f"0 0 {WIDTH} {height}"
     return Html(
-        f'<figure class="chart"><figcaption>{label}</figcaption>{escape(legend)}'
+        f'<figure class="chart"><figcaption>{label}</figcaption>{escape(key)}'
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}" role="img" aria-label="{label}">{body}</svg></figure>'
     )
 
 
-def _legend(entries: Sequence[tuple[str, int, bool]]) -> Html:
+def legend(entries: Sequence[tuple[str, int, bool]]) -> Html:
+    """Which colour is whose: name, number of the series, and whether it is a line."""
     keys = []
     for name, index, is_line in entries:
         color = f"--k:var(--s{index % 8})"

@@ -1,0 +1,209 @@
+"""AlpacaEval (Figure 4): answers in the library's form, its own win rates where it is installed, and head-to-heads.
+
+python evaluation/alpaca_eval.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor --prompts alpaca_eval.json \
+    --judge gpt-4-0125-preview --out OUTPUT
+
+OUTPUT/alpaca_eval/model_outputs/NAME.json is what `alpaca_eval --model_outputs` takes. Every two models are compared
+by the judge in both orders. With --annotators_config the package alpaca_eval (pip install -e '.[eval]') judges too.
+"""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.saving import write_json
+from evaluation.judging import JudgeOptions, Verdicts, judge_all, message_id
+from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt, read_verdict
+from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, parse_models
+from evaluation.prompts import PromptOptions, read_prompts
+from evaluation.report import refresh_report
+from evaluation.results import save_results
+from evaluation.statistics import head_to_head
+
+EQUAL = "equal answers"
+Replies = dict[str, dict[int | str, Reply]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlpacaOptions:
+    """AlpacaEval"""
+
+    judge_prompts: str | None = option(None, "file of FastChat's form with the prompt pair-v2; unset: our own words")
+    annotators_config: str | None = option(None, "the package alpaca_eval judges too: its annotator's name or folder")
+    reference_outputs: str | None = option(None, "the package's reference answers; unset: the first model's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(AlpacaOptions, PromptOptions, PolicyOptions, JudgeOptions):
+    """AlpacaEval: answers, head-to-head win rates, and the package's own."""
+
+
+def write_outputs(folder: Path, name: str, questions: Sequence[Question], replies: Mapping[int | str, Reply]) -> Path:
+    """A model's answers in the library's ``model_outputs`` form."""
+    records = [
+        {"instruction": q.turns[0], "output": replies[q.id].turns[0], "generator": name, "dataset": "user"}
+        for q in questions
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", records)
+    return folder / f"{name}.json"
+
+
+# ---- head to head ----------------------------------------------------------------------------------------------------
+
+
+def compare(
+    questions: Sequence[Question], replies: Replies, prompt: PairPrompt, folder: Path, options: JudgeOptions
+) -> tuple[list[dict], Verdicts]:
+    """Every two models, both orders: a record of ``HeadToHead`` for each, with the number of items left out.
+
+    Equal answers are a tie that nobody is asked about.
+    """
+    asked: dict[str, list[dict]] = {}
+
+    def ask(question: Question, first: str, second: str) -> str:
+        one, other = (replies[name][question.id].turns[0] for name in (first, second))
+        if one == other:
+            return EQUAL
+        messages = prompt.messages(question.turns[0], one, other)
+        asked[id := message_id(messages)] = messages
+        return id
+
+    ids = {
+        (one, other): [(ask(question, one, other), ask(question, other, one)) for question in questions]
+        for one, other in pairs(list(replies))
+    }
+    verdicts = judge_all(folder, asked, read_verdict, options)
+    said = {EQUAL: "tie", **{id: line["verdict"] for id, line in verdicts.by_id.items()}}
+    records = []
+    for (one, other), both in ids.items():
+        judged = [(said[a], said[b]) for a, b in both if a in said and b in said]
+        records.append(
+            {"model": one, "against": other, **head_to_head(judged).as_dict(), "missing": len(both) - len(judged)}
+        )
+    return records, verdicts
+
+
+# ---- the package -----------------------------------------------------------------------------------------------------
+
+
+def package_command() -> list[str]:
+    """How the package is started. Raises ``InputError`` where it is not installed."""
+    # Not by importing it here: this file has the package's name, and comes first on the path as a script.
+    beside = Path(sys.executable).with_name("alpaca_eval")
+    program = str(beside) if beside.exists() else shutil.which("alpaca_eval")
+    if program is None:
+        raise InputError("--annotators_config needs the package alpaca_eval: pip install -e '.[eval]'")
+    return [program, "evaluate"]
+
+
+def judge_by_package(outputs: Mapping[str, Path], options: AlpacaOptions, folder: Path) -> list[dict]:
+    """The package's win rates of every model against the reference, from its leaderboard.csv."""
+    reference = options.reference_outputs or str(next(iter(outputs.values())))
+    rows = []
+    for name, path in outputs.items():
+        if str(path) == reference:
+            continue
+        where = folder / "package" / name
+        where.mkdir(parents=True, exist_ok=True)
+        arguments = {
+            "model_outputs": path,
+            "reference_outputs": reference,
+            "annotators_config": options.annotators_config,
+            "name": name,
+            "output_path": where,
+            "precomputed_leaderboard": None,
+            "fn_metric": "get_winrate",
+            "sort_by": "win_rate",
+            "is_overwrite_leaderboard": True,
+            "caching_path": where / "cache.json",
+        }
+        command = package_command() + [f"--{key}={value}" for key, value in arguments.items()]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
+        boards = sorted(where.rglob("leaderboard.csv"))
+        if done.returncode or not boards:
+            raise InputError(f"alpaca_eval failed on {name}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        rows.append(leaderboard_row(boards[0], name, reference))
+    return rows
+
+
+def leaderboard_row(path: Path, name: str, reference: str) -> dict:
+    with path.open(newline="", encoding="utf-8") as file:
+        row = next(line for line in csv.DictReader(file) if line[""] == name)
+    return {
+        "model": name,
+        "reference": Path(reference).stem,
+        "win_rate": float(row["win_rate"]) / 100,
+        "standard_error": float(row["standard_error"]) / 100,
+        "items": int(float(row["n_total"])),
+    }
+
+
+# ---- the part --------------------------------------------------------------------------------------------------------
+
+
+def run(options: Options) -> str | None:
+    """Answers, verdicts, results.json; why it stopped early, if it did."""
+    models = parse_models(options.models)
+    prompt = read_pair_prompt(options.judge_prompts)
+    if options.annotators_config:
+        package_command()
+    questions = read_prompts(options, next(iter(models.values())))
+    if any(question.raw for question in questions):
+        raise InputError("--prompts: AlpacaEval needs plain texts as 'instruction', not prompts with their markers")
+    folder = Path(options.out) / "alpaca_eval"
+    brief = replace(options, max_new_tokens=options.max_answer_seq_len)
+    replies = {
+        name: answer_all(Policy(name, path, brief), questions, folder / "answers") for name, path in models.items()
+    }
+    outputs = {name: write_outputs(folder / "model_outputs", name, questions, given) for name, given in replies.items()}
+    results: dict = {"questions": len(questions), "models": list(models), "judge": options.judge, "usd": None}
+    results |= {"head_to_head": [], "package": [], "stopped": None, "annotators_config": options.annotators_config}
+    if options.judge and len(models) > 1:
+        slug = re.sub(r"[^\w.+-]", "_", options.judge)
+        found, verdicts = compare(questions, replies, prompt, folder / "judge" / slug, options)
+        results |= {"head_to_head": found, "usd": verdicts.usd, "stopped": verdicts.stopped}
+    if options.annotators_config:
+        results["package"] = judge_by_package(outputs, options, folder)
+    if not results["head_to_head"] and not results["package"]:
+        print(
+            f"{folder / 'model_outputs'}: answers; --judge compares two or more models, --annotators_config rates them"
+        )
+        return None
+    save_results(options.out, "alpaca_eval", results)
+    show(results)
+    return results["stopped"]
+
+
+def show(results: dict) -> None:
+    for row in results["head_to_head"]:
+        low, high = row["interval"]
+        counts = f"{row['wins']} wins, {row['ties']} ties, {row['losses']} losses"
+        bias = f"first shown preferred {row['first_shown_preferred']:.1%}"
+        rate = f"{row['win_rate']:.1%} ({low:.1%} to {high:.1%})"
+        print(f"{row['model']} against {row['against']}: {rate}; {counts}; {bias}")
+    for row in results["package"]:
+        print(f"{row['model']} against {row['reference']}, by alpaca_eval: {row['win_rate']:.1%}")
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(Options, argv)
+    stopped = run(options)
+    refresh_report(options.out)
+    if stopped:
+        print(f"stopped early ({stopped}); the same command continues", flush=True)
+    return 3 if stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Training curves (Figure 7): perplexity, length and KL of several runs over each other, as PNG and on the report.
+
+python evaluation/curves.py --runs tlcr=OUT/step3_ppo_tlcr seq=OTHER/step3_ppo_tlcr --out OUTPUT
+"""
+
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.metrics import read_metrics
+from deepspeed_chat_tlcr.pictures import Series
+from deepspeed_chat_tlcr.pictures.charts import thin
+from deepspeed_chat_tlcr.pictures.png import line_chart_png
+from evaluation.policies import OutOptions
+from evaluation.report import refresh_report
+from evaluation.results import save_results
+
+# Chart titles, their units and metrics, in the paper's order; docs/metrics.md explains each.
+TITLES = {
+    "policy/perplexity": ("Perplexity of responses", ""),
+    "rollout/response_length": ("Response length", "tokens"),
+    "policy/kl": ("KL to SFT", "nats per response"),
+    "reward/per_token": ("Reward per token", "mean"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CurveOptions:
+    """curves"""
+
+    runs: list[str] = option([], "NAME=PATH of each run: its metrics.jsonl, or the folder with it")
+    metrics: list[str] = option(list(TITLES), "keys of metrics.jsonl, a chart each")
+    smoothing: float = option(0.8, "weight of a point's neighbours, in [0, 1); raw values stay behind; 0: none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(CurveOptions, OutOptions):
+    """Draw the training curves of several runs over each other."""
+
+
+def read_runs(entries: Sequence[str]) -> dict[str, list[dict]]:
+    """Each run's lines. Raises ``InputError`` for a run that has no metrics."""
+    runs: dict[str, list[dict]] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not equals or not name or name in runs:
+            raise InputError(f"--runs {entry}: expected NAME=PATH, each name once")
+        file = Path(path) / "metrics.jsonl" if Path(path).is_dir() else Path(path)
+        try:
+            runs[name] = read_metrics(file)
+        except ValueError as error:
+            raise InputError(f"--runs {entry}: {file} is not a metrics.jsonl ({error})") from None
+        if not runs[name]:
+            raise InputError(f"--runs {entry}: no lines in {file}")
+    if not runs:
+        raise InputError("--runs is missing: NAME=PATH of one run or more")
+    return runs
+
+
+def series_of(runs: dict[str, list[dict]], key: str) -> list[Series]:
+    """One line for each run that has the metric; gaps where it was not measured."""
+    lines = []
+    for name, log in runs.items():
+        points = [(line["step"], math.nan if line[key] is None else line[key]) for line in log if key in line]
+        if points:
+            lines.append(Series(name, *map(list, zip(*points, strict=True))))
+    return lines
+
+
+def run(options: Options) -> None:
+    if not 0 <= options.smoothing < 1:
+        raise InputError(f"--smoothing {options.smoothing}: must be at least 0 and below 1")
+    runs = read_runs(options.runs)
+    folder = Path(options.out) / "curves"
+    folder.mkdir(parents=True, exist_ok=True)
+    charts, absent = [], []
+    for key in options.metrics:
+        title, unit = TITLES.get(key, (key, ""))
+        lines = series_of(runs, key)
+        if not lines:
+            absent.append(key)
+            continue
+        picture = folder / f"{key.replace('/', '_')}.png"
+        line_chart_png(picture, lines, title, "step", unit, options.smoothing)
+        print(picture)
+        thinned = [(line.name, *zip(*thin(line.x, line.y), strict=True)) for line in lines]
+        records = [{"name": name, "x": list(x), "y": list(y)} for name, x, y in thinned]
+        charts.append({"title": title, "unit": unit, "key": key, "series": records})
+    if absent:
+        print(f"not recorded by any run: {', '.join(absent)}")
+    steps = {name: log[-1]["step"] for name, log in runs.items()}
+    save_results(
+        options.out,
+        "curves",
+        {"runs": steps, "charts": charts, "absent": absent, "smoothing": options.smoothing},
+    )
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, argv)
+    run(options)
+    refresh_report(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Token rewards of any prompt and answers (Figure 8), on the terminal, as a page or as a picture.
+
+python evaluation/heatmap.py --discriminator OUT/step2_discriminator --prompt "What is a tree?" \
+    --text "A plant." "An animal." [--html tree.html] [--png tree.png]
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+
+from rich.console import Console
+
+from deepspeed_chat_tlcr.arguments import Dtype, option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.models import load_token_classifier
+from deepspeed_chat_tlcr.pictures import (
+    Sample,
+    TokenScores,
+    heatmap_terminal,
+    join,
+    legend_html,
+    sample_html,
+    write_page,
+)
+from deepspeed_chat_tlcr.pictures.png import heatmap_png
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
+from evaluation.policies import Question, device, prompt_text, torch_dtype
+from evaluation.scoring import heatmap, response_example
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Colour the tokens of answers by their rewards."""
+
+    discriminator: str = option(MISSING, "folder of the token discriminator (step 2)")
+    prompt: str = option("", "what the answers answer")
+    raw_prompt: bool = option(False, "the prompt already has its dialogue's markers: leave it as it is")
+    text: list[str] = option([], "answers")
+    html: str | None = option(None, "write a page here")
+    png: str | None = option(None, "write a picture here")
+    dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
+
+
+def score(options: Options) -> list[TokenScores]:
+    if not options.text:
+        raise InputError("--text is missing: one or more answers")
+    tokenizer = load_tokenizer(options.discriminator)
+    discriminator = load_token_classifier(options.discriminator, 2, torch_dtype(options.dtype)).to(device()).eval()
+    prompt = prompt_text(tokenizer, Question(0, [options.prompt], raw=options.raw_prompt), [])
+    chat = tokenizer.chat_template or options.raw_prompt
+    scored = []
+    for text in options.text:
+        # In HH-RLHF's form a space stands between "Assistant:" and the answer.
+        example = response_example(tokenizer, prompt, text if chat or text.startswith(" ") else f" {text}")
+        scores = heatmap(tokenizer, discriminator, example)
+        mean = sum(scores.values) / len(scores.values)
+        caption = f"mean reward {mean:+.3f} over {len(scores.values)} tokens".replace("-", "−")
+        scored.append(TokenScores(scores.tokens, scores.values, caption))
+    return scored
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, argv)
+    scored = score(options)
+    if options.html:
+        body = join([legend_html(), sample_html(Sample(options.prompt, scored))])
+        print(write_page(options.html, "Token rewards", [("Answers", body)]))
+    if options.png:
+        heatmap_png(options.png, scored)
+        print(options.png)
+    if not options.html and not options.png:
+        console = Console()
+        for scores in scored:
+            console.print(heatmap_terminal(scores, console))
+            console.print(scores.caption, style="dim")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Verdicts of an external model: labelling's client, journal, retries and cost cap, and no verdict is paid for twice.
+
+A verdict belongs to the exact messages it was asked with, by their hash. So models may be added, and a part started
+again after a kill; what was judged before is not asked again.
+"""
+
+import asyncio
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import read_jsonl
+from labeling.asking import (
+    EndpointOptions,
+    agreed,
+    check_endpoint,
+    known_price,
+    make_endpoint,
+    run_all,
+    signals_interrupt,
+)
+from labeling.endpoint import ChatAnswer, ChatRequest, Endpoint, Sampling, Unusable
+from labeling.journal import RunFolder, State
+from labeling.money import Account, Price, estimate_tokens, question_size
+from labeling.progress import Progress, Totals
+
+VERDICT_TOKENS = 300  # of a typical verdict with its explanation, for estimates
+NAMES = ("questions", "verdicts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeOptions(EndpointOptions):
+    """judge"""
+
+    judge: str | None = option(None, "the judging model, such as gpt-4; unset: answers are written but not judged")
+    judge_temperature: float | None = option(0.0, "sampling temperature of the judge")
+    judge_max_tokens: int = option(2048, "most tokens of a verdict")
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a judge said. ``by_id``: the stored line of each request that has one; ``failed``: those given up."""
+
+    by_id: dict[str, dict]
+    failed: int
+    usd: float | None  # over all runs in the folder; None where the price is unknown
+    stopped: str | None  # why the run ended early, if it did
+
+
+def message_id(messages: list[dict]) -> str:
+    """The same messages have the same id in every run."""
+    return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24]
+
+
+def judge_all(
+    folder: Path,
+    questions: Mapping[str, list[dict]],
+    read: Callable[[str], dict],
+    options: JudgeOptions,
+    settings: dict | None = None,
+) -> Verdicts:
+    """Ask for every verdict that is not in ``folder`` yet.
+
+    ``questions``: messages by ``message_id``. ``read`` turns a judge's text into what is stored of it, or raises
+    ``Unusable``, and the question is asked again. Raises ``InputError`` where the folder belongs to another judge.
+    """
+    check_endpoint(options)
+    settings = {
+        "judge": options.judge,
+        "temperature": options.judge_temperature,
+        **(settings or {}),
+    }
+    with RunFolder(folder, results="verdicts.jsonl") as run:
+        run.bind(settings)
+        state = run.read_state()
+        for repair in run.repairs:
+            print(f"repaired: {repair}", flush=True)
+        known, given_up = set(as_ids(state.results)), set(as_ids(state.failures))
+        skip = known if options.retry_failed else known | given_up
+        missing = {id: messages for id, messages in questions.items() if id not in skip}
+        if options.retry_failed:
+            missing = {id: messages for id, messages in missing.items() if id in given_up}
+            state.attempts.clear()
+        stopped = ask(run, missing, read, options, settings, state) if missing else None
+        state = run.read_state()
+        wanted = questions.keys()
+        by_id = {line["id"]: line for _, line in read_jsonl(run.results)} if run.results.exists() else {}
+        usd = None if known_price(options, options.judge) is None else state.usd + state.usd_lost
+        failed = len(wanted & set(as_ids(state.failures)) - by_id.keys())
+        return Verdicts({id: by_id[id] for id in wanted if id in by_id}, failed, usd, stopped)
+
+
+def as_ids(ids: np.ndarray) -> list[str]:
+    return [id.decode() for id in ids.tolist()]
+
+
+def ask(
+    run: RunFolder,
+    missing: Mapping[str, list[dict]],
+    read: Callable[[str], dict],
+    options: JudgeOptions,
+    settings: dict,
+    state: State,
+) -> str | None:
+    """One run of the client over the missing verdicts; why it stopped early, if it did."""
+    price = known_price(options, options.judge)
+    endpoint = make_endpoint(options, options.judge, Sampling(options.judge_max_tokens, options.judge_temperature))
+    run.redact = endpoint.redact
+    size = sum(map(question_size, missing.values()))
+    limits = (options.concurrency, options.requests_per_minute, options.tokens_per_minute)
+    expected = estimate_tokens(len(missing), size, len(missing) * VERDICT_TOKENS, price, *limits)
+    print(f"{options.judge} at {endpoint.shown_url}: {expected}", flush=True)
+    if not agreed(options, expected):
+        return "not agreed to"
+    try:
+        return dispatch(run, missing, read, options, settings, state, price, endpoint)
+    except InputError as error:
+        raise InputError(endpoint.redact(str(error))) from None
+
+
+def dispatch(
+    run: RunFolder,
+    missing: Mapping[str, list[dict]],
+    read: Callable[[str], dict],
+    options: JudgeOptions,
+    settings: dict,
+    state: State,
+    price: Price | None,
+    endpoint: Endpoint,
+) -> str | None:
+    def request(id: str, messages: list[dict]) -> ChatRequest:
+        def accept(answer: ChatAnswer, usage: dict) -> str:
+            if answer.finish_reason == "content_filter" or not answer.text.strip():
+                raise Unusable("empty")
+            line = {"id": id, **read(answer.text), "judgment": answer.text, "usage": usage, "tstamp": time.time()}
+            return json.dumps(line, ensure_ascii=False)
+
+        return ChatRequest(id, messages, accept)
+
+    account = Account(price, options.max_cost_usd, state.usd, state.usd_lost)
+    about = {"base_url": endpoint.shown_url}
+    asked = len(state.results) + len(state.failures) + len(missing)
+    before = Totals(
+        asked, len(state.results), len(state.failures), state, state.usd, state.usd_lost, state.seconds, NAMES
+    )
+    progress = Progress(run, settings, about, before, account, len(missing))
+    requests = (request(id, messages) for id, messages in missing.items())
+    stopped: str | None = "refused by the endpoint"
+    try:
+        with signals_interrupt():
+            stopped = asyncio.run(run_all(options, endpoint, run, account, state, requests, progress))
+    except KeyboardInterrupt:
+        stopped = "signal"
+    finally:
+        state = run.read_state()
+        usd = None if price is None else state.usd
+        totals = Totals(
+            asked, len(state.results), len(state.failures), state, usd, state.usd_lost, progress.seconds, NAMES
+        )
+        run.write_summary(totals.summary(settings, about, stopped is None, stopped))
+    return stopped

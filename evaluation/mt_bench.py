@@ -1,0 +1,256 @@
+"""MT-Bench (Table 1): two-turn answers of the user's models, rated 1 to 10 by a judge, in FastChat's files.
+
+python evaluation/mt_bench.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor --mt_bench_dir FASTCHAT \
+    --judge gpt-4 --out OUTPUT
+
+OUTPUT/mt_bench/model_answer/NAME.jsonl and model_judgment/JUDGE_single.jsonl are FastChat's; its show_result.py reads
+them. Questions, prompts and reference answers come from --mt_bench_dir: a checkout of FastChat, or its llm_judge/data.
+"""
+
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.records import read_jsonl
+from evaluation.judging import JudgeOptions, Verdicts, judge_all, message_id
+from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, parse_models
+from evaluation.report import refresh_report
+from evaluation.results import save_results
+from evaluation.statistics import bootstrap_interval
+from labeling.endpoint import Unusable
+from labeling.journal import replace_file
+
+NEEDS_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
+# FastChat's sampling temperatures; a category that it does not know gets 0.7.
+TEMPERATURES = {"extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "arena-hard-200": 0.0}
+TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
+TURNS = ("turn 1", "turn 2")
+PROMPTS = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
+NOT_RATED = -1  # FastChat's score of a judgment without a rating, which show_result.py leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class MtBenchOptions:
+    """MT-Bench"""
+
+    mt_bench_dir: str | None = option(None, "FastChat's checkout or llm_judge/data: questions, prompts, references")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(MtBenchOptions, PolicyOptions, JudgeOptions):
+    """MT-Bench: answers, ratings, Table 1."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What FastChat's folder holds: ``questions`` in order, judge prompts by name, reference turns by question id."""
+
+    questions: list[dict]
+    prompts: dict[str, dict]
+    references: dict[int | str, list[str]]
+
+    @cached_property
+    def asked(self) -> list[Question]:
+        return [Question(q["question_id"], q["turns"], TEMPERATURES.get(q["category"], 0.7)) for q in self.questions]
+
+    def prompt_name(self, question: dict, turn: int) -> str:
+        kind = "single-math-v1" if question["category"] in NEEDS_REFERENCE else "single-v1"
+        return kind if turn == 1 else f"{kind}-multi-turn"
+
+    def messages(self, question: dict, answers: Sequence[str], turn: int) -> list[dict]:
+        """What the judge is sent about turn 1 or 2 of an answered question."""
+        prompt = self.prompts[self.prompt_name(question, turn)]
+        turns, reference = question["turns"], self.references.get(question["question_id"], ["", ""])
+        fields = {"question": turns[0], "answer": answers[0]}
+        for number in range(turn):
+            fields[f"question_{number + 1}"], fields[f"answer_{number + 1}"] = turns[number], answers[number]
+            fields[f"ref_answer_{number + 1}"] = reference[number]
+        user = prompt["prompt_template"].format(**fields)
+        return [{"role": "system", "content": prompt["system_prompt"]}, {"role": "user", "content": user}]
+
+
+def find(folder: Path, *names: str) -> Path:
+    """A file of FastChat's, wherever above it the user points."""
+    for place in ("", "mt_bench", "llm_judge/data", "fastchat/llm_judge/data", "data"):
+        for name in names:
+            for inner in ("", "mt_bench"):
+                if (path := folder / place / inner / name).is_file():
+                    return path
+    raise InputError(f"--mt_bench_dir {folder}: no {names[-1]} in it; give FastChat's checkout or its llm_judge/data")
+
+
+def read_bench(mt_bench_dir: str | None, judge: str | None = None) -> Bench:
+    """Raises ``InputError`` naming file and line, or what is missing, before any model is loaded."""
+    if not mt_bench_dir:
+        raise InputError("--mt_bench_dir is missing: FastChat's checkout (github.com/lm-sys/FastChat), or its data")
+    folder = Path(mt_bench_dir)
+    questions = []
+    path = find(folder, "question.jsonl")
+    for line, record in read_jsonl(path):
+        turns = record.get("turns")
+        if "question_id" not in record or not isinstance(turns, list) or len(turns) not in (1, 2):
+            raise InputError(f"{path}:{line}: expected question_id, category and one or two turns")
+        questions.append({"category": "", **record})
+    path = find(folder, "judge_prompts.jsonl")
+    prompts = {record.get("name"): record for _, record in read_jsonl(path)}
+    if absent := [name for name in PROMPTS if name not in prompts]:
+        raise InputError(f"{path}: no judge prompt {', '.join(absent)}")
+    path = find(folder, *([f"reference_answer/{judge}.jsonl"] if judge else []), "reference_answer/gpt-4.jsonl")
+    references = {record["question_id"]: record["choices"][0]["turns"] for _, record in read_jsonl(path)}
+    need = [q["question_id"] for q in questions if q["category"] in NEEDS_REFERENCE]
+    if absent := [id for id in need if id not in references]:
+        raise InputError(f"{path}: no reference answer to question {absent[0]} ({len(absent)} missing)")
+    return Bench(questions, prompts, references)
+
+
+def read_rating(text: str) -> dict:
+    """``[[rating]]``, or ``Rating: [7]`` as some judges write; 1 to 10. Raises ``Unusable`` where there is none."""
+    number = r"(\d+\.?\d*)"
+    found = re.search(rf"\[\[{number}\]\]", text) or re.search(rf"rating\W{{0,4}}\[{number}\]", text, re.IGNORECASE)
+    if not found:
+        raise Unusable("no_rating")
+    if not 1 <= (rating := float(found[1])) <= 10:
+        raise Unusable("rating_out_of_range")
+    return {"score": rating}
+
+
+# ---- judgments -------------------------------------------------------------------------------------------------------
+
+Replies = dict[str, dict[int | str, Reply]]
+"""By model, then by question."""
+
+
+def requests(bench: Bench, replies: Replies) -> dict[tuple, list[dict]]:
+    """Messages by (model, question's place, turn)."""
+    return {
+        (name, place, turn): bench.messages(question, given[question["question_id"]].turns, turn)
+        for name, given in replies.items()
+        for place, question in enumerate(bench.questions)
+        for turn in range(1, len(question["turns"]) + 1)
+    }
+
+
+def judge(bench: Bench, replies: Replies, folder: Path, options: JudgeOptions) -> tuple[dict[tuple, float], Verdicts]:
+    """Ratings by (model, question's place, turn), NaN where there is none; FastChat's file of them is written."""
+    asked = requests(bench, replies)
+    ids = {key: message_id(messages) for key, messages in asked.items()}
+    questions = {ids[key]: messages for key, messages in asked.items()}
+    slug = re.sub(r"[^\w.+-]", "_", options.judge)
+    verdicts = judge_all(folder / "judge" / slug, questions, read_rating, options)
+    lines, ratings = [], {}
+    for key, messages in asked.items():
+        name, place, turn = key
+        verdict, question = verdicts.by_id.get(ids[key]), bench.questions[place]
+        ratings[key] = verdict["score"] if verdict else math.nan
+        if verdict or verdicts.stopped is None:
+            record = {
+                "question_id": question["question_id"],
+                "model": name,
+                "judge": [options.judge, bench.prompt_name(question, turn)],
+                "user_prompt": messages[-1]["content"],
+                "judgment": verdict["judgment"] if verdict else "",
+                "score": verdict["score"] if verdict else NOT_RATED,
+                "turn": turn,
+                "tstamp": verdict["tstamp"] if verdict else 0.0,
+            }
+            lines.append(json.dumps(record) + "\n")
+    (folder / "model_judgment").mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "model_judgment" / f"{slug}_single.jsonl", lines)
+    return ratings, verdicts
+
+
+def summarise(bench: Bench, ratings: dict[tuple, float], names: Sequence[str]) -> dict:
+    """Table 1 of the user's models with 95 % intervals; by category; differences to the first model, paired."""
+    columns = {}  # (Q, 2) ratings by question and turn
+    for name in names:
+        rows = [
+            [ratings.get((name, place, turn), math.nan) for turn in (1, 2)] for place in range(len(bench.questions))
+        ]
+        columns[name] = np.array(rows)
+    categories = list(dict.fromkeys(question["category"] for question in bench.questions))
+    inside = {c: np.array([q["category"] == c for q in bench.questions]) for c in categories}
+    models = {}
+    for name, rows in columns.items():
+        parts = {"turn 1": rows[:, :1], "turn 2": rows[:, 1:], "overall": rows}
+        models[name] = {
+            **{part: mean(values) for part, values in parts.items()},
+            "intervals": {part: bootstrap_interval(values) for part, values in parts.items()},
+            "categories": {c: mean(rows[inside[c]]) for c in categories},
+            "rated": int(np.isfinite(rows).sum()),
+        }
+    first, *others = names
+    differences = {
+        name: {
+            "against": first,
+            "overall": mean(columns[name]) - mean(columns[first]),
+            "interval": bootstrap_interval(columns[name] - columns[first]),
+        }
+        for name in others
+    }
+    return {"models": models, "differences": differences, "categories": categories}
+
+
+def mean(values: np.ndarray) -> float:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else math.nan
+
+
+# ---- the part --------------------------------------------------------------------------------------------------------
+
+
+def run(options: Options) -> str | None:
+    """Answers, verdicts, results.json; why it stopped early, if it did."""
+    models, bench = parse_models(options.models), read_bench(options.mt_bench_dir, options.judge)
+    folder = Path(options.out) / "mt_bench"
+    replies: Replies = {}
+    for name, path in models.items():
+        replies[name] = answer_all(Policy(name, path, options), bench.asked, folder / "model_answer")
+    if not options.judge:
+        print(f"{folder / 'model_answer'}: answers of {', '.join(models)}; --judge NAME rates them")
+        return None
+    ratings, verdicts = judge(bench, replies, folder, options)
+    results = {
+        **summarise(bench, ratings, list(models)),
+        "judge": options.judge,
+        "questions": len(bench.questions),
+        "verdicts": len(ratings),
+        "missing": sum(map(math.isnan, ratings.values())),
+        "usd": verdicts.usd,
+        "stopped": verdicts.stopped,
+        "empty_answers": {name: sum(r.turns.count("") for r in given.values()) for name, given in replies.items()},
+    }
+    save_results(options.out, "mt_bench", results)
+    show(results)
+    return verdicts.stopped
+
+
+def show(results: dict) -> None:
+    print(f"{'MT-Bench':<20} {'turn 1':>7} {'turn 2':>7} {'overall':>8}   95 % interval")
+    for name, row in results["models"].items():
+        low, high = row["intervals"]["overall"]
+        print(
+            f"{name:<20} {row['turn 1']:>7.2f} {row['turn 2']:>7.2f} {row['overall']:>8.2f}   {low:.2f} to {high:.2f}"
+        )
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(Options, argv)
+    stopped = run(options)
+    refresh_report(options.out)
+    if stopped:
+        print(f"stopped early ({stopped}); the same command continues", flush=True)
+    return 3 if stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The user's models: their names and folders, and their answers to questions, kept on disk and never written twice."""
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, dataclass, replace
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from deepspeed_chat_tlcr.arguments import Dtype, option
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
+from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.records import read_jsonl
+from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
+from deepspeed_chat_tlcr.saving import require_writable, write_json
+from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from labeling.journal import cut_torn_line
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutOptions:
+    """output"""
+
+    out: str = option(MISSING, "folder for answers, verdicts, results and report.html; an earlier run continues")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions(OutOptions):
+    """models"""
+
+    models: list[str] = option([], "NAME=FOLDER of each model: Hugging Face folders or hub names")
+    dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
+    batch_size: int = option(16, "answers written at once")
+    max_new_tokens: int = option(1024, "longest answer, tokens (FastChat's default)")
+    seed: int = option(1234, "seed of sampled answers")
+
+
+@dataclass(frozen=True)
+class Question:
+    """``turns`` are a user's, one after another. ``raw``: the one turn is a whole prompt already, with its markers."""
+
+    id: int | str
+    turns: Sequence[str]
+    temperature: float = 1.0
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A model's answers, one for each turn. ``tokens`` counts EOS; ``ended``: the model ended the answer itself."""
+
+    turns: list[str]
+    tokens: list[int]
+    ended: list[bool]
+
+
+def parse_models(entries: Sequence[str], least: int = 1) -> dict[str, str]:
+    """``NAME=FOLDER`` entries. Raises ``InputError`` for a bad or repeated name, or a folder that holds no model."""
+    models: dict[str, str] = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not equals or not path or not re.fullmatch(r"[\w.+-]+", name):
+            raise InputError(f"--models {entry}: expected NAME=FOLDER, the name of letters, digits and . + - _")
+        if name in models:
+            raise InputError(f"--models: {name} is named twice")
+        looks_local = path.startswith(("/", ".", "~")) or Path(path).exists()
+        if looks_local and not (Path(path) / "config.json").is_file():
+            raise InputError(f"--models {entry}: no model in {path} (no config.json)")
+        models[name] = path
+    if len(models) < least:
+        raise InputError(f"--models: name at least {least} as NAME=FOLDER")
+    return models
+
+
+def device() -> torch.device:
+    return torch.device(get_accelerator().current_device_name())
+
+
+def torch_dtype(name: Dtype) -> torch.dtype:
+    return TORCH_DTYPES[resolve_dtype(name)]
+
+
+# ---- from a dialogue to a prompt -------------------------------------------------------------------------------------
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerFast, question: Question, replies: Sequence[str]) -> str:
+    """The text that the model goes on writing after ``replies`` to the first turns of ``question``.
+
+    By the model's own chat template; without one in HH-RLHF's form, which the paper's models are trained on.
+    """
+    turns = question.turns[: len(replies) + 1]
+    if question.raw:
+        return turns[-1]
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": turns[0]}]
+        for reply, turn in zip(replies, turns[1:], strict=True):
+            messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": turn}]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = f"{HUMAN} {turns[0]}{ASSISTANT}"
+    for reply, turn in zip(replies, turns[1:], strict=True):
+        text += f" {reply}{HUMAN} {turn}{ASSISTANT}"
+    return text
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: Question, replies: Sequence[str]) -> list[int]:
+    text = prompt_text(tokenizer, question, replies)
+    if tokenizer.chat_template and not question.raw:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them already
+    return tokenize_prompt(tokenizer, text)
+
+
+def clean(text: str, raw: bool) -> str:
+    """An answer without the white space around it and without a human's turn that the model went on to invent.
+
+    Answers to whole prompts stay as they are: rewards are about exactly their tokens.
+    """
+    return text if raw else text.split(HUMAN)[0].strip()
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Policy:
+    """A model that answers. Loading happens at the first question that has no answer on disk yet."""
+
+    def __init__(self, name: str, path: str, options: PolicyOptions):
+        self.name, self.path, self.options = name, path, options
+        self.tokenizer: PreTrainedTokenizerFast | None = None
+        self.model: PreTrainedModel | None = None
+
+    def load(self):
+        if self.model is None:
+            self.tokenizer = load_tokenizer(self.path)
+            self.model = load_causal_lm(self.path, torch_dtype(self.options.dtype)).to(device()).eval()
+            self.stop_ids = further_stops(self.path, self.tokenizer)
+            self.room = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
+
+    def answer(self, prompts: Sequence[list[int]], temperature: float) -> Iterator[Answer]:
+        """Answers in order. A prompt that leaves less than ``max_new_tokens`` is answered on its own, as far as there
+        is room; one that fills the model's positions gets an empty answer.
+        """
+        decoding = Decoding(self.options.max_new_tokens, temperature, stop_ids=self.stop_ids)
+        roomy = [prompt for prompt in prompts if len(prompt) + decoding.max_new_tokens <= self.room]
+        together = answers(self.model, self.tokenizer, roomy, decoding, max(len(roomy), 1))
+        for prompt in prompts:
+            left = self.room - len(prompt)
+            if left >= decoding.max_new_tokens:
+                yield next(together)
+            elif left > 0:
+                alone = replace(decoding, max_new_tokens=left)
+                yield next(answers(self.model, self.tokenizer, [prompt], alone, 1))
+            else:
+                yield Answer(prompt, [], "", False)
+
+    def reply(self, questions: Sequence[Question]) -> list[Reply]:
+        """All turns of questions that have equal temperature and number of turns."""
+        self.load()
+        replies = [Reply([], [], []) for _ in questions]
+        for _ in questions[0].turns:
+            prompts = [
+                prompt_ids(self.tokenizer, question, reply.turns)
+                for question, reply in zip(questions, replies, strict=True)
+            ]
+            written = self.answer(prompts, questions[0].temperature)
+            for question, reply, answer in zip(questions, replies, list(written), strict=True):
+                reply.turns.append(clean(answer.text, question.raw))
+                reply.tokens.append(len(answer.response_ids))
+                reply.ended.append(answer.ended)
+        return replies
+
+
+def further_stops(path: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """Tokens besides EOS that the checkpoint's generation config says end an answer (a chat model's end of turn)."""
+    try:
+        ids = GenerationConfig.from_pretrained(path).eos_token_id
+    except (OSError, ValueError):
+        return ()
+    ids = ids if isinstance(ids, list) else [ids]
+    return tuple(id for id in ids if id is not None and id != tokenizer.eos_token_id)
+
+
+def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> dict[int | str, Reply]:
+    """Every question's reply, from ``folder/NAME.jsonl`` as far as it is there; the rest is written to it.
+
+    The file has FastChat's ``model_answer`` form. Batches are the same whether or not a run was interrupted, and each
+    has a seed of its own, so the answers are too. Raises ``InputError`` where the file holds answers of other weights,
+    questions or settings.
+    """
+    require_writable(folder)
+    path = folder / f"{policy.name}.jsonl"
+    bind(path, settings_of(policy, questions))
+    cut_torn_line(path)
+    done = dict(read_replies(path)) if path.exists() else {}
+    bar = tqdm(total=len(questions), desc=f"answers of {policy.name}", mininterval=1.0)
+    for number, batch in enumerate(batched(questions, policy.options.batch_size)):
+        if any(question.id not in done for question in batch):
+            set_seed(policy.options.seed + number)
+            replies = policy.reply(batch)
+            fresh = {q.id: r for q, r in zip(batch, replies, strict=True) if q.id not in done}
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(answer_line(policy.name, id, reply) for id, reply in fresh.items())
+                file.flush()
+                os.fsync(file.fileno())
+            done |= fresh
+        bar.update(len(batch))
+    bar.close()
+    return {question.id: done[question.id] for question in questions}
+
+
+def batched(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
+    """Batches of one temperature and number of turns, in the order of the questions."""
+    groups: dict[tuple[float, int], list[Question]] = {}
+    for question in questions:
+        groups.setdefault((question.temperature, len(question.turns)), []).append(question)
+    for group in groups.values():
+        yield from (group[begin : begin + size] for begin in range(0, len(group), size))
+
+
+def answer_line(name: str, id: int | str, reply: Reply) -> str:
+    choice = {"index": 0, "turns": reply.turns, "tokens": reply.tokens, "ended": reply.ended}
+    answer_id = hashlib.sha256(json.dumps([name, id, reply.turns]).encode()).hexdigest()[:22]
+    record = {"question_id": id, "answer_id": answer_id, "model_id": name, "choices": [choice], "tstamp": time.time()}
+    return json.dumps(record) + "\n"
+
+
+def read_replies(path: Path) -> Iterator[tuple[int | str, Reply]]:
+    for number, record in read_jsonl(path):
+        try:
+            choice = record["choices"][0]
+            turns = choice["turns"]
+            tokens = choice.get("tokens", [0] * len(turns))
+            yield record["question_id"], Reply(turns, tokens, choice.get("ended", [True] * len(turns)))
+        except (KeyError, IndexError, TypeError) as error:
+            raise InputError(f"{path}:{number}: not an answer in FastChat's form ({error!r})") from None
+
+
+def settings_of(policy: Policy, questions: Sequence[Question]) -> dict:
+    """What an answer depends on."""
+    asked = [[question.id, list(question.turns), question.temperature, question.raw] for question in questions]
+    return {
+        "weights": fingerprint(policy.path),
+        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "max_new_tokens": policy.options.max_new_tokens,
+        "batch_size": policy.options.batch_size,
+        "dtype": policy.options.dtype,
+        "seed": policy.options.seed,
+    }
+
+
+def bind(path: Path, settings: dict) -> None:
+    """Tie an answer file to its settings, which stand in a ``.json`` beside it."""
+    beside = path.with_suffix(".json")
+    before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+    if before is None or not path.exists():
+        write_json(beside, settings)
+    elif different := [name for name in settings if before.get(name) != settings[name]]:
+        changes = ", ".join(f"{name} was {before.get(name)!r}, is {settings[name]!r}" for name in different)
+        raise InputError(f"{path} holds answers given otherwise ({changes}): remove it, or choose another --out")
+
+
+def fingerprint(path: str) -> str:
+    """Tells checkpoints apart without reading all of them: sizes, and 16 pieces, of every file of weights.
+
+    A hub's model is known by its name.
+    """
+    digest = hashlib.sha256()
+    files = sorted(file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin"))
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}".encode())
+        with file.open("rb") as data:
+            for piece in range(16):
+                data.seek(size * piece // 16)
+                digest.update(data.read(65536))
+    return digest.hexdigest()[:16] if files else path

@@ -1,0 +1,72 @@
+"""Which prompts the user's models answer: a file of the user's own, or the held-out part of the training data."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.record_files import has_known_suffix, place, read_records
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
+from evaluation.policies import Question
+
+FIELDS = ("instruction", "prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions:
+    """prompts"""
+
+    prompts: str | None = option(None, "file of records with 'instruction' (plain text) or 'prompt' (with its markers)")
+    data_path: list[str] = option([], "instead: data sets or files of preferences, whose held-out RL prompts are taken")
+    data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
+    data_seed: int = option(1234, "seed of the split; the same in every stage")
+    prompt_count: int = option(128, "most prompts; 0: all")
+    temperature: float = option(1.0, "sampling temperature of the answers; 0: the likeliest token")
+    max_answer_seq_len: int = option(256, "longest answer to these prompts, tokens (step 3's)")
+
+
+def prompt_id(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+def read_prompts(options: PromptOptions, model: str) -> list[Question]:
+    """The prompts, each once. ``model``: whose chat template applies where the data's records are messages.
+
+    Raises ``InputError`` naming file and record.
+    """
+    if options.prompts:
+        questions = prompts_of_file(options.prompts, options.temperature)
+    elif options.data_path:
+        tokenizer = load_tokenizer(model)
+        pairs = load_preferences(
+            options.data_path,
+            "rl",
+            "eval",
+            options.data_split,
+            options.data_seed,
+            require_rejected=False,
+            tokenizer=tokenizer,
+        )
+        questions = [Question(prompt_id(p.prompt), [p.prompt], options.temperature, raw=True) for p in pairs]
+    else:
+        raise InputError("--prompts FILE or --data_path DATA is missing: what shall the models answer?")
+    once = list({question.id: question for question in questions}.values())
+    return once[: options.prompt_count or None]
+
+
+def prompts_of_file(path: str, temperature: float) -> list[Question]:
+    file = Path(path)
+    if not file.is_file() or not has_known_suffix(file):
+        raise InputError(f"--prompts {path}: no such .jsonl, .json or .parquet file")
+    questions = []
+    for position, record in read_records(file, FIELDS):
+        field = next((field for field in FIELDS if isinstance(record.get(field), str)), None)
+        if field is None:
+            raise InputError(f"--prompts {place(path, position)}: no text in 'instruction' or 'prompt'")
+        text = record[field]
+        questions.append(Question(prompt_id(text), [text], temperature, raw=field == "prompt"))
+    if not questions:
+        raise InputError(f"--prompts {path}: no records")
+    return questions

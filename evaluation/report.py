@@ -1,0 +1,93 @@
+"""report.html of an evaluation: one file with every part's results beside the paper's, open anywhere.
+
+python evaluation/report.py OUTPUT      draws it again from the results that are there
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.pictures import Html, cards, join, paragraph, table_html, write_page
+from evaluation import sections
+from evaluation.results import load_results
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the evaluation: its folder, its heading, how it is drawn, and what to run where it is missing."""
+
+    folder: str
+    heading: str
+    draw: Callable[[dict], Html]
+    facts: Callable[[dict], list]  # what was measured, on how many items, by which judge, US$
+    command: str
+
+
+PARTS = [
+    Part("mt_bench", "MT-Bench", sections.mt_bench, sections.mt_bench_facts, "evaluation/mt_bench.py"),
+    Part(
+        "alpaca_eval",
+        "AlpacaEval and head to head",
+        sections.alpaca_eval,
+        sections.alpaca_eval_facts,
+        "evaluation/alpaca_eval.py",
+    ),
+    Part(
+        "reward_scores",
+        "Reward scores",
+        sections.reward_scores,
+        sections.reward_scores_facts,
+        "evaluation/reward_scores.py",
+    ),
+    Part("curves", "Training curves", sections.curves, sections.curves_facts, "evaluation/curves.py"),
+    Part(
+        "discriminator",
+        "Discriminator",
+        sections.discriminator,
+        sections.discriminator_facts,
+        "evaluation/discriminator.py",
+    ),
+]
+
+
+def refresh_report(out: str | Path) -> Path:
+    """Draw OUT/report.html from the parts' results; parts that are missing are named as missing."""
+    out = Path(out)
+    found = {part.folder: load_results(out, part.folder) for part in PARTS}
+    chapters: list[tuple[str, Html]] = [("What was measured", overview(found))]
+    for part in PARTS:
+        results = found[part.folder]
+        drawn = part.draw(results) if results else paragraph(f"Missing: not run. {part.command} measures it.", "quiet")
+        chapters.append((part.heading, drawn))
+    lead = cards(items) if (items := sections.headline(found)) else Html("")
+    page = write_page(out / "report.html", "Evaluation of the user’s models", chapters, lead)
+    print(f"report: {page}", flush=True)
+    return page
+
+
+def overview(found: dict[str, dict | None]) -> Html:
+    rows = []
+    for part in PARTS:
+        results = found[part.folder]
+        rows.append([part.heading, *(part.facts(results) if results else ["missing: not run", None, None, None])])
+    missing = [part.heading for part in PARTS if not found[part.folder]]
+    words = f"Missing: {', '.join(missing)}." if missing else "Every part was run."
+    note = "“—”: does not apply or is not known. The paper’s numbers are Llama-2-7B’s on full-hh-rlhf, judged by GPT-4."
+    return join([table_html(["part", "measured", "items", "judge", "US$"], rows, note), paragraph(words, "note")])
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    given = sys.argv[1:] if argv is None else list(argv)
+    if len(given) != 1 or given[0] in ("-h", "--help"):
+        print(__doc__)
+        return
+    if not Path(given[0]).is_dir():
+        raise InputError(f"{given[0]}: no such folder; give the --out of an evaluation")
+    refresh_report(given[0])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Reward scores (Figure 6): every model's answers under the sequence, discrete and continuous token rewards.
+
+python evaluation/reward_scores.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor --data_path DATA \
+    --discriminator OUT/step2_discriminator --sequence_reward OUT/reward_model --out OUTPUT
+"""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.models import load_token_classifier
+from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
+from evaluation.policies import (
+    Policy,
+    PolicyOptions,
+    Question,
+    Reply,
+    answer_all,
+    device,
+    parse_models,
+    prompt_text,
+    torch_dtype,
+)
+from evaluation.prompts import PromptOptions, read_prompts
+from evaluation.report import refresh_report
+from evaluation.results import save_results
+from evaluation.scoring import response_example, sequence_scores, token_probs
+from evaluation.statistics import ratio_interval
+from step3_ppo_tlcr.rewards import continuous_reward, fixed_reward
+
+SEQUENCE, DISCRETE, CONTINUOUS = "sequence", "discrete token", "continuous token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardOptions:
+    """rewards"""
+
+    discriminator: str | None = option(None, "folder of the token discriminator (step 2)")
+    sequence_reward: str | None = option(None, "folder of a sequence reward model (step 2 --objective sequence)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RewardOptions, PromptOptions, PolicyOptions):
+    """Score every model's answers with every reward."""
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A model's answers to the prompts, as texts: ``(prompt with its markers, response, ended, tokens)`` each."""
+
+    rows: list[tuple[str, str, bool, int]]
+
+    def examples(self, tokenizer) -> list[TokenizedExample]:
+        return [response_example(tokenizer, prompt, text, ended) for prompt, text, ended, _ in self.rows]
+
+
+def answers_in_context(policy: Policy, questions: Sequence[Question], replies: Mapping[int | str, Reply]) -> Answered:
+    """Prompts as the model saw them, with its answers."""
+    tokenizer = load_tokenizer(policy.path)
+    rows = []
+    for question in questions:
+        reply = replies[question.id]
+        prompt, text = prompt_text(tokenizer, question, []), reply.turns[0]
+        if not question.raw and not tokenizer.chat_template:
+            text = f" {text}"  # HH-RLHF's form has a space there, which the answer file leaves out
+        rows.append((prompt, text, reply.ended[0], reply.tokens[0]))
+    return Answered(rows)
+
+
+def token_sums(path: str, answered: Mapping[str, Answered], options: Options) -> dict[str, dict[str, np.ndarray]]:
+    """Sums over each answer's tokens, EOS included, ``(N,)``, by model and reward (Eq. 7, Eq. 2)."""
+    tokenizer, model = load_tokenizer(path), load_token_classifier(path, 2, torch_dtype(options.dtype))
+    model = model.to(device()).eval()
+    sums: dict[str, dict[str, np.ndarray]] = {}
+    for name, texts in answered.items():
+        found = token_probs(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.batch_size)
+        probs = [torch.tensor(one) for one in found]
+        sums[name] = {
+            DISCRETE: np.array([fixed_reward(one, torch.ones_like(one)).sum().item() for one in probs]),
+            CONTINUOUS: np.array([continuous_reward(one, torch.ones_like(one)).sum().item() for one in probs]),
+        }
+    return sums
+
+
+def sequence_sums(path: str, answered: Mapping[str, Answered], options: Options) -> dict[str, np.ndarray]:
+    """The sequence reward of each answer, ``(N,)``, by model (Eq. 1)."""
+    tokenizer, model = load_tokenizer(path), load_token_classifier(path, 1, torch_dtype(options.dtype))
+    model = model.to(device()).eval()
+    return {
+        name: np.array(sequence_scores(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.batch_size))
+        for name, texts in answered.items()
+    }
+
+
+def summarise(sums: Mapping[str, np.ndarray], lengths: np.ndarray) -> dict:
+    """Mean sum per answer, and mean per token of all answers, with 95 % bootstrap intervals over prompts."""
+    ones = np.ones_like(lengths)
+    return {
+        reward: {
+            "sum": float(values.mean()),
+            "sum_interval": ratio_interval(values, ones),
+            "per_token": float(values.sum() / lengths.sum()) if lengths.sum() else math.nan,
+            "per_token_interval": ratio_interval(values, lengths),
+        }
+        for reward, values in sums.items()
+    }
+
+
+def run(options: Options) -> None:
+    models = parse_models(options.models)
+    if not options.discriminator and not options.sequence_reward:
+        raise InputError("name --discriminator, --sequence_reward or both: there is nothing to score with")
+    questions = read_prompts(options, next(iter(models.values())))
+    answered, brevity = {}, replace(options, max_new_tokens=options.max_answer_seq_len)
+    for name, path in models.items():
+        policy = Policy(name, path, brevity)
+        replies = answer_all(policy, questions, Path(options.out) / "reward_scores" / "answers")
+        answered[name] = answers_in_context(policy, questions, replies)
+    sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
+    if options.sequence_reward:
+        for name, values in sequence_sums(options.sequence_reward, answered, options).items():
+            sums[name][SEQUENCE] = values
+    if options.discriminator:
+        for name, rewards in token_sums(options.discriminator, answered, options).items():
+            sums[name] |= rewards
+    lengths = {name: np.array([tokens for *_, tokens in one.rows], float) for name, one in answered.items()}
+    results = {
+        "prompts": len(questions),
+        "temperature": options.temperature,
+        "discriminator": options.discriminator,
+        "sequence_reward": options.sequence_reward,
+        "rewards": list(next(iter(sums.values()))),
+        "models": {
+            name: {
+                "rewards": summarise(sums[name], lengths[name]),
+                "response_length": float(lengths[name].mean()),
+                "ended": float(np.mean([ended for _, _, ended, _ in answered[name].rows])),
+            }
+            for name in models
+        },
+    }
+    save_results(options.out, "reward_scores", results)
+    show(results)
+
+
+def show(results: dict) -> None:
+    header = "".join(f"{f'{reward} (per token)':>30}" for reward in results["rewards"])
+    print(f"{'reward scores':<16}{'tokens':>8}{header}")
+    for name, row in results["models"].items():
+        found = (row["rewards"][reward] for reward in results["rewards"])
+        cells = (f"{one['sum']:.2f} ({one['per_token']:+.3f})" for one in found)
+        print(f"{name:<16}{row['response_length']:>8.1f}" + "".join(f"{cell:>30}" for cell in cells))
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, argv)
+    run(options)
+    refresh_report(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,350 @@
+"""The report's chapters, each from a part's ``results.json`` to HTML, beside what the paper reports."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from deepspeed_chat_tlcr.pictures import (
+    Html,
+    Sample,
+    Series,
+    TokenScores,
+    bar_chart,
+    columns,
+    join,
+    legend_html,
+    line_chart,
+    missing_chart,
+    number,
+    paragraph,
+    radar_chart,
+    sample_html,
+    table_html,
+)
+from deepspeed_chat_tlcr.report import MEASURES, PUBLISHED, PUBLISHED_REWARDS
+
+TURNS = ("turn 1", "turn 2", "overall")
+
+
+def headline(found: Mapping[str, dict | None]) -> list[tuple[str, str]]:
+    """The few figures a reader wants first, as far as they were measured."""
+    items = []
+    if bench := found.get("mt_bench"):
+        name, row = max(bench["models"].items(), key=lambda entry: entry[1]["overall"] or 0)
+        items.append((number(row["overall"]), f"MT-Bench, {name}: the best of {len(bench['models'])}"))
+    if judge := found.get("discriminator"):
+        guess = number(judge["majority_accuracy"])
+        items.append(
+            (number(judge["edited_accuracy"]), f"discriminator’s accuracy on edited tokens (majority {guess})")
+        )
+    return items
+
+
+def interval(pair, digits: int = 2, percent: bool = False) -> str:
+    """``low to high`` as a cell's text."""
+    if not pair or pair[0] is None:
+        return "—"
+    scale = 100 if percent else 1
+    return f"{pair[0] * scale:.{digits}f} to {pair[1] * scale:.{digits}f}".replace("-", "−")
+
+
+def missing_note(results: dict) -> Html:
+    """What kept a judged part from being complete, if anything."""
+    parts = []
+    if results.get("stopped"):
+        parts.append(f"Stopped early ({results['stopped']}): the same command continues.")
+    if results.get("missing"):
+        parts.append(f"{results['missing']} of {results['verdicts']} verdicts are missing; averages leave them out.")
+    if cut := {name: count for name, count in (results.get("empty_answers") or {}).items() if count}:
+        parts.append("Empty answers: " + ", ".join(f"{name} {count}" for name, count in cut.items()) + ".")
+    return paragraph(" ".join(parts), "note") if parts else Html("")
+
+
+# ---- MT-Bench --------------------------------------------------------------------------------------------------------
+
+
+def mt_bench_facts(results: dict) -> list:
+    return ["ratings 1 to 10 of two-turn answers", results["questions"], results["judge"], results["usd"]]
+
+
+def mt_bench(results: dict) -> Html:
+    models = results["models"]
+    own = table_html(
+        ["this run", *TURNS, "95 % interval of overall"],
+        [[name, *(row[turn] for turn in TURNS), interval(row["intervals"]["overall"])] for name, row in models.items()],
+        f"{results['questions']} questions, rated by {results['judge']}; bootstrap over questions.",
+    )
+    paper = table_html(
+        ["paper, Table 1", *TURNS],
+        [[method, *(row.get(turn) for turn in TURNS)] for method, row in PUBLISHED.items()],
+        "80 questions, rated by GPT-4.",
+    )
+    bars = bar_chart(
+        TURNS,
+        {name: [row[turn] for turn in TURNS] for name, row in models.items()},
+        "Rating by turn",
+        "1 to 10",
+        {name: [whisker(row["intervals"][turn]) for turn in TURNS] for name, row in models.items()},
+    )
+    categories = results["categories"]
+    by_category = {name: [row["categories"][c] for c in categories] for name, row in models.items()}
+    radar = radar_chart(categories, by_category, "Rating by category", 10)
+    parts = [columns(own, paper), missing_note(results), columns(bars, radar)]
+    if results["differences"]:
+        rows = [
+            [f"{name} − {row['against']}", row["overall"], interval(row["interval"])]
+            for name, row in results["differences"].items()
+        ]
+        note = "Paired: the same resampled questions for both models."
+        parts.append(table_html(["difference", "overall", "95 % interval"], rows, note))
+    table = table_html(
+        ["category", *models], [[c, *(by_category[n][i] for n in models)] for i, c in enumerate(categories)]
+    )
+    return join([*parts, fold("Ratings by category as a table", table)])
+
+
+# ---- AlpacaEval ------------------------------------------------------------------------------------------------------
+
+
+def alpaca_eval_facts(results: dict) -> list:
+    judges = [name for name in (results["judge"], results["annotators_config"]) if name]
+    return ["win rates, two answers to one prompt", results["questions"], ", ".join(judges), results["usd"]]
+
+
+def alpaca_eval(results: dict) -> Html:
+    rows = results["head_to_head"]
+    parts = [missing_note(results)]
+    if rows:
+        names = [f"{row['model']} : {row['against']}" for row in rows]
+        rates = {"win rate": [percent(row["win_rate"]) for row in rows]}
+        ranges = {"win rate": [whisker([percent(edge) for edge in row["interval"]]) for row in rows]}
+        left = table_html(
+            ["head to head", "win rate, %", "95 % interval", "wins", "ties", "losses", "p"],
+            [
+                [
+                    f"{row['model']} against {row['against']}",
+                    percent(row["win_rate"]),
+                    interval(row["interval"], 1, percent=True),
+                    *(row[key] for key in ("wins", "ties", "losses")),
+                    number(row["p_value"], 3),
+                ]
+                for row in rows
+            ],
+            f"{results['questions']} prompts, each pair of answers judged in both orders by {results['judge']}; a win: "
+            "preferred in one order and not beaten in the other; ties count half; Wilson intervals, exact sign test.",
+            digits=1,
+        )
+        bias = table_html(
+            ["position bias", "first shown preferred, %", "orders disagree", "items left out"],
+            [
+                [names[i], percent(row["first_shown_preferred"]), row["inconsistent"], row["missing"]]
+                for i, row in enumerate(rows)
+            ],
+            "50 %: none. Where the two orders prefer different models the item is a tie.",
+            digits=1,
+        )
+        parts += [columns(bar_chart(names, rates, "Win rate", "%", ranges), left), bias]
+    if package := results["package"]:
+        table = [
+            [row["model"], row["reference"], percent(row["win_rate"]), percent(row["standard_error"]), row["items"]]
+            for row in package
+        ]
+        header = ["alpaca_eval’s own", "against", "win rate, %", "standard error", "items"]
+        parts.append(table_html(header, table, f"Judged by the package with {results['annotators_config']}.", 1))
+    published = {
+        method: {"TLCR preferred, %": row["TLCR preferred, %"]}
+        for method, row in PUBLISHED.items()
+        if "TLCR preferred, %" in row
+    }
+    return join([*parts, paper_table("Figure 4: against", published)])
+
+
+def percent(value: float | None) -> float | None:
+    return None if value is None else 100 * value
+
+
+# ---- reward scores ---------------------------------------------------------------------------------------------------
+
+
+def reward_scores_facts(results: dict) -> list:
+    return [
+        f"answers of {len(results['models'])} models under {len(results['rewards'])} rewards",
+        results["prompts"],
+        None,
+        None,
+    ]
+
+
+def reward_scores(results: dict) -> Html:
+    models, rewards = results["models"], results["rewards"]
+
+    def chart(key: str, title: str, unit: str) -> Html:
+        values = {name: [row["rewards"][one][key] for one in rewards] for name, row in models.items()}
+        ranges = {
+            name: [whisker(row["rewards"][one][f"{key}_interval"]) for one in rewards] for name, row in models.items()
+        }
+        return bar_chart(rewards, values, title, unit, ranges)
+
+    header = ["model", "length, tokens", "end themselves"]
+    header += [words for one in rewards for words in (f"{one}: sum", "per token")]
+    rows = [
+        [name, row["response_length"], f"{row['ended']:.0%}"]
+        + [row["rewards"][one][key] for one in rewards for key in ("sum", "per_token")]
+        for name, row in models.items()
+    ]
+    note = (
+        f"{results['prompts']} prompts, one answer each at temperature {results['temperature']:g}; sums are means over "
+        "answers and grow with length, per token is over all tokens; 95 % bootstrap intervals over prompts. "
+        "Discrete: ±1, and 0 where max(D, 1 − D) < 0.6; continuous: 2D − 1."
+    )
+    parts = [
+        columns(
+            chart("sum", "Reward per answer", "mean sum"),
+            chart("per_token", "Reward per token", "mean"),
+        ),
+        table_html(header, rows, note),
+    ]
+    if absent := [name for name in ("discriminator", "sequence_reward") if not results[name]]:
+        parts.append(paragraph(f"Missing: no --{' and no --'.join(absent)} was given.", "note"))
+    return join([*parts, paper_table("Figure 6", PUBLISHED_REWARDS, 2)])
+
+
+def paper_table(where: str, published: Mapping[str, Mapping[str, float]], digits: int = 2) -> Html:
+    """Numbers of the paper, a row for each method."""
+    names = list(dict.fromkeys(name for row in published.values() for name in row))
+    rows = [[method, *(row.get(name) for name in names)] for method, row in published.items()]
+    return table_html([f"paper, {where}", *names], rows, digits=digits)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def curves_facts(results: dict) -> list:
+    return [
+        f"{len(results['charts'])} metrics of {len(results['runs'])} runs",
+        max(results["runs"].values()),
+        None,
+        None,
+    ]
+
+
+def curves(results: dict) -> Html:
+    drawn = []
+    for chart in results["charts"]:
+        lines = [Series(one["name"], one["x"], [nan(y) for y in one["y"]]) for one in chart["series"]]
+        drawn.append(line_chart(lines, chart["title"], "step", chart["unit"], results["smoothing"]))
+    drawn += [missing_chart(key, "not recorded by any run") for key in results["absent"]]
+    note = "Lines are smoothed, raw values behind them. The same charts as PNG are in curves/." * bool(
+        results["smoothing"]
+    )
+    return join([columns(*drawn, kind="charts"), paragraph(note, "note") if note else ""])
+
+
+# ---- discriminator ---------------------------------------------------------------------------------------------------
+
+
+def discriminator_facts(results: dict) -> list:
+    return ["D of tokens of held-out revisions", results["tokens"], None, None]
+
+
+def discriminator(results: dict) -> Html:
+    measures = [[words, results.get(key)] for key, words in MEASURES.items()]
+    measures.append(["calibration error (ECE), edited tokens", results["calibration"]["edited"]["ece"]])
+    measures.append(["calibration error (ECE), all tokens, neutral = 0.5", results["calibration"]["all"]["ece"]])
+    labels = ("negative", "neutral", "positive")
+    counts = results["confusion"]
+    note = (
+        f"{results['revisions']:,} held-out revisions of {results['prompts']:,} prompts, {results['tokens']:,} tokens; "
+        "neutral: max(D, 1 − D) < 0.6."
+    )
+    parts = [
+        columns(
+            table_html(["held-out revisions", ""], measures, digits=3),
+            table_html(
+                ["label ↓  said →", *labels, "right"],
+                [
+                    [label, *row, share(row[i], sum(row))]
+                    for i, (label, row) in enumerate(zip(labels, counts, strict=True))
+                ],
+                note,
+            ),
+        ),
+        columns(
+            reliability(results["calibration"]),
+            by_place(results["by_place"]),
+            by_kind(results["by_kind"]),
+            kind="charts",
+        ),
+        fold("Accuracy by kind of token as a table", kinds_table(results["by_kind"])),
+    ]
+    if people := results.get("people"):
+        parts.append(people_table(people))
+    parts += [paragraph("Labels beside rewards of revisions that the discriminator has not seen (Figure 8).", "note")]
+    parts += [legend_html("label"), legend_html(), *map(sample_of, results["samples"])]
+    return join(parts)
+
+
+def share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "—"
+
+
+def sample_of(record: dict) -> Html:
+    texts = [TokenScores(**text) for text in record["texts"]]
+    return sample_html(Sample(record["prompt"], texts, record.get("title", ""), record.get("note", "")))
+
+
+def reliability(calibration: dict) -> Html:
+    """Mean target over mean D: on the diagonal where the confidence is right."""
+    lines = [Series("right", [0.0, 1.0], [0.0, 1.0])]
+    for key, name in (("edited", "edited tokens"), ("all", "all, neutral = 0.5")):
+        bins = calibration[key]["bins"]
+        lines.append(Series(name, [one["mean_d"] for one in bins], [one["mean_target"] for one in bins]))
+    return line_chart(lines, "Calibration: is D as often right as it says?", "D", "share positive", y_range=(0, 1))
+
+
+def by_place(places: Sequence[dict]) -> Html:
+    x = [(place + 0.5) / len(places) for place in range(len(places))]
+    names = {"edited_accuracy": "discriminator", "majority_accuracy": "always the commoner label"}
+    lines = [Series(words, x, [nan(one[key]) for one in places]) for key, words in names.items()]
+    return line_chart(lines, "Accuracy on edited tokens by place", "place (0 start, 1 end)", "share", y_range=(0, 1))
+
+
+def by_kind(kinds: Mapping[str, dict]) -> Html:
+    shown = {kind: row for kind, row in kinds.items() if row["edited"]}
+    series = {
+        "discriminator": [row["edited_accuracy"] for row in shown.values()],
+        "always the commoner label": [row["majority_accuracy"] for row in shown.values()],
+    }
+    return bar_chart(list(shown), series, "Accuracy on edited tokens by kind", "share")
+
+
+def kinds_table(kinds: Mapping[str, dict]) -> Html:
+    keys = ("tokens", "edited", "edited_accuracy", "majority_accuracy", "reward")
+    header = ["kind of token", "tokens", "edited", "accuracy", "majority guess", "mean reward"]
+    return table_html(header, [[kind, *(row[key] for key in keys)] for kind, row in kinds.items()], digits=3)
+
+
+def people_table(people: dict) -> Html:
+    names = ("precision", "recall", "f1", "auroc")
+    rows = [
+        ["tokens with D < 0.5", *(people[name] for name in names)],
+        ["always negative", *(people["always_negative"].get(name, 0.5) for name in names)],
+    ]
+    note = (
+        f"Against the error spans that people marked in {people['responses']} answers, {people['tokens']:,} tokens of "
+        f"which {people['marked']:,} lie in a span; AUROC of −r."
+    )
+    return table_html(["agreement with people", *names], rows, note, digits=3)
+
+
+def nan(value: float | None) -> float:
+    """JSON's null as a chart's gap."""
+    return math.nan if value is None else value
+
+
+def whisker(pair) -> tuple[float, float] | None:
+    return (pair[0], pair[1]) if pair and pair[0] is not None else None
+
+
+def fold(summary: str, body: Html) -> Html:
+    """Details that open on a click."""
+    return Html(f"<details><summary>{summary}</summary>{body}</details>")

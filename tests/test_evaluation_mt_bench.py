@@ -1,0 +1,207 @@
+"""MT-Bench through the real entry point, against a judge that omits ratings, rates 11, fails and dies."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import byte_level_tokenizer, shared
+from evaluation_helpers import QUESTIONS, expected_rating, other_model, read_lines, texts_of, write_bench
+from judge_server import judging
+
+from evaluation import mt_bench
+from evaluation.policies import Question, prompt_text
+from evaluation.statistics import bootstrap_interval
+from labeling.endpoint import Unusable
+
+
+@pytest.fixture(scope="module")
+def models(tiny, tmp_path_factory):
+    other = other_model(tmp_path_factory.mktemp("other") / "model", tiny)
+    return [f"sft={tiny / 'model'}", f"tlcr={other}"]
+
+
+def bench(models, folder, out, url=None, *more):
+    judge = ["--judge", "judge", "--base_url", url] if url else []
+    options = ["--models", *models, "--mt_bench_dir", folder, "--out", out, "--max_new_tokens", 12, "--batch_size", 2]
+    return mt_bench.main([str(part) for part in [*options, *judge, *more]])
+
+
+def test_scores_are_right_and_nothing_is_paid_twice(models, tmp_path, monkeypatch):
+    """The judge first fails, then omits the rating, then rates 11, then rates: each kind for a third of the prompts."""
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+
+    def verdict(prompt: str, asked: int):
+        troubles = ["It is nice.", "Rating: [[11]]", 500][len(prompt) % 3 :]
+        return troubles[asked] if asked < len(troubles) else f"Good. Rating: [[{expected_rating(prompt)}]] [[3]]"
+
+    monkeypatch.setattr("labeling.dispatch.back_off", lambda retry, wait: 0.0)
+    with judging(verdict) as (judge, url):
+        assert bench(models, folder, out, url) == 0
+        first = judge.asked.total()
+        assert bench(models, folder, out, url) == 0
+        assert judge.asked.total() == first
+        # A third model asks only about its own answers, of which a copy's are known already.
+        assert bench([*models, models[0].replace("sft", "copy")], folder, out, url) == 0
+        assert judge.asked.total() == first
+    assert max(judge.paid.values()) == 3
+
+    results = json.loads((out / "mt_bench" / "results.json").read_text())
+    prompts = {}
+    for name in ("sft", "tlcr"):
+        for line in read_lines(out / "mt_bench" / "model_answer" / f"{name}.jsonl"):
+            question = next(q for q in QUESTIONS if q["question_id"] == line["question_id"])
+            (q1, q2), (a1, a2) = question["turns"], line["choices"][0]["turns"]
+            needs = question["category"] in ("math", "reasoning")
+            prompts[name, question["question_id"]] = (
+                f"Q: {q1} A: {a1}" + " R: REFERENCE ONE" * needs,
+                f"Q: {q1} {q2} A: {a1} || {a2}" + " R: REFERENCE ONE REFERENCE TWO" * needs,
+            )
+    for name in ("sft", "tlcr"):
+        ratings = np.array([[expected_rating(p) for p in pair] for (n, _), pair in prompts.items() if n == name])
+        row = results["models"][name]
+        assert [row["turn 1"], row["turn 2"]] == pytest.approx(ratings.mean(0))
+        assert row["overall"] == pytest.approx(ratings.mean())
+    assert results["missing"] == 0
+    assert {body["messages"][0]["content"] for body in judge.bodies} == {f"You judge by {n}." for n in mt_bench.PROMPTS}
+
+    # What FastChat's show_result.py does with the file.
+    path = out / "mt_bench" / "model_judgment" / "judge_single.jsonl"
+    table = pd.read_json(path, lines=True)[["model", "score", "turn"]]
+    table = table[table["score"] != -1]
+    assert table[["model", "score"]].groupby("model").mean().loc["tlcr", "score"] == pytest.approx(
+        results["models"]["tlcr"]["overall"]
+    )
+    assert "MT-Bench" in texts_of(out / "report.html")
+    if importlib.util.find_spec("fastchat"):
+        command = [sys.executable, "-m", "fastchat.llm_judge.show_result", "--input-file", str(path)]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert f"{results['models']['tlcr']['overall']:.3f}"[:4] in shown
+
+
+def test_a_judge_that_never_rates_costs_three_attempts_and_leaves_a_gap(models, tmp_path):
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+
+    def verdict(prompt: str, asked: int):
+        return "No number." if "sea" in prompt and "||" not in prompt else "Rating: [[4]]"
+
+    with judging(verdict) as (judge, url):
+        assert bench(models[:1], folder, out, url) == 0
+    assert max(judge.paid.values()) == 3
+    results = json.loads((out / "mt_bench" / "results.json").read_text())
+    assert results["missing"] == 1
+    assert results["models"]["sft"]["overall"] == 4
+    scores = [line["score"] for line in read_lines(out / "mt_bench" / "model_judgment" / "judge_single.jsonl")]
+    assert sorted(scores) == [-1, 4, 4, 4, 4, 4, 4, 4]
+    with judging(lambda prompt, asked: "[[6]]") as (judge, url):
+        assert bench(models[:1], folder, out, url, "--retry_failed") == 0
+    assert judge.asked.total() == 1
+    assert json.loads((out / "mt_bench" / "results.json").read_text())["models"]["sft"]["turn 1"] == 4.5
+
+
+def test_a_judge_that_dies_is_continued_without_paying_again(models, tmp_path, monkeypatch):
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+    monkeypatch.setattr("labeling.dispatch.GIVEN_UP_IN_A_ROW", 2)
+    monkeypatch.setattr("labeling.dispatch.back_off", lambda retry, wait: 0.0)
+    answered = []
+
+    def dies(prompt: str, asked: int):
+        answered.append(prompt)
+        return "[[5]]" if len(answered) <= 5 else None
+
+    with judging(dies) as (first, url):
+        assert bench(models, folder, out, url, "--concurrency", 1, "--max_retries", 1) == 3
+    assert "Stopped early" in texts_of(out / "report.html")
+    with judging(lambda prompt, asked: "[[5]]") as (second, url):
+        assert bench(models, folder, out, url, "--retry_failed") == 0
+        assert bench(models, folder, out, url) == 0
+    assert not set(first.paid) & set(second.paid)
+    results = json.loads((out / "mt_bench" / "results.json").read_text())
+    assert results["missing"] == 0
+    assert {row["overall"] for row in results["models"].values()} == {5}
+
+
+def test_interrupted_answers_are_the_uninterrupted_ones(models, tmp_path):
+    folder = write_bench(tmp_path / "fastchat")
+    assert bench(models[:1], folder, tmp_path / "whole") == 0
+    whole = tmp_path / "whole" / "mt_bench" / "model_answer"
+    torn = tmp_path / "torn" / "mt_bench" / "model_answer"
+    torn.mkdir(parents=True)
+    lines = (whole / "sft.jsonl").read_text().splitlines(keepends=True)
+    (torn / "sft.jsonl").write_text("".join(lines[:1]) + lines[1][:40])
+    (torn / "sft.json").write_text((whole / "sft.json").read_text())
+    assert bench(models[:1], folder, tmp_path / "torn") == 0
+    turns = [{line["question_id"]: line["choices"] for line in read_lines(f / "sft.jsonl")} for f in (whole, torn)]
+    assert turns[0] == turns[1]
+
+
+def test_answers_of_other_settings_are_refused(models, tmp_path, capsys):
+    folder = write_bench(tmp_path / "fastchat")
+    assert bench(models[:1], folder, tmp_path / "out") == 0
+    with pytest.raises(SystemExit) as exit:
+        bench([models[1].replace("tlcr", "sft")], folder, tmp_path / "out")
+    assert exit.value.code == 2
+    assert "weights was" in capsys.readouterr().err
+
+
+def test_wrong_input_is_said_before_a_model_loads(tmp_path, capsys):
+    for models, folder, words in [
+        (["sft"], tmp_path, "expected NAME=FOLDER"),
+        (["a=/nowhere"], tmp_path, "no model in /nowhere"),
+        ([f"a={tmp_path}", "a=x"], tmp_path, "no model in"),
+        ([], tmp_path, "name at least 1"),
+    ]:
+        with pytest.raises(SystemExit):
+            bench(models, folder, tmp_path / "out")
+        assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("Rating: [[5]]", 5), ("[[7.5]] or [[2]]", 7.5), ("My rating: [8]", 8), ("arr[1] is [[10]]", 10)],
+)
+def test_ratings_are_read(text, score):
+    assert mt_bench.read_rating(text) == {"score": score}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"), [("fine", "no_rating"), ("arr[1] = 2", "no_rating"), ("[[11]]", "rating_out_of_range")]
+)
+def test_what_is_no_rating_is_asked_again(text, reason):
+    with pytest.raises(Unusable) as unusable:
+        mt_bench.read_rating(text)
+    assert unusable.value.reason == reason
+
+
+def test_fastchats_own_files_are_understood():
+    bench = mt_bench.read_bench(str(shared("mt_bench")))
+    assert len(bench.questions) == 80
+    math_question = next(q for q in bench.questions if q["category"] == "math")
+    system, user = bench.messages(math_question, ["FIRST ANSWER", "SECOND ANSWER"], turn=2)
+    assert "second question" in system["content"]
+    assert all(part in user["content"] for part in ("FIRST ANSWER", "SECOND ANSWER", math_question["turns"][1]))
+    assert bench.references[math_question["question_id"]][1] in user["content"]
+
+
+def test_dialogues_follow_the_models_own_template():
+    tokenizer = byte_level_tokenizer(["abc"])
+    question = Question(1, ["Hi", "More"])
+    assert prompt_text(tokenizer, question, ["Yes"]) == ("\n\nHuman: Hi\n\nAssistant: Yes\n\nHuman: More\n\nAssistant:")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
+    )
+    assert prompt_text(tokenizer, question, ["Yes"]) == "<user>Hi<assistant>Yes<user>More<go>"
+    assert prompt_text(tokenizer, Question(1, ["whole"], raw=True), []) == "whole"
+
+
+def test_bootstrap_interval_of_a_mean_is_close_to_the_normal_one():
+    values = np.random.default_rng(0).normal(3, 1, (400, 1))
+    low, high = bootstrap_interval(values)
+    assert (low, high) == pytest.approx((values.mean() - 1.96 / 20, values.mean() + 1.96 / 20), abs=0.02)
+    # Rows are drawn whole: two equal turns are one measurement, not two.
+    assert bootstrap_interval(np.repeat(values, 2, axis=1)) == pytest.approx((low, high))
+    assert all(map(math.isnan, bootstrap_interval(np.array([[1.0]]))))
