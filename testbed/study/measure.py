@@ -26,6 +26,7 @@ from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from testbed.study.scoring import TESTBED, Scorer, load_scorer
 
 GREEDY = "greedy"
+NO_TRUTH = "none"
 CURVES = {
     "reward/per_token": "reward_per_token",
     "rollout/response_length": "response_length",
@@ -41,7 +42,7 @@ class Options:
     policy: str = option(MISSING, "the policy: a Hugging Face folder")
     sft: str = option(MISSING, "the SFT model: what KL is measured from")
     prompts: str = option(MISSING, "JSON lines with prompts")
-    scorer: str = option(TESTBED, "python:module:function of prompt, response, ended; higher is better")
+    scorer: str = option(TESTBED, "python:module:function of prompt, response, ended; higher is better; none: no truth")
     world_seed: int = option(0, "the testbed world of that scorer")
     temperatures: list[float] = option([1.0, 0.7, 0.0], "sampling temperatures; 0: greedy")
     max_answer_seq_len: int = option(96, "longest answer, tokens")
@@ -65,16 +66,17 @@ def answer(policy: PreTrainedModel, tokenizer, prompts: Sequence[str], temperatu
     return list(answers(policy, tokenizer, ids, decoding, options.batch_size))
 
 
-def measures(prompts: Sequence[str], written: Sequence[Answer], scorer: Scorer) -> dict:
-    """Scores prompt by prompt, for paired comparisons, and means."""
-    scores = [float(scorer(prompt, one.text, one.ended)) for prompt, one in zip(prompts, written, strict=True)]
+def measures(prompts: Sequence[str], written: Sequence[Answer], scorer: Scorer | None) -> dict:
+    """Means and, where the truth is asked for, scores prompt by prompt, for paired comparisons."""
     lengths = [len(one.response_ids) for one in written]
-    return {
-        "true_score": statistics.fmean(scores),
+    found = {
         "response_length": statistics.fmean(lengths),
         "eos_rate": statistics.fmean(one.ended for one in written),
-        "scores": [round(score, 4) for score in scores],
     }
+    if scorer is None:
+        return found
+    scores = [float(scorer(prompt, one.text, one.ended)) for prompt, one in zip(prompts, written, strict=True)]
+    return {"true_score": statistics.fmean(scores), **found, "scores": [round(score, 4) for score in scores]}
 
 
 def rewards(options: Options, written: Sequence[Answer], pad_id: int) -> dict[str, float]:
@@ -95,14 +97,14 @@ def rewards(options: Options, written: Sequence[Answer], pad_id: int) -> dict[st
     return found
 
 
-def learning_curve(training: Path, scorer: Scorer) -> dict[str, list[float | None]]:
+def learning_curve(training: Path, scorer: Scorer | None) -> dict[str, list[float | None]]:
     """By update: what training logged, and the true score of the rollouts that were kept (temperature 1)."""
     log = read_metrics(training / "metrics.jsonl")
     curve = {name: [entry.get(key) for entry in log] for key, name in CURVES.items()}
     speed, seconds = "throughput/generated_tokens_per_second", "seconds/rollout"
     curve["generated_tokens"] = [round(entry.get(speed, 0) * entry.get(seconds, 0)) for entry in log]
     rollouts = training / "rollouts.jsonl"
-    if log and rollouts.is_file():
+    if log and scorer and rollouts.is_file():
         calls = [json.loads(line) for line in rollouts.read_text(encoding="utf-8").splitlines()]
         # ReMax has its greedy answers scored too, behind the sampled ones.
         per_update = max(1, len(calls) // len(log))
@@ -119,7 +121,7 @@ def mean_score(texts: Iterable[dict], scorer: Scorer) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
     os.environ["TESTBED_WORLD_SEED"] = str(options.world_seed)
-    scorer = load_scorer(options.scorer)
+    scorer = None if options.scorer == NO_TRUTH else load_scorer(options.scorer)
     prompts = [record["prompt"] for _, record in read_jsonl(options.prompts)]
     tokenizer: PreTrainedTokenizerFast = load_tokenizer(options.sft)
     policy, sft = (load_causal_lm(path, torch.float32).eval() for path in (options.policy, options.sft))

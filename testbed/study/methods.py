@@ -196,9 +196,19 @@ class Artefacts:
 
     # ---- how good a policy is ----
 
-    def measured(self, policy: Output, prompts: str = "test", reward_model: Output | None = None, **options) -> Step:
+    def measured(self, policy: Output, prompts: str = "test", **options: object) -> Step:
         """A policy's true scores and, where it learnt by RL, its curve."""
         trained = policy.step if policy.path == "actor" else None
+        return self._answers(
+            policy,
+            prompts,
+            scorer=self.world.scorer,
+            world_seed=self.seed if self.on_testbed else 0,
+            training=Output(trained) if trained else None,
+            **options,
+        )
+
+    def _answers(self, policy: Output, prompts: str, **options: object) -> Step:
         return Step(
             f"measured-{policy.step.name}",
             "testbed/study/measure.py",
@@ -206,12 +216,8 @@ class Artefacts:
                 policy=policy,
                 sft=self.sft(),
                 prompts=self.part(f"{prompts}.jsonl"),
-                scorer=self.world.scorer,
-                world_seed=self.seed if self.on_testbed else 0,
                 max_answer_seq_len=self.scale.max_answer,
                 seed=self.seed,
-                reward_model=reward_model,
-                training=Output(trained) if trained else None,
                 **options,
             ),
         )
@@ -255,7 +261,7 @@ class Artefacts:
 
     def unit_of(self, reward_model: Output) -> Inverse:
         """Two reward models differ in scale for no good reason: one unit is the spread over SFT's own answers."""
-        measured = self.measured(self.sft(), "validation", reward_model, temperatures=[1.0])
+        measured = self._answers(self.sft(), "validation", scorer="none", reward_model=reward_model, temperatures=[1.0])
         return Inverse(measured, "sequence_reward_sd")
 
     def preference_trained(self, name: str, program: str, setting: Setting, **options: object) -> Output:

@@ -94,14 +94,19 @@ def method_section(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping])
 
 
 def score_bars(rows: Mapping[str, Mapping]) -> Html:
-    """Table 1 as bars, with the intervals over seeds."""
-    series, whiskers = {}, {}
-    for name in DECODINGS:
-        entries = [row.get(f"true_score {name}") for row in rows.values()]
-        series[name] = [entry["mean"] if entry else None for entry in entries]
-        whiskers[name] = [tuple(entry["interval"]) if entry and entry["interval"] else None for entry in entries]
+    """Table 1 as bars, one chart for each decoding, with the intervals over seeds."""
     groups = [NAMES[method] for method in rows]
-    return columns(bar_chart(groups, series, "True score by method and decoding", "true score", whiskers))
+    charts = []
+    for name in DECODINGS:
+        values, whiskers = bars([row.get(f"true_score {name}") for row in rows.values()])
+        charts.append(bar_chart(groups, {name: values}, f"True score, {name}", "true score", {name: whiskers}))
+    return columns(*charts, kind="charts")
+
+
+def bars(entries: Sequence[Mapping | None]) -> tuple[list, list]:
+    """Heights and whiskers of summaries, None where there is none."""
+    values = [entry["mean"] if entry else None for entry in entries]
+    return values, [tuple(entry["interval"]) if entry and entry["interval"] else None for entry in entries]
 
 
 def difference_table(methods: Sequence[str], differences: Mapping[str, Mapping | None], decoding: str) -> Html:
@@ -170,9 +175,7 @@ def reward_section(rows: Mapping[str, Mapping]) -> Html:
     methods = [method for method in FIGURE_6 if method in rows]
     charts = []
     for key, title in measures.items():
-        entries = [rows[method].get(key) for method in methods]
-        whiskers = [tuple(entry["interval"]) if entry and entry["interval"] else None for entry in entries]
-        values = [entry["mean"] if entry else None for entry in entries]
+        values, whiskers = bars([rows[method].get(key) for method in methods])
         groups = [NAMES[method] for method in methods]
         charts.append(bar_chart(groups, {title: values}, f"Figure 6: {title}", "", {title: whiskers}))
     header = ["method", "KL to SFT", "true score, T=1", "reward per token 2D − 1", "sequence reward"]
@@ -184,10 +187,9 @@ def reward_section(rows: Mapping[str, Mapping]) -> Html:
 def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -> Html:
     charts = []
     for question, levels in questions.items():
-        entries = [(row or {}).get("true_score T=1") for row in levels.values()]
-        values = [entry["mean"] if entry else None for entry in entries]
-        whiskers = [tuple(entry["interval"]) if entry and entry["interval"] else None for entry in entries]
-        charts.append(bar_chart(list(levels), {"T=1": values}, question.capitalize(), "true score", {"T=1": whiskers}))
+        values, whiskers = bars([(row or {}).get("true_score T=1") for row in levels.values()])
+        title = question[0].upper() + question[1:]
+        charts.append(bar_chart(list(levels), {"T=1": values}, title, "true score", {"T=1": whiskers}))
     return columns(*charts, kind="charts")
 
 

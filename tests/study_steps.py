@@ -1,0 +1,17 @@
+"""A program of the study's kind that does next to nothing: notes that it ran, and fails while a file is there."""
+
+import json
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str]) -> int:
+    given = dict(zip(argv[::2], argv[1::2], strict=True))
+    folder = Path(given["--output_dir"])
+    with (folder / "ran.txt").open("a") as file:
+        file.write("ran\n")
+    if "--fails_while" in given and Path(given["--fails_while"]).exists():
+        print("the reason", file=sys.stderr)
+        return 3
+    (folder / "results.json").write_text(json.dumps(given))
+    return 0

@@ -1,0 +1,264 @@
+"""The study: artefacts and their order, what is computed from runs, and a whole small one on a foreign world."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import external_world
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from deepspeed_chat_tlcr.errors import InputError
+from testbed.study import schedule
+from testbed.study.analysis import band, best_of_curve, interval, paired_difference, win_rate
+from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags, in_order
+from testbed.study.main import Study, main
+from testbed.study.measure import learning_curve
+from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, grid
+from testbed.study.options import PAPER, SENSITIVITY, Options
+from testbed.study.results import chosen_settings
+
+# ---- artefacts -------------------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_named_by_what_decides_its_content(tmp_path):
+    base = Step("base", "base.py", ("--seed", "1"))
+    other = Step("base", "base.py", ("--seed", "2"))
+    sft, same, different = (Step("sft", "sft.py", ("--model", Output(step))) for step in (base, base, other))
+    assert sft.key == same.key != different.key, "what it is made from counts, wherever that lies"
+    assert in_order([sft, different]) == [base, sft, other, different]
+
+    store = Store(tmp_path)
+    assert store.arguments(sft) == ["--model", str(store.folder(base)), "--output_dir", str(store.folder(sft))]
+    assert not store.is_done(base)
+    store.folder(base).mkdir()
+    store.mark_done(base, 1.5)
+    assert store.is_done(base)
+    assert store.seconds(base) == 1.5
+
+
+def test_arguments_of_several_parts_and_of_another_step_s_result(tmp_path):
+    store, judge = Store(tmp_path), Step("judge", "judge.py", ())
+    term = Joined(("sequence:", Output(judge), "@", Inverse(judge, "sd", 0.5)))
+    step = Step("ppo", "ppo.py", flags(reward=(term, "more"), kl=0.1, quick=True, absent=None, off=False))
+    assert step.needs == (judge,)
+    folder = store.folder(judge)
+    folder.mkdir()
+    (folder / "results.json").write_text('{"sd": 4.0}')
+    assert store.arguments(step)[:-2] == ["--reward", f"sequence:{folder}@0.125", "more", "--kl", "0.1", "--quick"]
+    (folder / "results.json").write_text('{"sd": 0.0}')
+    with pytest.raises(InputError, match="nothing can be divided"):
+        store.arguments(step)
+
+
+def test_a_failed_step_stops_only_what_needs_it_and_nothing_is_made_twice(tmp_path, capsys):
+    """Real forks: base, then one step that fails and one that does not; after mending, only the rest runs."""
+    stopper = tmp_path / "stop"
+    stopper.touch()
+    base = Step("base", "study_steps.py", ())
+    bad = Step("bad", "study_steps.py", flags(model=Output(base), fails_while=stopper))
+    good = Step("good", "study_steps.py", flags(model=Output(base)))
+    last = Step("last", "study_steps.py", flags(model=Output(bad)))
+    store = Store(tmp_path / "artefacts")
+
+    outcome = schedule.run(store, [last, good], jobs=2, title="test")
+    assert outcome.failed == {bad: 3}
+    assert (outcome.done, outcome.skipped) == (2, 1)
+    assert [store.is_done(step) for step in (base, bad, good, last)] == [True, False, True, False]
+    with pytest.raises(InputError, match=r"1 steps failed and 1 could not begin: bad .*study\.log"):
+        schedule.require(outcome, store)
+    assert "bad ended with status 3: the reason" in capsys.readouterr().out
+
+    stopper.unlink()
+    assert schedule.run(store, [last, good], jobs=2, title="test").done == 4
+    assert store.results(last)["--model"] == str(store.folder(bad))
+    runs = [len((store.folder(step) / "ran.txt").read_text().splitlines()) for step in (base, bad, good, last)]
+    assert runs == [1, 2, 1, 1]
+
+
+def test_methods_share_what_they_can_and_see_no_truth():
+    made = Artefacts(World(), Scale(), seed=1)
+    policies = {name: method(made, Setting()) for name, method in METHODS.items()}
+    by_name: dict[str, set[Step]] = {}
+    for step in in_order(policy.step for policy in policies.values()):
+        by_name.setdefault(step.name, set()).add(step)
+        words = step.arguments
+        if step.program == "testbed/study/measure.py":
+            assert words[words.index("--scorer") + 1] == "none"
+        else:
+            assert "--scorer" not in words
+    assert all(len(steps) == 1 for name, steps in by_name.items() if name != "measured-sft")
+    # The one thing that is measured before training is over: the spread of a reward model on SFT's answers.
+    for name in ("ppo_seq", "remax", "ppo_synthetic"):
+        term = next(argument for argument in policies[name].step.arguments if isinstance(argument, Joined))
+        assert [part.name for part in term.parts if isinstance(part, Inverse)] == ["sequence_reward_sd"]
+
+
+def test_every_rl_method_gets_the_same_prompts_answers_and_updates():
+    made = Artefacts(World(), Scale(updates=10, rl_batch=8), seed=1)
+    for name in set(METHODS) - {"sft", "dpo", "figa"}:
+        words = METHODS[name](made, Setting()).step.arguments
+        of = {words[at]: words[at + 1] for at in range(len(words) - 1) if str(words[at]).startswith("--")}
+        half = name == "remax"  # two answers to each of half the prompts
+        assert of["--per_device_generation_batch_size"] == ("4" if half else "8")
+        assert of["--data_path"].path == ("rl_half" if half else "rl")
+        assert of["--num_train_epochs"] == "1"
+
+
+def test_another_condition_changes_what_depends_on_it_and_nothing_else():
+    plain, noisy = Artefacts(World(), Scale(), 1), Artefacts(World(), Scale(), 1, Condition(noise=0.25))
+    assert plain.discriminator().step.key != noisy.discriminator().step.key
+    assert plain.sft().step.key == noisy.sft().step.key
+    assert plain.reward_model().step.key == noisy.reward_model().step.key
+
+
+# ---- choices ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_is_the_same_cross_for_every_method():
+    rates = [1e-4, 1e-3]
+    full = grid("tlcr", rates, [0.3], [2.0], PAPER)
+    assert full == grid("ppo_seq", rates, [0.3], [2.0], PAPER)
+    assert [(s.learning_rate, s.kl, s.reward_scale) for s in full] == [
+        (1e-4, 0.1, 1.0),
+        (1e-3, 0.1, 1.0),
+        (1e-4, 0.3, 1.0),
+        (1e-3, 0.3, 1.0),
+        (1e-4, 0.1, 2.0),
+        (1e-3, 0.1, 2.0),
+    ]
+    assert len(grid("dpo", rates, [0.3], [2.0], PAPER)) == 4
+    assert len(grid("figa", rates, [0.3], [2.0], PAPER)) == 2
+    assert grid("sft", rates, [0.3], [2.0], PAPER) == [PAPER]
+
+
+def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_of_all():
+    def trial(rate, kl, score):
+        return {
+            "method": "tlcr",
+            "setting": {"learning_rate": rate, "kl": kl, "reward_scale": 1.0},
+            "true_score": score,
+        }
+
+    found = chosen_settings([trial(1e-4, 0.1, 4.0), trial(1e-3, 0.1, 5.0), trial(1e-4, 0.3, 6.0)], PAPER)["tlcr"]
+    assert found["paper"]["learning_rate"] == 1e-3
+    assert found["best"]["kl"] == 0.3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["tlcr", "ppo"]}, "--methods ppo: unknown; known are sft, dpo"),
+        ({"seeds": [1, 1]}, "each once"),
+        ({"seeds": [0, 1]}, "must not be reported on it"),
+        ({"scale": ["pears=3"]}, "--scale pears=3: unknown; known are pairs"),
+        ({"scale": ["pairs=many"]}, "'many' is not a number"),
+        ({"scale": ["updates=0"]}, "must be above 0"),
+        ({"preferences": "pairs.jsonl"}, "also needs --revisions, --scorer"),
+        ({"scorer": "python:no_such_module:score"}, "No module named 'no_such_module'"),
+        ({"scorer": "score"}, "expected python:package.module:function"),
+    ],
+)
+def test_bad_choices_are_named(options, message, capsys):
+    arguments = [word for name, value in options.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    with pytest.raises(SystemExit) as stop:
+        main(["--output_dir", "out", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_sensitivity_varies_one_thing_at_a_time(tmp_path):
+    options = Options(output_dir=str(tmp_path), seeds=[1])
+    study = Study(options, World(), Scale(), ["tlcr", "tlcr_fixed"], [1], Store(tmp_path))
+    standard = {"setting": PAPER, "condition": Condition()}
+    runs = study.sensitivity_runs()
+    for run in runs:
+        changed = [
+            f"{part}.{field}"
+            for part, value in standard.items()
+            for field in vars(value)
+            if getattr(getattr(run, part), field) != getattr(value, field)
+        ]
+        assert len(changed) <= 1, (run.variant, changed)
+    # Each question's standard level is the study's own run, which is not made twice.
+    own = study.runs()[0].policy.step
+    assert sum(run.policy.step == own for run in runs) == len(SENSITIVITY)
+
+
+# ---- what the runs say -----------------------------------------------------------------------------------------------
+
+
+def test_differences_and_their_intervals_by_hand():
+    """Means 1 and 3 over seeds: 2 ± t(1) * sqrt(2) / sqrt(2) = 2 ± 12.706."""
+    found = paired_difference({1: [2.0, 2.0], 2: [3.0, 5.0]}, {1: [1.0, 1.0], 2: [1.0, 1.0], 9: [0.0]})
+    assert found["difference"] == 2
+    assert (found["unit"], found["count"]) == ("seed", 2)
+    assert found["low"] == pytest.approx(2 - 12.706, abs=1e-3)
+    assert found["high"] == pytest.approx(2 + 12.706, abs=1e-3)
+    one_seed = paired_difference({1: [2.0, 3.0, 4.0]}, {1: [1.0, 1.0, 1.0]})
+    assert (one_seed["difference"], one_seed["unit"]) == (2, "prompt")
+    assert one_seed["low"] == pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-3)
+    assert paired_difference({1: [1.0]}, {2: [1.0]}) is None
+    assert interval([1.0]) is None
+    assert interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_win_rates_bands_and_best_of_curve_by_hand():
+    assert win_rate({1: [1, 2], 2: [5, 5]}, {1: [0, 3], 2: [5, 4]}) == (1 + 0 + 0.5 + 1) / 4
+    assert win_rate({1: [1]}, {2: [1]}) is None
+    means, lows, highs = band([[1.0, None, 3.0], [3.0, 5.0]])
+    assert means == [2.0, 5.0, 3.0]
+    assert lows == pytest.approx([2 - math.sqrt(2), 5, 3])
+    assert highs == pytest.approx([2 + math.sqrt(2), 5, 3])
+    assert best_of_curve([0.0, 1.0, 5.0, 3.0, 0.0], window=2) == 4.0
+    assert best_of_curve([2.0], window=5) == 2.0
+
+
+def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
+    """Two scored sets an update, the greedy ones second."""
+    lines = [{"step": step, "rollout/response_length": 5.0} for step in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    calls = [[{"prompt": "", "response": text, "ended": True}] for text in ("a", "aaaa", "aa", "aaaa")]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
+    curve = learning_curve(tmp_path, lambda prompt, response, ended: float(len(response)))
+    assert curve["true_score"] == [1.0, 2.0]
+    assert curve["response_length"] == [5.0, 5.0]
+
+
+# ---- a whole one -----------------------------------------------------------------------------------------------------
+
+
+def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
+    """Pairs, revisions and a scorer from outside: base model, SFT, discriminator, PPO, measures, page; then nothing
+    is left to do."""
+    pairs, revisions = external_world.write(tmp_path, 160)
+    sizes = {"sft_epochs": 1, "judge_epochs": 1, "rl_batch": 8, "updates": 2, "max_answer": 24, "hidden_size": 32}
+    sizes |= {"layers": 1, "validation": 3, "test": 5, "sft_batch": 8, "judge_batch": 8}
+    command = [
+        *(sys.executable, str(ROOT / "testbed/study/main.py"), "--output_dir", str(tmp_path / "out")),
+        *("--methods", "sft", "tlcr", "--seeds", "1", "--preferences", str(pairs), "--revisions", str(revisions)),
+        *("--scorer", "python:external_world:score", "--scale", *(f"{name}={size}" for name, size in sizes.items())),
+    ]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = found["tables"]["paper"]
+    assert set(rows) == {"sft", "tlcr"}
+    runs = {run["method"]: run for run in found["runs"] if run["variant"] == "paper"}
+    for run in runs.values():
+        scores = run["decodings"]["T=1"]["scores"]
+        assert len(scores) == 5
+        assert all(score == int(score) for score in scores), "the scorer's own whole numbers"
+        assert rows[run["method"]]["true_score T=1"]["mean"] == pytest.approx(sum(scores) / 5)
+    assert len(runs["tlcr"]["curve"]["true_score"]) == 2
+    assert runs["sft"]["kl"] == 0
+    assert found["comparisons"]["paper"]["T=1"]["differences"]["tlcr - sft"]["unit"] == "prompt"
+    assert "<html" in (tmp_path / "out" / "study.html").read_text()[:200]
+
+    plan = subprocess.run([*command, "--plan"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert {line.split()[0] for line in plan.stdout.splitlines()} == {"done"}
