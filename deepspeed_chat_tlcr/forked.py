@@ -41,7 +41,7 @@ def start(program: str, arguments: Sequence[str], log: Path, variables: Mapping[
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = (open(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
         os.environ.update(variables or {})
         sys.argv = [program, *arguments]
         found = importlib.import_module(module_of(program)).main(list(arguments))
