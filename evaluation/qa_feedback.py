@@ -35,8 +35,9 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
 from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import positive_probs, response_logprobs
+from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.scoring import token_probs
 from labeling.importing import qa_feedback_preference
 from step2_discriminator.objectives import positive_logit
 from step2_discriminator.revisions import hold_out
@@ -208,7 +209,7 @@ def sample(
     generated = answers(policy, tokenizer, rows, Decoding(options.max_answer_seq_len), AT_ONCE)
     written = list(tqdm(generated, total=len(rows), desc=f"answers of {name}", dynamic_ncols=True))
     pad_id = tokenizer.pad_token_id
-    probs = positive_probs(discriminator, written, pad_id)
+    probs = [torch.tensor(row) for row in token_probs(discriminator, as_examples(written), pad_id)]
     logprobs, sft_logprobs = (response_logprobs(model, written, pad_id) for model in (policy, sft))
     return Scored(
         rewards=torch.stack([continuous_reward(row, torch.ones_like(row)).sum() for row in probs]).double(),

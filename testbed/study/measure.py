@@ -21,8 +21,9 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.records import read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import end_values, positive_probs, response_logprobs
+from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.scoring import sequence_scores, token_probs
 from testbed.study.scoring import TESTBED, Scorer, load_scorer
 
 GREEDY = "greedy"
@@ -81,17 +82,17 @@ def measures(prompts: Sequence[str], written: Sequence[Answer], scorer: Scorer |
 
 def rewards(options: Options, written: Sequence[Answer], pad_id: int) -> dict[str, float]:
     """What the models that served as rewards say of the answers."""
-    found = {}
+    examples, found = as_examples(written), {}
     if options.discriminator:
         discriminator = load_token_classifier(options.discriminator, 2, torch.float32).eval()
-        token_rewards = [2 * probs - 1 for probs in positive_probs(discriminator, written, pad_id)]
+        token_rewards = [2 * torch.tensor(probs) - 1 for probs in token_probs(discriminator, examples, pad_id)]
         found["token_reward"] = torch.cat(token_rewards).mean().item()
         fixed = [torch.sign(row) * (row.abs() >= 0.2) for row in token_rewards]  # max(D, 1 - D) >= 0.6
         found["continuous_reward_sum"] = statistics.fmean(row.sum().item() for row in token_rewards)
         found["discrete_reward_sum"] = statistics.fmean(row.sum().item() for row in fixed)
     if options.reward_model:
         reward_model = load_token_classifier(options.reward_model, 1, torch.float32).eval()
-        scores = end_values(reward_model, written, pad_id)
+        scores = torch.tensor(sequence_scores(reward_model, examples, pad_id))
         found["sequence_reward"] = scores.mean().item()
         found["sequence_reward_sd"] = scores.std().item()
     return found
