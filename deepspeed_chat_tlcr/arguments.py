@@ -57,6 +57,11 @@ class RunOptions:
         better="fp32 too, and by default what the accelerator does best",
     )
     bf16: bool = option(False, "the forks' spelling of --dtype bf16")
+    save_format: Literal["huggingface", "deepspeed_chat"] = option(
+        "huggingface",
+        "huggingface: safetensors, tokenizer, chat template, generation config; deepspeed_chat: pytorch_model.bin as "
+        "DeepSpeed-Chat's chat.py and evaluation scripts read it",
+    )
     save_interval: int = option(0, "optimiser steps between resumable checkpoints; 0: one at the end of each epoch")
     save_total_limit: int = option(1, "how many resumable checkpoints are kept")
     resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.models.opt.modeling_opt import OPTModel, OPTPreTrainedModel
 from transformers.utils import logging
 
+from deepspeed_chat_tlcr.chat_format import classifier_class, critic_state_dict, is_chat_critic
 from deepspeed_chat_tlcr.errors import InputError, cannot_load
 
 NEGATIVE, POSITIVE = 0, 1
@@ -126,15 +127,21 @@ def load_token_classifier(
     every key must fit. Raises ``InputError`` naming missing or unexpected keys, or a head of another size.
     """
     config = load_config(path, dropout)
+    from_chat = is_chat_critic(path)
+    saved_labels = 1 if from_chat else _labels_of(config)
     if not new_head:
-        require_trained_head(path, config, num_labels)
-    saved_labels = _labels_of(config)
+        require_trained_head(path, config, num_labels, saved_labels)
     config.use_cache = False
     config.num_labels = num_labels if saved_labels is None else saved_labels
     # A reward must not be noisy: without this, transformers falls back to a dropout of 0.1 before the head.
     config.classifier_dropout = 0.0
+    source = {"auto_class": AutoModelForTokenClassification, "path": path}
+    if from_chat:
+        # By its own class and without a path: that is how transformers builds a model from a state dict.
+        weights = critic_state_dict(path, config, _head_name(config))
+        source = {"auto_class": classifier_class(config), "path": None, "state_dict": weights}
     with partitioned_loading(ds_config):
-        model, info = _from_pretrained(AutoModelForTokenClassification, path, config=config, dtype=dtype)
+        model, info = _from_pretrained(**source, config=config, dtype=dtype)
     head_is_missing = new_head and saved_labels is None
     _require_keys(
         path,
@@ -181,6 +188,11 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
 
 
+def _head_name(config: PretrainedConfig) -> str:
+    with torch.device("meta"):
+        return head_of(AutoModelForTokenClassification.from_config(config))[0]
+
+
 def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     """Name and module of a token classifier's linear head."""
     for name in _HEAD_NAMES:
@@ -189,19 +201,37 @@ def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     raise InputError(f"{type(model).__name__} has no token-classification head that is known here")
 
 
-def require_trained_head(path: str, config: PretrainedConfig, num_labels: int) -> None:
+def require_trained_head(path: str, config: PretrainedConfig, num_labels: int, saved_labels: int | None) -> None:
     """Refuse a checkpoint that is not a token classifier with ``num_labels`` labels, saying what it is."""
     kind = (config.architectures or ["unknown"])[0]
     wanted = "discriminator (2 labels)" if num_labels == 2 else "reward model or critic (1 label)"
-    if not kind.endswith("ForTokenClassification"):
+    if saved_labels is None:
         raise InputError(f"{path!r} is a {kind}, not a trained {wanted}; train one with step2_discriminator/main.py")
-    if config.num_labels != num_labels:
-        raise InputError(f"{path!r} has {config.num_labels} label(s), which is no {wanted}")
+    if saved_labels != num_labels:
+        raise InputError(f"{path!r} has {saved_labels} label(s), which is no {wanted}")
 
 
 def label_count(path: str) -> int | None:
-    """Labels of a token classifier's checkpoint; None for another kind of model."""
-    return _labels_of(load_config(path))
+    """Labels of a token classifier's checkpoint, 1 for DeepSpeed-Chat's critics; None for another kind of model."""
+    return 1 if is_chat_critic(path) else _labels_of(load_config(path))
+
+
+def freeze_head_bias(model: PreTrainedModel) -> None:
+    """Keep a token classifier's head without bias, for ``--save_format deepspeed_chat``, which has no place for one.
+
+    Raises ``InputError`` where the head has learnt one already.
+    """
+    bias = head_of(model)[1].bias
+    if bias is None:
+        return
+    with deepspeed.zero.GatheredParameters([bias]):
+        learnt = bool(bias.count_nonzero())
+    if learnt:
+        raise InputError(
+            "--save_format deepspeed_chat: the model's head has a bias, which DeepSpeed-Chat has no place for; "
+            "train it with --save_format deepspeed_chat from the start, or keep --save_format huggingface"
+        )
+    bias.requires_grad_(False)
 
 
 def _labels_of(config: PretrainedConfig) -> int | None:
@@ -209,7 +239,7 @@ def _labels_of(config: PretrainedConfig) -> int | None:
     return config.num_labels if kind.endswith("ForTokenClassification") else None
 
 
-def _from_pretrained(auto_class: type, path: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(auto_class: type, path: str | None, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     # Keys are checked below, strictly; transformers' own report of them would only frighten.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()

@@ -51,16 +51,21 @@ def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: boo
     classifier's head. Scale 1 / rank, as there. Raises ``InputError`` where the pattern matches nothing, listing
     what it could have matched.
     """
+    output = model.get_output_embeddings() if model.can_generate() else head_of(model)[1]
     # Conv1D is GPT-2's linear layer.
-    linear = [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]
-    head = head_of(model)[0] if hasattr(model.config, "classifier_dropout") else "lm_head"
-    targets = [name for name in linear if module_name in name and name != head]
+    linear = [
+        name
+        for name, module in model.named_modules()
+        if type(module).__name__ in ("Linear", "Conv1D") and module is not output
+    ]
+    targets = [name for name in linear if module_name in name]
     if not targets:
         patterns = sorted({".".join(name.split(".")[:-3]) + "." for name in linear if name.count(".") > 2})
         raise InputError(
             f"the LoRA pattern {module_name!r} matches no linear layer of {type(model).__name__}; "
             f"one that does: {', '.join(patterns[:3]) or linear[0]}"
         )
+    head = None if model.can_generate() else head_of(model)[0]
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     dtype = next(model.parameters()).dtype
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=1, lora_dropout=0.0, target_modules=targets), model)
@@ -70,7 +75,7 @@ def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: boo
             parameter.requires_grad_(True)
         else:
             wrapped = ".base_layer." in name
-            is_head = name.startswith(f"{head}.") and head != "lm_head"
+            is_head = head is not None and name.startswith(f"{head}.")
             parameter.requires_grad_(name in trainable and not wrapped and (is_head or not only_lora))
     if only_lora and getattr(model, "is_gradient_checkpointing", False):
         model.enable_input_require_grads()

@@ -10,14 +10,23 @@ import torch
 from deepspeed import DeepSpeedEngine
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.chat_format import to_chat_critic, write_chat_folder
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.models import head_of
 from deepspeed_chat_tlcr.optim import merge_lora
 
 
-def save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """Write an engine's model as a Hugging Face folder with its tokenizer. A collective: every rank calls it.
+def save_model(
+    engine: DeepSpeedEngine,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: str | Path,
+    save_format: str = "huggingface",
+) -> None:
+    """Write an engine's model as a folder with its tokenizer. A collective: every rank calls it.
 
-    Works at every ZeRO stage; LoRA layers are merged in what is written, never in the model that goes on training.
+    ``save_format``: huggingface (safetensors, generation config, chat template), or deepspeed_chat, what its chat.py
+    and evaluation scripts read. Works at every ZeRO stage; LoRA layers are merged in what is written, never in the
+    model that goes on training.
     """
     model = engine.module
     if engine.zero_optimization_partition_weights():
@@ -34,8 +43,14 @@ def save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, fold
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        model.save_pretrained(folder, state_dict=merge_lora(state_dict, model))
-        tokenizer.save_pretrained(folder)
+        state_dict = merge_lora(state_dict, model)
+        if save_format == "deepspeed_chat":
+            if not model.can_generate():
+                state_dict = to_chat_critic(state_dict, model, head_of(model)[0])
+            write_chat_folder(model, state_dict, tokenizer, folder)
+        else:
+            model.save_pretrained(folder, state_dict=state_dict)
+            tokenizer.save_pretrained(folder)
         model.config.use_cache = use_cache
     torch.distributed.barrier()
 

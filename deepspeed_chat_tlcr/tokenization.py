@@ -1,5 +1,6 @@
 """Text to tokens: the one place where ids, the response's start and the end-of-sequence token are put together."""
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def load_tokenizer(path: str | Path, eot_token: str | None = None) -> PreTrained
     folder holds no tokenizer, only a slow one, or one without an EOS token.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_home(path))
     except (OSError, ValueError, KeyError) as error:
         raise cannot_load("tokenizer", path, error) from None
     if not tokenizer.is_fast:
@@ -45,6 +46,21 @@ def load_tokenizer(path: str | Path, eot_token: str | None = None) -> PreTrained
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _tokenizer_home(path: str | Path) -> str | Path:
+    """Where a model's tokenizer is: with the model, but for DeepSpeed-Chat's folders with the model it started from.
+
+    Those hold bare vocabulary files, without a word on special tokens, and the base model's name in config.json.
+    """
+    folder = Path(path)
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return path
+    try:
+        base = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    except (OSError, ValueError):
+        return path
+    return base or path
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:

@@ -15,7 +15,7 @@ from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import token_metrics
-from deepspeed_chat_tlcr.models import fit_vocabulary, label_count, load_token_classifier
+from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
 from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.saving import require_writable
@@ -208,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
     token_level = options.token_level
+    if token_level and options.save_format == "deepspeed_chat":
+        raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
     objective = "token" if token_level else "sequence"
     revisions = load_revisions(options) if token_level or options.pairs == "modified" else None
     runtime = runtimes.start(options.precision, options.seed)
@@ -235,6 +237,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         new_head=not options.do_eval and label_count(options.model_name_or_path) != labels,
     )
     fit_vocabulary(model, tokenizer)
+    if options.save_format == "deepspeed_chat":
+        freeze_head_bias(model)
     # Tokens are judged one sequence at a time; pairs must stay together to be compared.
     held_out = list(chain.from_iterable(pairs["eval"])) if token_level else pairs["eval"]
     # Without an optimiser DeepSpeed has nothing to do but to partition.

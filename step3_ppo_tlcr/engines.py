@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding
-from deepspeed_chat_tlcr.models import label_count, load_causal_lm, load_token_classifier
+from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
@@ -76,6 +76,8 @@ def train_critic(options: "Options", runtime: Runtime, total_steps: int) -> Deep
         new_head=new_head,
         zero_head=new_head,
     )
+    if options.save_format == "deepspeed_chat":
+        freeze_head_bias(model)
     return _train(model, "critic", options, config, total_steps)
 
 

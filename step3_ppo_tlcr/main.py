@@ -262,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 checkpoints.save(step, engines, {"trainer": trainer.state()})
     bar.close()
 
-    save_model(models.actor, tokenizer, Path(options.output_dir) / "actor")
-    save_model(models.critic, tokenizer, Path(options.output_dir) / "critic")
+    save_model(models.actor, tokenizer, Path(options.output_dir) / "actor", options.save_format)
+    save_model(models.critic, tokenizer, Path(options.output_dir) / "critic", options.save_format)
     if runtime.is_main:
         last = {key: value for key, value in metrics.items() if math.isfinite(value)}
         seconds = round(time.monotonic() - begun, 1)

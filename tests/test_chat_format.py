@@ -1,0 +1,186 @@
+"""DeepSpeed-Chat's folders: its critics load, and what --save_format deepspeed_chat writes is such a folder."""
+
+import json
+import pickle
+import shutil
+
+import deepspeed
+import pytest
+import torch
+from conftest import write_jsonl
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    set_seed,
+)
+
+import step1_sft.main
+import step2_discriminator.main
+import step3_ppo_tlcr.main
+from deepspeed_chat_tlcr.deepspeed_config import build_config
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.models import label_count, load_causal_lm, load_token_classifier
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
+
+IDS = torch.arange(3, 23).view(2, 10)
+SIZES = {"vocab_size": 320, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES = {
+    "llama": LlamaConfig(**SIZES, intermediate_size=32),
+    # OPT-350m's shape: the head reads a projection of the last hidden state.
+    "opt": OPTConfig(
+        **SIZES, ffn_dim=32, word_embed_proj_dim=8, max_position_embeddings=32, do_layer_norm_before=False
+    ),
+    "gpt-neox": GPTNeoXConfig(**SIZES, intermediate_size=32),
+}
+
+
+def chat_critic(folder, config, prefix="rwtransformer."):
+    """A critic as DeepSpeed-Chat writes it, and its values for IDS, ``(B, T)``."""
+    set_seed(0)
+    backbone = AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        hidden = backbone(IDS).last_hidden_state
+    head = torch.randn(1, hidden.size(-1))
+    folder.mkdir()
+    weights = {prefix + key: tensor for key, tensor in backbone.state_dict().items()}
+    torch.save(weights | {"v_head.weight": head}, folder / "pytorch_model.bin")
+    named = config.to_dict() | {"architectures": ["SomeForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(named))
+    return hidden @ head[0]
+
+
+def values_of(folder) -> torch.Tensor:
+    with torch.no_grad():
+        return load_token_classifier(str(folder), 1, torch.float32).eval()(IDS).logits.squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("family", "prefix"), [("llama", "rwtranrsformer."), *((f, "rwtransformer.") for f in FAMILIES)]
+)
+def test_critics_of_deepspeed_chat_load(tmp_path, family, prefix):
+    expected = chat_critic(tmp_path / "critic", FAMILIES[family], prefix)
+    assert label_count(str(tmp_path / "critic")) == 1
+    assert torch.allclose(values_of(tmp_path / "critic"), expected, atol=1e-6)
+
+
+def test_critic_of_deepspeed_chat_loads_partitioned(tmp_path, in_process):
+    from deepspeed_chat_tlcr import runtime
+
+    runtime.start("fp32", 0)
+    expected = chat_critic(tmp_path / "critic", FAMILIES["llama"])
+    zero_3 = build_config(dtype="fp32", zero_stage=3, micro_batch_size=1, gradient_accumulation_steps=1, world_size=1)
+    model = load_token_classifier(str(tmp_path / "critic"), 1, torch.float32, zero_3).eval()
+    assert all(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    with deepspeed.zero.GatheredParameters(list(model.parameters())), torch.no_grad():
+        whole = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    plain = load_token_classifier(str(tmp_path / "critic"), 1, torch.float32)
+    assert all(torch.equal(whole[name], parameter) for name, parameter in plain.named_parameters())
+    assert expected.shape == IDS.shape
+
+
+def test_critics_that_are_none_are_refused_by_name(tmp_path):
+    folder = tmp_path / "critic"
+    chat_critic(folder, FAMILIES["llama"])
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    lacking = {key: tensor for key, tensor in weights.items() if "layers.1.mlp.up_proj" not in key}
+    torch.save(lacking | {"extra.weight": torch.zeros(1)}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match=r"1 missing: model\.layers\.1\.mlp\.up_proj\.weight; 1 unexpected: extra"):
+        values_of(folder)
+    torch.save({"v_head.weight": weights["v_head.weight"]}, folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="no backbone under rwtransformer"):
+        values_of(folder)
+    with pytest.raises(InputError, match="1 label"):
+        load_token_classifier(str(folder), 2, torch.float32)
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"v_head.weight": print}))
+    with pytest.raises(InputError, match="read safely"):
+        values_of(folder)
+
+
+@pytest.fixture
+def chat_run(tiny, tmp_path, in_process):
+    """SFT, reward model, actor and critic written with --save_format deepspeed_chat."""
+    save = ("--save_format", "deepspeed_chat", "--dtype", "fp32", "--data_path", tiny / "data.jsonl")
+    train = (*save, "--model_name_or_path", tiny / "model", "--per_device_train_batch_size", 4)
+    in_process(step1_sft.main.main, *train, "--output_dir", tmp_path / "sft")
+    in_process(step2_discriminator.main.main, *train, "--output_dir", tmp_path / "rm")
+    in_process(
+        step3_ppo_tlcr.main.main,
+        *(*save, "--actor_model_name_or_path", tmp_path / "sft", "--critic_model_name_or_path", tmp_path / "rm"),
+        *("--output_dir", tmp_path / "ppo", "--max_answer_seq_len", 4, "--num_warmup_steps", 0),
+        *("--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4),
+        *("--enable_test_mode", "--test_stop_step", 1),
+    )
+    return tmp_path
+
+
+def test_saved_as_deepspeed_chat_reads_it(chat_run):
+    for folder in ("sft", "rm", "ppo/actor", "ppo/critic"):
+        path = chat_run / folder
+        assert not list(path.glob("*.safetensors"))
+        config = json.loads((path / "config.json").read_text())
+        assert config["_name_or_path"] == str(path)  # chat.py takes the tokenizer from there
+        assert config["rope_theta"] == 10000.0  # transformers 4 reads this name, 5 another
+        assert config["torch_dtype"] == "float32"
+        written = json.loads((path / "tokenizer_config.json").read_text())
+        assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert AutoTokenizer.from_pretrained(path).eos_token == "</s>"
+        weights = torch.load(path / "pytorch_model.bin", weights_only=True)
+        if folder in ("sft", "ppo/actor"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+            model.load_state_dict(weights, strict=True)
+            assert torch.equal(load_causal_lm(str(path), torch.float32)(IDS).logits, model(IDS).logits)
+            continue
+        # What DeepSpeed-Chat's class does: a backbone, and a head without bias on its last hidden state.
+        backbone = AutoModel.from_config(AutoConfig.from_pretrained(path)).eval()
+        head = weights.pop("v_head.weight")
+        backbone.load_state_dict({key.removeprefix("rwtransformer."): t for key, t in weights.items()}, strict=True)
+        with torch.no_grad():
+            assert torch.allclose(values_of(path), backbone(IDS).last_hidden_state @ head[0], atol=1e-6)
+
+
+def test_what_the_format_cannot_hold_is_refused_before_training(tiny, tmp_path, in_process, capsys):
+    train = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / "a")
+    train = (*train, "--save_format", "deepspeed_chat", "--dtype", "fp32", "--per_device_train_batch_size", 4)
+    with pytest.raises(SystemExit):
+        in_process(step2_discriminator.main.main, *train, "--revisions", tiny / "revisions.jsonl")
+    assert "no token discriminators" in capsys.readouterr().err
+
+
+def test_bare_vocabulary_takes_the_tokenizer_of_the_model_it_names(tiny, tmp_path):
+    chat_critic(tmp_path / "critic", FAMILIES["llama"])
+    config = json.loads((tmp_path / "critic" / "config.json").read_text())
+    (tmp_path / "critic" / "config.json").write_text(json.dumps(config | {"_name_or_path": str(tiny / "model")}))
+    assert load_tokenizer(tmp_path / "critic").get_vocab() == load_tokenizer(tiny / "model").get_vocab()
+
+
+def test_chat_template_is_used_and_saved(tiny, tmp_path, in_process):
+    template = "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}"
+    model = shutil.copytree(tiny / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template + "{% if add_generation_prompt %}[a]{% endif %}"
+    tokenizer.save_pretrained(model)
+    chats = [
+        {
+            "chosen": [{"role": "user", "content": f"the cat {n}"}, {"role": "assistant", "content": " is lovely"}],
+            "rejected": [{"role": "user", "content": f"the cat {n}"}, {"role": "assistant", "content": " is awful"}],
+        }
+        for n in range(20)
+    ]
+    data = write_jsonl(tmp_path / "chats.jsonl", chats)
+    for save_format in ("huggingface", "deepspeed_chat"):
+        out = tmp_path / save_format
+        in_process(
+            step1_sft.main.main,
+            *("--model_name_or_path", model, "--data_path", data, "--data_split", "10,0,0", "--dtype", "fp32"),
+            *("--per_device_train_batch_size", 4, "--output_dir", out, "--save_format", save_format),
+        )
+        saved = AutoTokenizer.from_pretrained(out)
+        shown = saved.apply_chat_template(chats[0]["chosen"], tokenize=False)
+        assert shown == "[u]the cat 0[a] is lovely"
+        generation = json.loads((out / "generation_config.json").read_text())
+        assert generation["eos_token_id"] == saved.eos_token_id
