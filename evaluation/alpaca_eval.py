@@ -26,7 +26,7 @@ from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_a
 from evaluation.prompts import PromptOptions, read_prompts
 from evaluation.report import refresh_report
 from evaluation.results import save_results
-from evaluation.statistics import head_to_head
+from evaluation.stats import head_to_head
 
 EQUAL = "equal answers"
 Replies = dict[str, dict[int | str, Reply]]
@@ -70,10 +70,10 @@ def compare(
     asked: dict[str, list[dict]] = {}
 
     def ask(question: Question, first: str, second: str) -> str:
-        one, other = (replies[name][question.id].turns[0] for name in (first, second))
+        one, other = (replies[name][question.id].turns[0].strip() for name in (first, second))
         if one == other:
             return EQUAL
-        messages = prompt.messages(question.turns[0], one, other)
+        messages = prompt.messages(question.turns[0].strip(), one, other)
         asked[id := message_id(messages)] = messages
         return id
 
@@ -158,8 +158,8 @@ def run(options: Options) -> str | None:
     if options.annotators_config:
         package_command()
     questions = read_prompts(options, next(iter(models.values())))
-    if any(question.raw for question in questions):
-        raise InputError("--prompts: AlpacaEval needs plain texts as 'instruction', not prompts with their markers")
+    if options.annotators_config and any(question.raw for question in questions):
+        raise InputError("--annotators_config: alpaca_eval needs --prompts with plain texts as 'instruction'")
     folder = Path(options.out) / "alpaca_eval"
     brief = replace(options, max_new_tokens=options.max_answer_seq_len)
     replies = {

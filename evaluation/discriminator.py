@@ -25,7 +25,7 @@ from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from evaluation.policies import OutOptions, device, torch_dtype
 from evaluation.report import refresh_report
 from evaluation.results import save_results
-from evaluation.scoring import as_record, revision_heatmaps, token_probs
+from evaluation.scoring import DiscriminatorPath, as_record, revision_heatmaps, token_probs
 from labeling.audit import read_error_spans
 from labeling.audit_statistics import WHOLE, Span, SpanAgreement, is_marked, visible_tokens
 from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, label_revision
@@ -39,10 +39,9 @@ LABELS = {"negative": NEGATIVE, "neutral": NEUTRAL, "positive": POSITIVE}
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiscriminatorOptions:
+class DiscriminatorOptions(DiscriminatorPath):
     """discriminator"""
 
-    discriminator: str | None = option(None, "folder of the token discriminator (step 2)")
     revisions: list[str] = option([], "revisions.jsonl files of labeling/main.py")
     eval_share: float = option(
         0.05, "share of prompts that step 2 held out (its own --eval_share); 1: all are held out"
@@ -56,7 +55,6 @@ class Options(DiscriminatorOptions, OutOptions):
     """Measure a token discriminator on held-out revisions."""
 
     dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
-    batch_size: int = option(16, "texts judged at once")
 
 
 @dataclass(frozen=True)
@@ -220,7 +218,7 @@ def run(options: Options) -> None:
     pairs, summary = token_pairs(revisions, tokenizer, options.max_seq_len, "held out")
     print(summary, flush=True)
     examples = list(chain.from_iterable(pairs))
-    probs = token_probs(discriminator, examples, tokenizer.pad_token_id, options.batch_size)
+    probs = token_probs(discriminator, examples, tokenizer.pad_token_id, options.scoring_batch_size)
     results = {
         "discriminator": options.discriminator,
         "revisions": len(pairs),
@@ -229,7 +227,7 @@ def run(options: Options) -> None:
         "samples": samples(tokenizer, discriminator, revisions, options.max_seq_len),
     }
     if options.error_spans:
-        people = agreement_with_people(tokenizer, discriminator, revisions, spans, options.batch_size)
+        people = agreement_with_people(tokenizer, discriminator, revisions, spans, options.scoring_batch_size)
         if people is None:
             raise InputError(
                 f"--error_spans {options.error_spans}: none of its answers is among the held-out revisions"

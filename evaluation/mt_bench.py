@@ -25,7 +25,7 @@ from evaluation.judging import JudgeOptions, Verdicts, judge_all, message_id
 from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, parse_models
 from evaluation.report import refresh_report
 from evaluation.results import save_results
-from evaluation.statistics import bootstrap_interval
+from evaluation.stats import bootstrap_interval
 from labeling.endpoint import Unusable
 from labeling.journal import replace_file
 

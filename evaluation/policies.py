@@ -40,7 +40,7 @@ class PolicyOptions(OutOptions):
 
     models: list[str] = option([], "NAME=FOLDER of each model: Hugging Face folders or hub names")
     dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
-    batch_size: int = option(16, "answers written at once")
+    generation_batch_size: int = option(16, "answers written at once")
     max_new_tokens: int = option(1024, "longest answer, tokens (FastChat's default)")
     seed: int = option(1234, "seed of sampled answers")
 
@@ -202,7 +202,7 @@ def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> d
     cut_torn_line(path)
     done = dict(read_replies(path)) if path.exists() else {}
     bar = tqdm(total=len(questions), desc=f"answers of {policy.name}", mininterval=1.0)
-    for number, batch in enumerate(batched(questions, policy.options.batch_size)):
+    for number, batch in enumerate(batched(questions, policy.options.generation_batch_size)):
         if any(question.id not in done for question in batch):
             set_seed(policy.options.seed + number)
             replies = policy.reply(batch)
@@ -251,7 +251,7 @@ def settings_of(policy: Policy, questions: Sequence[Question]) -> dict:
         "weights": fingerprint(policy.path),
         "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
         "max_new_tokens": policy.options.max_new_tokens,
-        "batch_size": policy.options.batch_size,
+        "generation_batch_size": policy.options.generation_batch_size,
         "dtype": policy.options.dtype,
         "seed": policy.options.seed,
     }

@@ -34,6 +34,7 @@ PARTS = [
         sections.alpaca_eval_facts,
         "evaluation/alpaca_eval.py",
     ),
+    Part("human", "Human votes", sections.human, sections.human_facts, "evaluation/human/make.py, then count.py,"),
     Part(
         "reward_scores",
         "Reward scores",
@@ -48,6 +49,13 @@ PARTS = [
         sections.discriminator,
         sections.discriminator_facts,
         "evaluation/discriminator.py",
+    ),
+    Part(
+        "side_by_side",
+        "Answers side by side",
+        sections.side_by_side,
+        sections.side_by_side_facts,
+        "evaluation/side_by_side.py",
     ),
 ]
 

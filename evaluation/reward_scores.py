@@ -31,18 +31,17 @@ from evaluation.policies import (
 from evaluation.prompts import PromptOptions, read_prompts
 from evaluation.report import refresh_report
 from evaluation.results import save_results
-from evaluation.scoring import response_example, sequence_scores, token_probs
-from evaluation.statistics import ratio_interval
+from evaluation.scoring import DiscriminatorPath, response_example, sequence_scores, token_probs
+from evaluation.stats import ratio_interval
 from step3_ppo_tlcr.rewards import continuous_reward, fixed_reward
 
 SEQUENCE, DISCRETE, CONTINUOUS = "sequence", "discrete token", "continuous token"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardOptions:
+class RewardOptions(DiscriminatorPath):
     """rewards"""
 
-    discriminator: str | None = option(None, "folder of the token discriminator (step 2)")
     sequence_reward: str | None = option(None, "folder of a sequence reward model (step 2 --objective sequence)")
 
 
@@ -80,7 +79,7 @@ def token_sums(path: str, answered: Mapping[str, Answered], options: Options) ->
     model = model.to(device()).eval()
     sums: dict[str, dict[str, np.ndarray]] = {}
     for name, texts in answered.items():
-        found = token_probs(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.batch_size)
+        found = token_probs(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.scoring_batch_size)
         probs = [torch.tensor(one) for one in found]
         sums[name] = {
             DISCRETE: np.array([fixed_reward(one, torch.ones_like(one)).sum().item() for one in probs]),
@@ -94,7 +93,9 @@ def sequence_sums(path: str, answered: Mapping[str, Answered], options: Options)
     tokenizer, model = load_tokenizer(path), load_token_classifier(path, 1, torch_dtype(options.dtype))
     model = model.to(device()).eval()
     return {
-        name: np.array(sequence_scores(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.batch_size))
+        name: np.array(
+            sequence_scores(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.scoring_batch_size)
+        )
         for name, texts in answered.items()
     }
 

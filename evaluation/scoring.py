@@ -1,16 +1,26 @@
 """What reward models say about texts: D of every response token, a sequence reward model's score."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.pictures import TokenScores, token_strings
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, tokenize_response
 from deepspeed_chat_tlcr.training import pad_examples
 from labeling.token_labels import label_revision
 from step2_discriminator.objectives import end_scores, positive_logit
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiscriminatorPath:
+    """reward models"""
+
+    discriminator: str | None = option(None, "folder of the token discriminator (step 2)")
+    scoring_batch_size: int = option(16, "texts judged by a reward model at once")
 
 
 def response_example(

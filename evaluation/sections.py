@@ -162,6 +162,63 @@ def percent(value: float | None) -> float | None:
     return None if value is None else 100 * value
 
 
+# ---- human votes -----------------------------------------------------------------------------------------------------
+
+
+def human_facts(results: dict) -> list:
+    return [f"votes of {results['annotators']} people", results["items"], "people", None]
+
+
+def human(results: dict) -> Html:
+    names = list(results["shares"])
+    bars = bar_chart(
+        names,
+        {"share": [percent(results["shares"][name]) for name in names]},
+        "Preferred answers",
+        "% of votes",
+        {"share": [whisker([percent(edge) for edge in results["intervals"][name]]) for name in names]},
+    )
+    kappa = results["fleiss_kappa"]
+    agreement = "one annotator: no agreement to measure" if kappa is None else f"Fleiss’ kappa {number(kappa, 3)}"
+    shares = table_html(
+        ["preferred", "share, %", "95 % interval", *results["by_annotator"]],
+        [
+            [
+                name,
+                percent(results["shares"][name]),
+                interval(results["intervals"][name], 1, percent=True),
+                *(percent(row[name]) for row in results["by_annotator"].values()),
+            ]
+            for name in names
+        ],
+        f"{results['votes']} votes of {results['annotators']} annotators on {results['items']} items; {agreement}. "
+        "Blind, answers shuffled for every item. Intervals: items resampled.",
+        digits=1,
+    )
+    missing = f"Missing annotators: {', '.join(results['absent'])}."
+    absent = paragraph(missing, "note") if results["absent"] else Html("")
+    paper = paragraph("Paper, Figure 5: 45.23 % of the votes for TLCR.", "note")
+    return join([columns(bars, shares), absent, paper])
+
+
+# ---- side by side ----------------------------------------------------------------------------------------------------
+
+
+def side_by_side_facts(results: dict) -> list:
+    return [f"answers of {len(results['models'])} models", len(results["samples"]), None, None]
+
+
+def side_by_side(results: dict) -> Html:
+    if not results["discriminator"]:
+        note = "No --discriminator was given: answers without rewards."
+        return join([paragraph(note, "note"), *map(sample_of, results["samples"])])
+    hint = (
+        "Hover over a token, or touch it, for its values. Tokens outside the neutral zone, max(D, 1 − D) ≥ 0.6, are "
+        "underlined: straight where positive, in waves where negative."
+    )
+    return join([legend_html(), paragraph(hint, "note"), *map(sample_of, results["samples"])])
+
+
 # ---- reward scores ---------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from evaluation import alpaca_eval
 from evaluation.pairwise import PairPrompt, read_pair_prompt, read_verdict
-from evaluation.statistics import head_to_head, wilson_interval
+from evaluation.stats import head_to_head, wilson_interval
 from labeling.endpoint import Unusable
 
 INSTRUCTIONS = [{"instruction": f"Say {number} things of the sea."} for number in range(12)]
@@ -124,13 +124,14 @@ def test_verdicts_and_prompts_are_read(tmp_path):
     assert read_pair_prompt(None) == PairPrompt()
 
 
-def test_prompts_with_markers_and_a_missing_package_are_refused(models, tmp_path, capsys, monkeypatch):
+def test_wrong_input_and_a_missing_package_are_refused(models, tmp_path, capsys, monkeypatch):
     pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "\n\nHuman: Hi\n\nAssistant:"}])
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     for options, words in [
-        (["--prompts", str(pairs)], "plain texts as 'instruction'"),
         (["--prompts", str(pairs), "--annotators_config", "x"], "needs the package alpaca_eval"),
+        (["--prompts", "/no.jsonl"], "no such .jsonl"),
+        (["--prompts", str(pairs), "--judge_prompts", str(pairs)], "no prompt named pair-v2"),
     ]:
         with pytest.raises(SystemExit):
             alpaca_eval.main(["--models", *models, "--out", str(tmp_path / "out"), *options])

@@ -15,7 +15,7 @@ from judge_server import judging
 
 from evaluation import mt_bench
 from evaluation.policies import Question, prompt_text
-from evaluation.statistics import bootstrap_interval
+from evaluation.stats import bootstrap_interval
 from labeling.endpoint import Unusable
 
 
@@ -27,7 +27,18 @@ def models(tiny, tmp_path_factory):
 
 def bench(models, folder, out, url=None, *more):
     judge = ["--judge", "judge", "--base_url", url] if url else []
-    options = ["--models", *models, "--mt_bench_dir", folder, "--out", out, "--max_new_tokens", 12, "--batch_size", 2]
+    options = [
+        "--models",
+        *models,
+        "--mt_bench_dir",
+        folder,
+        "--out",
+        out,
+        "--max_new_tokens",
+        12,
+        "--generation_batch_size",
+        2,
+    ]
     return mt_bench.main([str(part) for part in [*options, *judge, *more]])
 
 

@@ -14,7 +14,7 @@ from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import curves, reward_scores
 from evaluation.policies import Question
 from evaluation.prompts import prompts_of_file
-from evaluation.statistics import ratio_interval
+from evaluation.stats import ratio_interval
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def scored(tiny, tmp_path_factory):
         [
             *("--models", f"sft={tiny / 'model'}", f"tlcr={other}", "--data_path", str(tiny / "data.jsonl")),
             *("--discriminator", str(judges[0]), "--sequence_reward", str(judges[1]), "--dtype", "fp32"),
-            *("--max_answer_seq_len", "10", "--out", str(folder / "out"), "--batch_size", "3"),
+            *("--max_answer_seq_len", "10", "--out", str(folder / "out"), "--scoring_batch_size", "3"),
         ]
     )
     return folder, judges

@@ -10,11 +10,14 @@ from pathlib import Path
 from deepspeed_chat_tlcr.pictures.colors import DARK, LIGHT
 from deepspeed_chat_tlcr.pictures.text import Html, escape, join
 
-_STYLE = (
-    f":root {{ {LIGHT.css_variables()} }}\n"
-    f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK.css_variables()} }} }}\n"
-    + (resources.files(__package__) / "page.css").read_text("utf-8")
-)
+
+def theme_style() -> str:
+    """The colours of both themes as CSS variables: --paper, --ink, --pos, --neg, --s0 to --s7."""
+    dark = f"@media (prefers-color-scheme: dark) {{ :root {{ {DARK.css_variables()} }} }}\n"
+    return f":root {{ {LIGHT.css_variables()} }}\n{dark}"
+
+
+_STYLE = theme_style() + (resources.files(__package__) / "page.css").read_text("utf-8")
 _SCRIPT = (resources.files(__package__) / "page.js").read_text("utf-8")
 
 

@@ -54,6 +54,18 @@ def wilson_interval(wins: float, count: int) -> tuple[float, float]:
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def share_interval(votes: np.ndarray, raters: int) -> tuple[float, float]:
+    """95 % interval of a share of all votes: ``votes`` ``(N,)`` of ``raters`` on each of N items.
+
+    One annotator: Wilson's binomial interval. Several: their votes on an item are not independent, so items are
+    resampled (bootstrap), and what everybody does alike still has Wilson's interval over items.
+    """
+    votes = np.asarray(votes, float)
+    if raters == 1 or np.ptp(votes) == 0:
+        return wilson_interval(votes.sum() / raters, len(votes))
+    return ratio_interval(votes, np.full(len(votes), raters))
+
+
 @dataclass(frozen=True)
 class HeadToHead:
     """One model against another over ``items`` judged in both orders."""
@@ -103,8 +115,8 @@ def fleiss_kappa(counts: np.ndarray) -> float:
     one category, which leaves nothing to agree on.
     """
     counts = np.asarray(counts, float)
-    raters = counts.sum(axis=1)
-    if len(counts) == 0 or raters.min() < 2 or (raters != raters[0]).any():
+    raters = counts.sum(axis=1) if counts.ndim == 2 and len(counts) else np.zeros(1)
+    if raters.min() < 2 or (raters != raters[0]).any():
         raise ValueError("Fleiss' kappa needs items that all have the same number of annotators, at least 2")
     per_item = ((counts**2).sum(axis=1) - raters) / (raters * (raters - 1))
     by_chance = ((counts.sum(axis=0) / counts.sum()) ** 2).sum()

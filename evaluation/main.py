@@ -1,0 +1,124 @@
+"""Every figure and table of the paper for the user's own models, and one report of them.
+
+python evaluation/main.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor \
+    --discriminator OUT/step2_discriminator --revisions OUT/labeling/revisions.jsonl --data_path DATA \
+    --mt_bench_dir FASTCHAT --prompts alpaca_eval.json --judge gpt-4 --out OUTPUT
+
+A part runs where it has what it needs, and the report names the others as missing. --prompts serves AlpacaEval and the
+answers side by side, --data_path the reward scores; where only one of them is given it serves all three. Human votes
+are made and counted by evaluation/human/make.py and count.py. The same command continues an interrupted evaluation.
+Exit codes: 0 done, 3 a judge stopped early (the same command continues), 2 wrong input.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from deepspeed_chat_tlcr.arguments import announce, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.models import label_count
+from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
+from evaluation.judging import JudgeOptions
+from evaluation.pairwise import read_pair_prompt
+from evaluation.policies import PolicyOptions, parse_models
+from evaluation.prompts import PromptOptions, read_prompts
+from evaluation.report import refresh_report
+from labeling.asking import check_endpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(
+    mt_bench.MtBenchOptions,
+    alpaca_eval.AlpacaOptions,
+    reward_scores.RewardOptions,
+    curves.CurveOptions,
+    discriminator.DiscriminatorOptions,
+    side_by_side.SideOptions,
+    PromptOptions,
+    PolicyOptions,
+    JudgeOptions,
+):
+    """Evaluate models as the paper does."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A part, what it needs (a list of alternatives each), and how it is run; ``run`` returns why it stopped, if so."""
+
+    name: str
+    needs: Sequence[Sequence[str]]
+    run: Callable[[Options], str | None]
+
+
+def for_rewards(options: Options) -> Options:
+    """Reward scores are about the prompts that the policies were trained on, where those are known."""
+    return replace(options, prompts=None) if options.data_path else options
+
+
+STEPS = [
+    Step("mt_bench", [["models"], ["mt_bench_dir"]], mt_bench.run),
+    Step("alpaca_eval", [["models"], ["prompts", "data_path"], ["judge", "annotators_config"]], alpaca_eval.run),
+    Step(
+        "reward_scores",
+        [["models"], ["prompts", "data_path"], ["discriminator", "sequence_reward"]],
+        lambda options: reward_scores.run(for_rewards(options)),
+    ),
+    Step("curves", [["runs"]], curves.run),
+    Step("discriminator", [["discriminator"], ["revisions"]], discriminator.run),
+    Step("side_by_side", [["models"], ["prompts", "data_path", "show"]], side_by_side.run),
+]
+
+
+def missing(step: Step, options: Options) -> list[str]:
+    """What a part lacks, as flags."""
+    lacking = [names for names in step.needs if not any(getattr(options, name) for name in names)]
+    return [" or ".join(f"--{name}" for name in names) for names in lacking]
+
+
+def check(options: Options) -> None:
+    """Raise ``InputError`` for what cannot work, before the first model is loaded."""
+    check_endpoint(options)
+    if options.models:
+        models = parse_models(options.models)
+        if options.prompts or options.data_path:
+            read_prompts(options, next(iter(models.values())))
+    if options.mt_bench_dir:
+        mt_bench.read_bench(options.mt_bench_dir, options.judge)
+    if options.runs:
+        curves.read_runs(options.runs)
+    if options.revisions:
+        discriminator.held_out_revisions(options)
+    read_pair_prompt(options.judge_prompts)
+    if options.annotators_config:
+        alpaca_eval.package_command()
+    for flag, labels in (("discriminator", 2), ("sequence_reward", 1)):
+        path = getattr(options, flag)
+        if path and label_count(path) != labels:
+            raise InputError(f"--{flag} {path}: not a token classifier with {labels} label(s), as step 2 trains")
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(Options, argv)
+    check(options)
+    ready = [step for step in STEPS if not missing(step, options)]
+    if not ready:
+        lacks = "; ".join(f"{step.name} needs {', '.join(missing(step, options))}" for step in STEPS)
+        raise InputError(f"nothing to evaluate: {lacks}")
+    announce(options, options.out)
+    stopped = []
+    for step in STEPS:
+        if step not in ready:
+            print(f"{step.name}: left out, needs {', '.join(missing(step, options))}", flush=True)
+            continue
+        print(f"---- {step.name} ----", flush=True)
+        if reason := step.run(options):
+            stopped.append(f"{step.name}: {reason}")
+    refresh_report(options.out)
+    if stopped:
+        print(f"stopped early ({'; '.join(stopped)}); the same command continues", flush=True)
+    return 3 if stopped else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

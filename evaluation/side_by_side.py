@@ -1,0 +1,96 @@
+"""Answers side by side (Table 2): any models, any prompts, each token coloured by its reward.
+
+python evaluation/side_by_side.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor --prompts prompts.jsonl \
+    --discriminator OUT/step2_discriminator --out OUTPUT
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.models import load_token_classifier
+from deepspeed_chat_tlcr.pictures import TokenScores
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
+from evaluation.policies import Policy, PolicyOptions, Question, answer_all, device, parse_models, torch_dtype
+from evaluation.prompts import PromptOptions, prompt_id, read_prompts
+from evaluation.report import refresh_report
+from evaluation.results import save_results
+from evaluation.reward_scores import Answered, answers_in_context
+from evaluation.scoring import DiscriminatorPath, as_record, heatmap
+
+
+@dataclass(frozen=True, kw_only=True)
+class SideOptions(DiscriminatorPath):
+    """side by side"""
+
+    show: list[str] = option([], "prompts to answer, plain texts; unset: the first --shown of --prompts or --data_path")
+    shown: int = option(6, "how many prompts of a file are shown")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(SideOptions, PromptOptions, PolicyOptions):
+    """Show the models' answers beside each other."""
+
+
+def chosen_prompts(options: Options, model: str) -> list[Question]:
+    if options.show:
+        return [Question(prompt_id(text), [text], options.temperature) for text in dict.fromkeys(options.show)]
+    return read_prompts(options, model)[: options.shown]
+
+
+def coloured(answered: dict[str, Answered], options: Options) -> dict[str, list[TokenScores]]:
+    """Each model's answers as heat-maps; without a discriminator as one piece of text without a score."""
+    if not options.discriminator:
+        return {
+            name: [TokenScores([text], [None], f"{name}, {tokens} tokens") for _, text, _, tokens in one.rows]
+            for name, one in answered.items()
+        }
+    tokenizer = load_tokenizer(options.discriminator)
+    model = load_token_classifier(options.discriminator, 2, torch_dtype(options.dtype)).to(device()).eval()
+    drawn: dict[str, list[TokenScores]] = {}
+    for name, one in answered.items():
+        maps = [heatmap(tokenizer, model, example) for example in one.examples(tokenizer)]
+        drawn[name] = [TokenScores(m.tokens, m.values, caption(name, m)) for m in maps]
+    return drawn
+
+
+def caption(name: str, scores: TokenScores) -> str:
+    count = len(scores.values)
+    mean = f"mean reward {sum(scores.values) / count:+.3f}".replace("-", "−") if count else "no tokens"
+    return f"{name}: {mean}, {count} tokens"
+
+
+def run(options: Options) -> None:
+    models = parse_models(options.models)
+    questions = chosen_prompts(options, next(iter(models.values())))
+    brief = replace(options, max_new_tokens=options.max_answer_seq_len)
+    answered = {}
+    for name, path in models.items():
+        policy = Policy(name, path, brief)
+        replies = answer_all(policy, questions, Path(options.out) / "side_by_side" / "answers")
+        answered[name] = answers_in_context(policy, questions, replies)
+    drawn = coloured(answered, options)
+    samples = [
+        {
+            "title": f"Prompt {place + 1}",
+            "prompt": question.turns[0],
+            "texts": [as_record(maps[place]) for maps in drawn.values()],
+        }
+        for place, question in enumerate(questions)
+    ]
+    results = {"models": list(models), "discriminator": options.discriminator, "samples": samples}
+    save_results(options.out, "side_by_side", {**results, "temperature": options.temperature})
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, argv)
+    run(options)
+    refresh_report(options.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
