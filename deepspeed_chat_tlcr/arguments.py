@@ -53,6 +53,9 @@ class RunOptions:
     save_interval: int = option(0, "optimiser steps between resumable checkpoints; 0: one at the end of each epoch")
     save_total_limit: int = option(1, "how many resumable checkpoints are kept")
     resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")
+    save_format: Literal["huggingface", "deepspeed_chat"] = option(
+        "huggingface", "how models are written; deepspeed_chat: pytorch_model.bin with the names its programs read"
+    )
     report_to: list[str] = option([], "further trackers of transformers' Trainer, such as wandb")
     enable_tensorboard: bool = option(False, "write TensorBoard logs")
     tensorboard_path: str = option("", "folder for TensorBoard logs; empty: output_dir")

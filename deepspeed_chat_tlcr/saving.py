@@ -4,20 +4,26 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from deepspeed import DeepSpeedEngine
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.models import head_of
 from deepspeed_chat_tlcr.optim import merge_lora
 
+SaveFormat = Literal["huggingface", "deepspeed_chat"]
 
-def save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """Write an engine's model as a Hugging Face folder with its tokenizer. A collective: every rank calls it.
 
-    Works at every ZeRO stage; LoRA layers are merged in what is written, never in the model that goes on training.
+def save_model(
+    engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, folder: str | Path, form: SaveFormat = "huggingface"
+) -> None:
+    """Write an engine's model and tokenizer as a Hugging Face folder, or as DeepSpeed-Chat's programs read it.
+
+    A collective: every rank calls it. Works at every ZeRO stage; LoRA layers are merged in what is written, never in
+    the model that goes on training.
     """
     model = engine.module
     if engine.zero_optimization_partition_weights():
@@ -34,10 +40,39 @@ def save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, fold
                 eos_token_id=tokenizer.eos_token_id,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        model.save_pretrained(folder, state_dict=merge_lora(state_dict, model))
+        merged = merge_lora(state_dict, model)
+        if form == "deepspeed_chat":
+            folder.mkdir(parents=True, exist_ok=True)
+            model.config.save_pretrained(folder)
+            torch.save(deepspeed_chat_keys(merged, model), folder / "pytorch_model.bin")
+        else:
+            model.save_pretrained(folder, state_dict=merged)
         tokenizer.save_pretrained(folder)
         model.config.use_cache = use_cache
     torch.distributed.barrier()
+
+
+def deepspeed_chat_keys(state_dict: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """A state dict under DeepSpeed-Chat's names, contiguous on the CPU.
+
+    A causal LM's are Hugging Face's. A scoring model's backbone is ``rwtransformer.*``, its head ``v_head.weight``
+    (RLHF-TLCR's discriminator: ``discriminate_head.weight``). Raises ``InputError`` for a head with a bias that is
+    not zero, for which that format has no place.
+    """
+    named = {}
+    head = None if model.can_generate() else head_of(model)[0]
+    head_name = "v_head" if model.config.num_labels == 1 else "discriminate_head"
+    for name, tensor in state_dict.items():
+        if head is not None and name.startswith(f"{head}."):
+            if name.endswith(".bias"):
+                if bool(tensor.any()):
+                    raise InputError("--save_format deepspeed_chat: its heads have no bias, this model's has one")
+                continue
+            name = name.replace(f"{head}.", f"{head_name}.", 1)
+        elif head is not None:
+            name = "rwtransformer." + name.removeprefix(f"{model.base_model_prefix}.")
+        named[name] = tensor.detach().cpu().contiguous()
+    return named
 
 
 def write_json(path: str | Path, content: Any) -> None:

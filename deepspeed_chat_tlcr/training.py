@@ -232,7 +232,7 @@ def run(trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict
     begun = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    save_model(trainer.model_wrapped, tokenizer, options.output_dir)
+    save_model(trainer.model_wrapped, tokenizer, options.output_dir, options.save_format)
     results = {
         **results,
         "steps": trainer.state.global_step,
