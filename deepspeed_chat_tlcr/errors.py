@@ -1,20 +1,32 @@
 """One kind of error for everything a user can mend."""
 
+import errno
 import functools
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-EXIT_INPUT = 2
+EXIT_INPUT, EXIT_RUN = 2, 1
 
 
 class InputError(ValueError):
     """Wrong data, file, flag or checkpoint. The message names which one and says what to do."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on for a reason outside the code: its message is all that the user needs. Exit code 1."""
+
+
+class SaveError(RunError):
+    """Something could not be written: the disk is full or gone. What was written before is untouched."""
+
+
 def exits_cleanly(main: Callable) -> Callable:
-    """Wrap an entry point: an ``InputError`` becomes one line on stderr and exit code 2, without a traceback."""
+    """Wrap an entry point: an ``InputError`` becomes one line on stderr and exit code 2, without a traceback.
+
+    A ``RunError`` or a full disk: one line and exit code 1.
+    """
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -25,6 +37,16 @@ def exits_cleanly(main: Callable) -> Callable:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_INPUT)
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            # At once: exit handlers would wait for ranks that are waiting for this one.
+            os._exit(EXIT_RUN)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            where = f" in {error.filename}" if error.filename else ""
+            print(f"error: no space left to write{where}; checkpoints so far are whole", file=sys.stderr, flush=True)
+            os._exit(EXIT_RUN)
 
     return wrapped
 

@@ -54,6 +54,42 @@ def response_mask(response_ids: torch.Tensor, eos_id: int, stop_ids: Sequence[in
     return (ended_before == 0).long()
 
 
+def warp(
+    logits: torch.Tensor,
+    decoding: Decoding,
+    eos_id: int,
+    tokens: torch.Tensor | None = None,
+    first_action: int = 0,
+) -> torch.Tensor:
+    """Minimum length, temperature, top-k and top-p applied to ``(B, A, V)`` logits, in transformers' order.
+
+    Both the sampler and the log-probs use it, so these always belong to the distribution sampled from. ``tokens``
+    ``(B, A)`` always stay: a later policy's own cut could otherwise give a chosen token probability 0 and an infinite
+    loss. ``first_action`` is the place in the response of the first of the A actions.
+    """
+    barred = min(decoding.min_new_tokens - first_action, logits.size(1))
+    if barred > 0:
+        no_end = torch.zeros_like(logits[0], dtype=torch.bool)
+        no_end[:barred, eos_id] = True
+        logits = logits.masked_fill(no_end, -torch.inf)
+    if decoding.temperature not in (0.0, 1.0):
+        logits = logits / decoding.temperature
+    if decoding.top_k <= 0 and decoding.top_p >= 1.0:
+        return logits
+    with torch.no_grad():
+        dropped = torch.zeros_like(logits, dtype=torch.bool)
+        if 0 < decoding.top_k < logits.size(-1):
+            dropped |= logits < logits.topk(decoding.top_k, dim=-1).values[..., -1:]
+        if decoding.top_p < 1.0:
+            ascending, order = logits.masked_fill(dropped, -torch.inf).float().sort(dim=-1)
+            below = ascending.softmax(-1).cumsum(-1) <= 1 - decoding.top_p
+            below[..., -1] = False
+            dropped |= torch.zeros_like(dropped).scatter(-1, order, below)
+        if tokens is not None:
+            dropped.scatter_(-1, tokens.unsqueeze(-1), False)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,

@@ -2,38 +2,96 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
+
+from deepspeed_chat_tlcr.errors import InputError
 
 NEUTRAL_ZONE = 0.6
 """A token counts as labelled by the discriminator where max(D, 1 - D) reaches this (paper, Eq. 2)."""
 
 
+class StepLines:
+    """A file of JSON lines that each bear a ``step``. ``resume_step`` drops those that a killed run wrote after the
+    checkpoint it now continues from."""
+
+    def __init__(self, path: str | Path, resume_step: int = 0):
+        self.path = Path(path)
+        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= resume_step]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def write(self, *records: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line, ``step`` and ``group/name`` keys.
 
-    ``resume_step`` drops the lines a killed run wrote after the checkpoint it now continues from. ``tensorboard``
-    names a folder that gets the same numbers.
+    ``tensorboard`` names a folder that gets the same numbers, ``report_to`` further trackers that do ("wandb", …);
+    these are also told ``settings``. Raises ``InputError`` for a tracker that is unknown or not installed.
     """
 
-    def __init__(self, folder: str | Path, resume_step: int = 0, tensorboard: str | None = None):
+    def __init__(
+        self,
+        folder: str | Path,
+        resume_step: int = 0,
+        tensorboard: str | None = None,
+        report_to: Sequence[str] = (),
+        settings: dict[str, Any] | None = None,
+    ):
         self.board = SummaryWriter(tensorboard, purge_step=resume_step + 1) if tensorboard else None
-        self.path = Path(folder) / "metrics.jsonl"
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= resume_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        self.lines = StepLines(Path(folder) / "metrics.jsonl", resume_step)
+        self.trackers = [_tracker(name, folder, settings or {}) for name in report_to if name != "none"]
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         # JSON has no NaN; null says "not measured" to every reader.
         clean = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **clean}) + "\n")
+        self.lines.write({"step": step, **clean})
+        measured = {key: value for key, value in clean.items() if value is not None}
         if self.board is not None:
-            for key, value in clean.items():
-                if value is not None:
-                    self.board.add_scalar(key, value, step)
+            for key, value in measured.items():
+                self.board.add_scalar(key, value, step)
             self.board.flush()
+        for tracker in self.trackers:
+            tracker.log(measured, step=step)
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+
+
+def require_trackers(names: Sequence[str]) -> None:
+    """Raise ``InputError`` for a tracker of ``--report_to`` that accelerate does not know or that is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    for name in names:
+        if name != "none" and name not in LOGGER_TYPE_TO_CLASS:
+            raise InputError(f"--report_to {name}: unknown; known: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
+        if name != "none" and name not in [str(found) for found in get_available_trackers()]:
+            raise InputError(f"--report_to {name}: its package is not installed; pip install {name}")
+
+
+def _tracker(name: str, folder: str | Path, settings: dict[str, Any]) -> Any:
+    from accelerate import PartialState
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    PartialState()  # accelerate's trackers write from the main process only, and ask it which that is
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    run = Path(folder).resolve().name
+    tracker = kind(run, logging_dir=str(folder)) if kind.requires_logging_directory else kind(run)
+    if hasattr(tracker, "start"):
+        tracker.start()
+    tracker.store_init_configuration({key: value for key, value in settings.items() if _plain(value)})
+    return tracker
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (int, float, str, bool))
 
 
 def read_metrics(path: str | Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -73,6 +74,23 @@ def start(dtype: str, seed: int) -> Runtime:
         else torch.device("cpu"),
         dtype=resolved,
     )
+
+
+class Preemption:
+    """SIGTERM, which clusters send before they take a machine away: noted, and heeded between steps by all ranks."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def agreed(self, device: torch.device) -> bool:
+        """Whether any rank has been asked to stop; a collective."""
+        asked = torch.tensor(float(self.asked), device=device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        return bool(asked)
 
 
 def leave() -> None:

@@ -47,7 +47,11 @@ class RunningScale:
         self.squares += max(0.0, square - count * mean**2) + gap**2 * self.count * count / whole
         self.mean += gap * count / whole
         self.count = whole
-        std = (self.squares / self.count) ** 0.5
+        return self.std
+
+    @property
+    def std(self) -> float:
+        std = (self.squares / self.count) ** 0.5 if self.count else 1.0
         return std if std > 1e-8 else 1.0
 
     def state(self) -> list[float]:

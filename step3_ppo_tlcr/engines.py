@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING
 import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
-from deepspeed_chat_tlcr.deepspeed_config import build_config
+from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.generation import Decoding
 from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
 from step3_ppo_tlcr.records import Rollout, at_actions, before_actions
-from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, sequence_reward
+from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, sequence_reward
+from step3_ppo_tlcr.rollout import hybrid_possible
 
 if TYPE_CHECKING:
-    from step3_ppo_tlcr.main import Options
+    from step3_ppo_tlcr.options import Options
 
 
 def action_logits(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
@@ -55,7 +56,9 @@ def _forward(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout, **kwarg
 
 def train_actor(options: "Options", runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
     """The policy, from the SFT model."""
-    config = _config(options, runtime, options.actor_zero_stage, options.offload)
+    passes = 2 if options.unsupervised_dataset_name else 1
+    config = _config(options, runtime, options.actor_zero_stage, options.offload, passes)
+    config = merge(config, _actor_extras(options, runtime))
     model = load_causal_lm(options.actor_model_name_or_path, runtime.torch_dtype, config, options.actor_dropout_rate)
     return _train(model, "actor", options, config, total_steps)
 
@@ -65,7 +68,8 @@ def train_critic(options: "Options", runtime: Runtime, total_steps: int) -> Deep
 
     A sequence reward model or critic (1 label) brings its head; any other backbone gets one that starts at V = 0.
     """
-    config = _config(options, runtime, options.critic_zero_stage, options.offload)
+    offload = options.offload or options.offload_critic_model
+    config = _config(options, runtime, options.critic_zero_stage, offload)
     new_head = label_count(options.critic_model_name_or_path) != 1
     model = load_token_classifier(
         options.critic_model_name_or_path,
@@ -123,14 +127,14 @@ class RewardSum:
         runtime: Runtime,
     ):
         self.specs, self.tokenizer, self.clip = specs, tokenizer, options.clip_reward_value
+        self.fixed = {"positive": options.fixed_positive_reward, "negative": options.fixed_negative_reward}
         self.models: dict[str, DeepSpeedEngine | PreTrainedModel] = {}
         self.functions = {spec.path: load_function(spec.path) for spec in specs if spec.name == "python"}
         for path in dict.fromkeys(spec.path for spec in specs if spec.name in REWARDS and spec.path):
             labels = {REWARDS[spec.name].labels for spec in specs if spec.path == path}
             if len(labels) > 1:
                 raise InputError(f"--reward: {path!r} cannot be both a discriminator and a sequence reward model")
-            eot_token = options.eot_token if options.add_eot_token else None
-            require_same_tokenizer(tokenizer, load_tokenizer(path, eot_token), "reward model")
+            require_same_tokenizer(tokenizer, load_tokenizer(path, options.new_eos), "reward model")
             config = frozen_config(options, runtime, options.reward_zero_stage, options.offload_reward_model)
             model = load_token_classifier(path, labels.pop(), runtime.torch_dtype, config, dropout=0.0)
             self.models[path] = freeze(model, config, runtime)
@@ -163,36 +167,50 @@ class RewardSum:
             scored[spec.path] = score(self.models[spec.path], rollout)
         if spec.name == "sequence":
             return sequence_reward(scored[spec.path], mask, self.clip)
+        if spec.name == "tlcr_fixed":
+            return fixed_reward(scored[spec.path], mask, **self.fixed)
         return reward.function(scored[spec.path], mask)
 
 
-def decoding(options: "Options") -> Decoding:
-    """How the policy samples. Raises ``InputError`` for a distribution that cannot be learnt from."""
-    if options.temperature <= 0:
-        raise InputError(f"--temperature {options.temperature}: PPO learns from samples, so it must be above 0")
-    if not 0 < options.top_p <= 1:
-        raise InputError(f"--top_p {options.top_p}: must be in (0, 1]")
-    if options.min_answer_seq_len > options.max_answer_seq_len:
-        raise InputError(
-            f"--min_answer_seq_len {options.min_answer_seq_len} is above --max_answer_seq_len "
-            f"{options.max_answer_seq_len}"
-        )
-    return Decoding(
-        options.max_answer_seq_len, options.temperature, options.top_p, options.top_k, options.min_answer_seq_len
-    )
-
-
-def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool) -> dict:
+def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool, passes: int = 1) -> dict:
+    """Config of a trained model. ``passes``: backward passes for each training micro-batch."""
     return build_config(
         dtype=runtime.dtype,
         zero_stage=zero_stage,
         micro_batch_size=options.per_device_training_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        gradient_accumulation_steps=options.gradient_accumulation_steps * passes,
         world_size=runtime.world_size,
         offload=offload,
         max_grad_norm=options.max_grad_norm,
         overrides=options.deepspeed_config,
     )
+
+
+def _actor_extras(options: "Options", runtime: Runtime) -> dict:
+    """What only the actor's config has: the hybrid engine, and ZeRO++ for the weights under LoRA."""
+    extras: dict = {}
+    if options.rollout_name == "hybrid" and hybrid_possible(runtime):
+        if (
+            options.offload
+            and options.actor_zero_stage == options.critic_zero_stage == 2
+            and options.actor_lora_dim == 0
+        ):
+            runtime.say("warning: hybrid engine with ZeRO-2 and offload but no LoRA: DeepSpeed-Chat calls it unstable")
+        extras["hybrid_engine"] = {
+            "enabled": True,
+            "max_out_tokens": options.max_prompt_seq_len + options.max_answer_seq_len,
+            "inference_tp_size": options.inference_tp_size,
+            "release_inference_cache": options.release_inference_cache,
+            "pin_parameters": not options.unpin_actor_parameters,
+            "tp_gather_partition_size": options.tp_gather_partition_size,
+        }
+    if options.enable_mixed_precision_lora:
+        if runtime.device.type == "cpu":
+            raise InputError("--enable_mixed_precision_lora: ZeRO++'s 8-bit gathering needs a GPU")
+        extras["zero_optimization"] = {"zero_quantized_nontrainable_weights": True}
+        if runtime.world_size != get_accelerator().device_count():
+            extras["zero_optimization"]["zero_hpz_partition_size"] = get_accelerator().device_count()
+    return extras
 
 
 def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, total_steps: int) -> DeepSpeedEngine:
@@ -205,8 +223,9 @@ def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, 
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if flag("lora_dim") > 0:
         add_lora(model, flag("lora_dim"), flag("lora_module_name"), options.only_optimize_lora)
+    offloaded = config["zero_optimization"]["offload_optimizer"]["device"] != "none"
     optimizer = make_optimizer(
-        model, flag("learning_rate"), flag("weight_decay"), flag("lora_learning_rate"), options.offload
+        model, flag("learning_rate"), flag("weight_decay"), flag("lora_learning_rate"), offloaded
     )
     schedule = get_scheduler(
         options.lr_scheduler_type,

@@ -2,7 +2,7 @@
 
 import torch
 
-from deepspeed_chat_tlcr.generation import Decoding
+from deepspeed_chat_tlcr.generation import Decoding, warp
 
 
 class _ChosenLogprobs(torch.autograd.Function):
@@ -31,33 +31,7 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decodin
 
     ``logits`` ``(B, A, V)`` as the model gives them, ``tokens`` ``(B, A)``; returns ``(B, A)`` in fp32.
     """
-    return _ChosenLogprobs.apply(warp(logits, tokens, decoding, eos_id), tokens)
-
-
-def warp(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: int) -> torch.Tensor:
-    """Minimum length, temperature, top-k and top-p applied to ``(B, A, V)`` logits, in transformers' order.
-
-    The chosen token always stays: a later policy's own cut could otherwise give it probability 0 and an infinite loss.
-    """
-    if decoding.min_new_tokens > 0:
-        barred = torch.zeros_like(logits[0], dtype=torch.bool)
-        barred[: decoding.min_new_tokens, eos_id] = True
-        logits = logits.masked_fill(barred, -torch.inf)
-    if decoding.temperature != 1.0:
-        logits = logits / decoding.temperature
-    if decoding.top_k <= 0 and decoding.top_p >= 1.0:
-        return logits
-    with torch.no_grad():
-        dropped = torch.zeros_like(logits, dtype=torch.bool)
-        if 0 < decoding.top_k < logits.size(-1):
-            dropped |= logits < logits.topk(decoding.top_k, dim=-1).values[..., -1:]
-        if decoding.top_p < 1.0:
-            ascending, order = logits.masked_fill(dropped, -torch.inf).float().sort(dim=-1)
-            below = ascending.softmax(-1).cumsum(-1) <= 1 - decoding.top_p
-            below[..., -1] = False
-            dropped |= torch.zeros_like(dropped).scatter(-1, order, below)
-        dropped.scatter_(-1, tokens.unsqueeze(-1), False)
-    return logits.masked_fill(dropped, -torch.inf)
+    return _ChosenLogprobs.apply(warp(logits, decoding, eos_id, tokens), tokens)
 
 
 @torch.no_grad()
@@ -70,12 +44,34 @@ def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@torch.no_grad()
+class _Entropy(torch.autograd.Function):
+    """Entropy of softmax(logits), row by row, keeping only the logits and one number per action."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor) -> torch.Tensor:
+        entropies = torch.stack([_row_entropy(row.float().log_softmax(-1)) for row in logits])
+        ctx.save_for_backward(logits, entropies)
+        return entropies
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        logits, entropies = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for row in range(len(logits)):
+            # d H / d logits = -p (log p + H)
+            logprobs = logits[row].float().log_softmax(-1)
+            slope = -logprobs.exp() * (logprobs.clamp(min=_LOWEST) + entropies[row].unsqueeze(-1))
+            result[row] = (slope * gradient[row].unsqueeze(-1)).to(result.dtype)
+        return result
+
+
+_LOWEST = -1e4  # a token that sampling excludes (log 0) adds nothing, rather than 0 x infinity
+
+
+def _row_entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    return -(logprobs.exp() * logprobs.clamp(min=_LOWEST)).sum(-1)
+
+
 def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each distribution, ``(B, A, V)`` to ``(B, A)``, row by row."""
-    rows = []
-    for row in logits:
-        logprobs = row.float().log_softmax(-1)
-        # xlogy-like: a token that sampling excludes (log 0) adds nothing.
-        rows.append(-(logprobs.exp() * logprobs.clamp(min=-1e4)).sum(-1))
-    return torch.stack(rows)
+    """Entropy in nats of each distribution, ``(B, A, V)`` to ``(B, A)``; differentiable."""
+    return _Entropy.apply(logits)

@@ -64,6 +64,24 @@ def whiten(advantages: torch.Tensor, action_mask: torch.Tensor, mean: torch.Tens
     return (advantages - mean) / (std + 1e-8) * action_mask
 
 
+def remax_weights(
+    rewards: torch.Tensor, baseline: torch.Tensor, action_mask: torch.Tensor, gamma: float, clip: float
+) -> torch.Tensor:
+    """ReMax's weight of each action without the KL term: the clipped difference from the greedy response's reward,
+    discounted back from the end (Li et al., 2023, as released: gamma applies once at the last action already).
+
+    ``rewards`` ``(B, A)`` of the sampled responses, ``baseline`` ``(B,)`` sums of the greedy ones; returns ``(B, A)``.
+    """
+    difference = ((rewards * action_mask).sum(1) - baseline).clamp(-clip, clip)
+    steps_to_end = action_mask.flip(1).cumsum(1).flip(1)  # 1 at the last action
+    return difference.unsqueeze(1) * gamma**steps_to_end * action_mask
+
+
+def remax_loss(logprobs: torch.Tensor, returns: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """-return_t log pi(a_t), mean over counted tokens: REINFORCE, no ratio, no clipping, no critic."""
+    return masked_mean(-returns * torch.where(action_mask > 0, logprobs, 0.0), action_mask)
+
+
 def policy_loss(
     logprobs: torch.Tensor,
     old_logprobs: torch.Tensor,

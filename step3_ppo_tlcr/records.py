@@ -32,6 +32,18 @@ class Rollout:
         """``(B, T)``, counted from each prompt's first real token."""
         return (self.attention_mask.cumsum(1) - 1).clamp(min=0)
 
+    def rows(self, begin: int, end: int) -> "Rollout":
+        """Rows ``begin`` to ``end``, columns cut to the longest prompt and response that are left."""
+        mask = self.action_mask[begin:end]
+        padding = int(self.attention_mask[begin:end].argmax(1).min())
+        behind = self.actions - max(1, int(mask.sum(1).max()))
+        tokens = slice(padding, self.input_ids.size(1) - behind)
+        return Rollout(
+            self.input_ids[begin:end, tokens],
+            self.attention_mask[begin:end, tokens],
+            mask[:, : self.actions - behind],
+        )
+
 
 @dataclass(frozen=True)
 class Experience:
@@ -51,16 +63,8 @@ class Experience:
 
     def rows(self, begin: int, end: int) -> "Experience":
         """A micro-batch: rows ``begin`` to ``end`` of every tensor, columns cut to the longest that is left."""
-        mask = self.rollout.action_mask[begin:end]
-        padding = self.rollout.attention_mask[begin:end].argmax(1).min().item()
-        behind = self.rollout.actions - max(1, int(mask.sum(1).max()))
-        tokens = slice(padding, self.rollout.input_ids.size(1) - behind)
-        actions = slice(0, self.rollout.actions - behind)
-        rollout = Rollout(
-            self.rollout.input_ids[begin:end, tokens],
-            self.rollout.attention_mask[begin:end, tokens],
-            mask[:, actions],
-        )
+        rollout = self.rollout.rows(begin, end)
+        actions = slice(0, rollout.actions)
         per_action = {
             entry.name: None if getattr(self, entry.name) is None else getattr(self, entry.name)[begin:end, actions]
             for entry in fields(self)

@@ -22,11 +22,19 @@ def continuous_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -
 
 
 def fixed_reward(
-    positive_probs: torch.Tensor, action_mask: torch.Tensor, threshold: float = NEUTRAL_ZONE
+    positive_probs: torch.Tensor,
+    action_mask: torch.Tensor,
+    threshold: float = NEUTRAL_ZONE,
+    positive: float = 1.0,
+    negative: float = -1.0,
 ) -> torch.Tensor:
-    """TLCR_fixed: +1 or -1, and 0 where max(D, 1 - D) < ``threshold`` (Eq. 2). Shapes as ``continuous_reward``."""
+    """TLCR_fixed: ``positive`` or ``negative``, and 0 where max(D, 1 - D) < ``threshold`` (Eq. 2).
+
+    Shapes as ``continuous_reward``.
+    """
     confident = torch.maximum(positive_probs, 1 - positive_probs) >= threshold
-    return torch.sign(positive_probs - 0.5) * confident * action_mask
+    signed = (positive_probs > 0.5) * positive + (positive_probs < 0.5) * negative
+    return signed * confident * action_mask
 
 
 def positive_only_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:

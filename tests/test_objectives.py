@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from deepspeed_chat_tlcr.generation import Decoding
+from deepspeed_chat_tlcr.generation import Decoding, warp
 from step2_discriminator.objectives import diverging_pair_loss, end_scores, pair_loss, token_loss
-from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs, warp
+from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs
 from step3_ppo_tlcr.objectives import adapted_beta, gae, k1, k3, kl_penalised, masked_mean, policy_loss, value_loss
 from step3_ppo_tlcr.rewards import (
     continuous_reward,
@@ -212,7 +212,7 @@ def test_eos_is_impossible_before_the_minimum_length():
     decoding = Decoding(max_new_tokens=8, min_new_tokens=1)
     logprobs = token_logprobs(logits, torch.tensor([[0, 0]]), decoding, EOS)
     close(logprobs.exp(), [[1 / 3, 1 / 4]])
-    assert entropy(warp(logits, torch.tensor([[0, 0]]), decoding, EOS))[0, 0].item() == pytest.approx(math.log(3))
+    assert entropy(warp(logits, decoding, EOS))[0, 0].item() == pytest.approx(math.log(3))
 
 
 def test_a_token_outside_a_later_nucleus_keeps_a_finite_logprob():

@@ -23,13 +23,14 @@ class TokenScores:
     """The tokens of one text and a value for each.
 
     ``tokens``: display strings (``token_strings``). ``values``: reward ``2D - 1`` in [-1, 1], one per token; None
-    where there is none (a prompt's tokens). ``kind``: "reward", or "label" where values are ``2 target - 1``.
+    where there is none (a prompt's tokens). ``kind``: "reward", "label" where values are ``2 target - 1``, or "value"
+    for rewards that are no discriminator's (their strength is cut at 1).
     """
 
     tokens: Sequence[str]
     values: Sequence[float | None]
     caption: str = ""
-    kind: Literal["reward", "label"] = "reward"
+    kind: Literal["reward", "label", "value"] = "reward"
 
     def __post_init__(self):
         if len(self.tokens) != len(self.values):
@@ -55,6 +56,8 @@ class TokenScores:
         if self.kind == "label":
             meaning = "positive" if value > 0 else "negative" if value < 0 else "neutral"
             return f"{token}\nlabel {(value + 1) / 2:g}, {meaning}"
+        if self.kind == "value":
+            return f"{token}\nreward {value:+.3f}".replace("-", "−")
         return f"{token}\nD = {(value + 1) / 2:.3f}\nreward 2D − 1 = {value:+.3f}".replace("-", "−")
 
 

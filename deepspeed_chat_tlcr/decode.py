@@ -1,0 +1,191 @@
+"""The decoding loop of rollouts: transformers' models and caches without the cost of ``generate`` per token.
+
+Prompts of any number are decoded in one call. Every ``CHUNK`` tokens the key-value cache is laid out anew: rows that
+have ended leave it, and it grows by one chunk, so that neither waits for the longest response.
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from deepspeed_chat_tlcr.generation import Decoding, warp
+
+CHUNK = 32
+_CHECK_EVERY = 8  # tokens between questions to the device whether all rows have ended
+
+
+class _RoomyLayer(DynamicLayer):
+    """Keys and values of one layer with room for more: attention runs over the whole buffer, a mask hides the rest.
+
+    Appending is a write in place rather than a copy of all that came before, and what attention reads is contiguous:
+    on a CPU, bfloat16 products of strided views take four times as long.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.length = 0
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values, self.length = key_states, value_states, key_states.size(2)
+            return key_states, value_states
+        end = self.length + key_states.size(2)
+        self.keys[:, :, self.length : end] = key_states
+        self.values[:, :, self.length : end] = value_states
+        self.length = end
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def relay(self, rows: torch.Tensor, room: int) -> None:
+        """Keep these rows, in this order, and make room for ``room`` tokens."""
+        self.keys, self.values = (self._laid_out(states, rows, room) for states in (self.keys, self.values))
+
+    def _laid_out(self, states: torch.Tensor, rows: torch.Tensor, room: int) -> torch.Tensor:
+        # Zeros and not rubbish behind the end: attention gives them weight 0, and 0 x NaN would be NaN.
+        wide = states.new_zeros(len(rows), states.size(1), room, states.size(3))
+        wide[:, :, : self.length] = states[rows, :, : self.length]
+        return wide
+
+
+@dataclass
+class _Live:
+    """The rows that are still being decoded, and what they attend to."""
+
+    rows: torch.Tensor  # (b,) which of the B rows
+    mask: torch.Tensor  # (b, room), 1 on tokens seen
+    positions: torch.Tensor  # (b, 1) of the newest token
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    decoding: Decoding,
+    eos_id: int,
+    pad_id: int,
+    synced: bool = False,
+) -> torch.Tensor:
+    """Continue left-padded prompts ``(B, P)``; returns ``(B, P + A)``, A as long as the longest response.
+
+    A sampled token is drawn from exactly the distribution of ``token_logprobs`` (both use ``warp``), by inverting its
+    cumulative distribution in float64; each row has its own random numbers, so what it says depends neither on its
+    neighbours nor on which of them have ended. ``synced``: all ranks take equally many forward passes (ZeRO-3 gathers
+    parameters in each). Leaves the model in evaluation mode.
+    """
+    model.eval()
+    batch, prompt_length = ids.shape
+    limit = decoding.max_new_tokens
+    responses = torch.full((batch, limit), pad_id, device=ids.device)
+    uniforms = torch.rand(batch, limit, dtype=torch.float64, device=ids.device) if decoding.temperature else None
+    roomy, cache = _new_cache(model)
+    forward = _forward_of(model, roomy)
+    live = _Live(torch.arange(batch, device=ids.device), mask, (mask.cumsum(1) - 1).clamp(min=0))
+    ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+    logits = forward(ids, live, cache)
+    live.positions = live.positions[:, -1:]
+    with _decoding_attention(model):
+        for step in range(limit):
+            chosen = _choose(logits, decoding, eos_id, step, None if uniforms is None else uniforms[live.rows, step])
+            # A row that has ended goes on until it leaves the cache; what it says is not kept.
+            chosen = torch.where(ended[live.rows], pad_id, chosen)
+            responses[live.rows, step] = chosen
+            ended[live.rows] |= chosen == eos_id
+            if step == limit - 1 or (step % _CHECK_EVERY == 0 and _all_ended(ended, synced)):
+                break
+            if step % CHUNK == 0:
+                chosen = _relay(live, cache, chosen, ended, prompt_length + min(step + CHUNK, limit), roomy)
+            live.positions = live.positions + 1
+            live.mask[:, prompt_length + step] = 1
+            seen = live if roomy else _Live(live.rows, live.mask[:, : prompt_length + step + 1], live.positions)
+            logits = forward(chosen.unsqueeze(1), seen, cache)
+    return torch.cat([ids, responses[:, : step + 1]], dim=1)
+
+
+def _new_cache(model: PreTrainedModel) -> tuple[bool, DynamicCache]:
+    """The model's cache, roomy where every layer attends to all of the past and its mask may be given ready-made."""
+    cache = DynamicCache(config=model.config)
+    plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    # A family without position_ids makes them, or its attention's slopes, from the plain two-dimensional mask.
+    roomy = plain and "position_ids" in inspect.signature(model.forward).parameters
+    if roomy:
+        cache.layers = [_RoomyLayer() for _ in cache.layers]
+    return roomy, cache
+
+
+def _forward_of(model: PreTrainedModel, roomy: bool) -> Callable[[torch.Tensor, _Live, DynamicCache], torch.Tensor]:
+    """A function from new token ids ``(b, t)`` to the last one's logits ``(b, V)``."""
+    parameters = inspect.signature(model.forward).parameters
+    lowest = torch.finfo(model.dtype).min
+
+    def forward(ids: torch.Tensor, live: _Live, cache: DynamicCache) -> torch.Tensor:
+        attention_mask = live.mask
+        if roomy and ids.size(1) == 1:
+            # Ready-made: transformers would build the same from the plain mask, in every step.
+            attention_mask = torch.where(attention_mask[:, None, None].bool(), 0.0, lowest).to(model.dtype)
+        extra = {"position_ids": live.positions} if "position_ids" in parameters else {}
+        if "logits_to_keep" in parameters:
+            extra["logits_to_keep"] = 1
+        outputs = model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **extra)
+        return outputs.logits[:, -1]
+
+    return forward
+
+
+def _choose(
+    logits: torch.Tensor, decoding: Decoding, eos_id: int, step: int, uniform: torch.Tensor | None
+) -> torch.Tensor:
+    """One token per row, ``(b, V)`` logits to ``(b,)``: the likeliest, or the one ``uniform`` in [0, 1) falls on."""
+    warped = warp(logits.unsqueeze(1), decoding, eos_id, first_action=step).squeeze(1)
+    if uniform is None:
+        return warped.argmax(-1)
+    cumulative = warped.float().softmax(-1).double().cumsum(-1)
+    threshold = (uniform * cumulative[:, -1]).unsqueeze(1)
+    # The first token whose cumulative probability exceeds the threshold: never one of probability 0.
+    return torch.searchsorted(cumulative, threshold, right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
+
+
+def _relay(
+    live: _Live, cache: DynamicCache, chosen: torch.Tensor, ended: torch.Tensor, room: int, roomy: bool
+) -> torch.Tensor:
+    """Drop rows that have ended, make room for a further chunk; returns the kept rows' newest tokens."""
+    kept = (~ended[live.rows]).nonzero().squeeze(1)
+    if not len(kept):
+        kept = torch.zeros(1, dtype=torch.long, device=chosen.device)  # other ranks still need this one's forward pass
+    if roomy:
+        for layer in cache.layers:
+            layer.relay(kept, room)
+    elif len(kept) < len(live.rows):
+        cache.batch_select_indices(kept)
+    live.rows, live.positions = live.rows[kept], live.positions[kept]
+    live.mask = torch.nn.functional.pad(live.mask[kept], (0, room - live.mask.size(1)))
+    return chosen[kept]
+
+
+def _all_ended(ended: torch.Tensor, synced: bool) -> bool:
+    running = (~ended).any().float()
+    if synced:
+        torch.distributed.all_reduce(running, torch.distributed.ReduceOp.MAX)
+    return not bool(running)
+
+
+@contextlib.contextmanager
+def _decoding_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Attention of one query, which on a CPU the plain products do several times as fast as SDPA's kernel."""
+    usual = model.config._attn_implementation
+    if model.device.type != "cpu" or usual != "sdpa":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)

@@ -1,0 +1,305 @@
+"""The options of step 3: DeepSpeed-Chat's, those of its forks RLHF-TLCR and ReMax, and this project's own."""
+
+from dataclasses import MISSING, dataclass
+from typing import Any, ClassVar, Literal
+
+from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, Schedule, option
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.generation import Decoding
+
+ZeroStage = Literal[0, 1, 2, 3]
+Penalty = Literal["kl", "k3", "full_kl", "kl_onestep", "full_kl_onestep"]
+Algorithm = Literal["ppo", "remax"]
+RolloutName = Literal["loop", "hf", "continuous", "hybrid"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """models"""
+
+    actor_model_name_or_path: str = option(MISSING, "the SFT model: policy and KL reference")
+    critic_model_name_or_path: str = option(
+        MISSING, "where the critic starts, and the default model of --reward", flags=("--reward_model_name_or_path",)
+    )
+    actor_dropout: float | None = option(None, "the actor's dropout; unset: none, so that rollouts are on-policy")
+    critic_dropout: float | None = option(None, "the critic's dropout; unset: none")
+    actor_zero_stage: ZeroStage = option(0, "ZeRO stage of the actor")
+    critic_zero_stage: ZeroStage = option(0, "ZeRO stage of the critic")
+    reference_zero_stage: ZeroStage | None = option(None, "3 partitions the reference; unset: as the actor's stage 3")
+    reward_zero_stage: ZeroStage | None = option(None, "3 partitions the reward models; unset: as the actor's stage 3")
+    offload: bool = option(False, "keep actor's and critic's optimiser states (ZeRO-3: parameters) in host memory")
+    offload_reference_model: bool = option(False, "keep the reference in host memory (partitions it with ZeRO-3)")
+    offload_reward_model: bool = option(False, "keep the reward models in host memory (partitions them with ZeRO-3)")
+    actor_gradient_checkpointing: bool = option(False, "recompute the actor's activations in its backward pass")
+    critic_gradient_checkpointing: bool = option(False, "recompute the critic's activations in its backward pass")
+    actor_lora_dim: int = option(0, "LoRA rank of the actor; 0: train all parameters")
+    actor_lora_module_name: str = option("decoder.layers.", "LoRA goes on linear layers whose name contains this")
+    critic_lora_dim: int = option(0, "LoRA rank of the critic; 0: train all parameters")
+    critic_lora_module_name: str = option("decoder.layers.", "LoRA goes on linear layers whose name contains this")
+    only_optimize_lora: bool = option(False, "freeze everything but LoRA and the critic's head")
+    actor_lora_learning_rate: float = option(5e-4, "peak learning rate of the actor's LoRA")
+    critic_lora_learning_rate: float = option(5e-4, "peak learning rate of the critic's LoRA")
+    enable_mixed_precision_lora: bool = option(
+        False, "ZeRO++: gather the frozen weights under LoRA in 8 bits (actor ZeRO-3, accelerator only)"
+    )
+    enable_ema: bool = option(False, "also save actor_ema: a running average of the actor's weights over updates")
+    ema_decay: float = option(0.992, "share of the old average that each update keeps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutOptions:
+    """rollout"""
+
+    rollout: RolloutName = option(
+        "loop",
+        "what samples: loop, this project's decoding loop; hf, transformers' generate; continuous, its continuous "
+        "batching; hybrid, DeepSpeed's hybrid engine",
+    )
+    per_device_generation_batch_size: int = option(16, "prompts per device and generation batch")
+    generation_batches: int = option(1, "generation batches per set of rollouts")
+    decode_batch_size: int = option(0, "prompts decoded at a time on a device; 0: all generation batches together")
+    max_prompt_seq_len: int = option(256, "longest prompt, tokens; longer ones are dropped and counted")
+    max_answer_seq_len: int = option(256, "longest response, tokens")
+    temperature: float = option(1.0, "sampling temperature; log-probs belong to the distribution sampled from")
+    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability")
+    top_k: int = option(0, "sample from this many likeliest tokens; 0: from all")
+    min_answer_seq_len: int = option(0, "tokens before which a response cannot end")
+    print_answers: bool = option(False, "print the first prompt and response of every --print_answers_interval updates")
+    print_answers_interval: int = option(1, "updates between printed responses")
+    save_answers: bool = option(False, "write every prompt, response and its reward to answers.jsonl")
+    enable_hybrid_engine: bool = option(False, "DeepSpeed-Chat's spelling of --rollout hybrid")
+    unpin_actor_parameters: bool = option(False, "hybrid engine: keep no gathered parameters while it generates")
+    release_inference_cache: bool = option(False, "hybrid engine: free its cache after every rollout")
+    inference_tp_size: int = option(1, "hybrid engine: tensor-parallel degree (needs actor ZeRO-3)")
+    tp_gather_partition_size: int = option(8, "hybrid engine: layers gathered at a time for tensor parallelism")
+
+    @property
+    def rollout_name(self) -> RolloutName:
+        """Which rollout engine, by either of its two flags."""
+        return "hybrid" if self.enable_hybrid_engine else self.rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOOptions:
+    """PPO"""
+
+    algo: Algorithm = option("ppo", "ppo; or remax: REINFORCE against the greedy response's reward, without a critic")
+    reward: list[str] = option(
+        ["auto"],
+        "NAME[:PATH][@WEIGHT] terms, summed: tlcr, tlcr_fixed, tlcr_positive_only, tlcr_negative_only, "
+        "tlcr_released_code, sequence, random, python:package.module:function; auto: tlcr for a discriminator, "
+        "sequence for a sequence reward model",
+    )
+    per_device_training_batch_size: int = option(16, "sequences per device and training micro-batch")
+    ppo_epochs: int = option(1, "passes over each set of rollouts")
+    num_train_epochs: int = option(1, "passes over the prompts")
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimiser step")
+    actor_learning_rate: float = option(9.65e-6, "the actor's peak learning rate")
+    critic_learning_rate: float = option(5e-6, "the critic's peak learning rate")
+    actor_weight_decay: float = option(0.0, "the actor's decoupled weight decay")
+    critic_weight_decay: float = option(0.0, "the critic's decoupled weight decay")
+    lr_scheduler_type: Schedule = option("cosine", "learning-rate schedule of both")
+    num_warmup_steps: int = option(100, "optimiser steps of linear warm-up")
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
+    kl_ctl: float = option(0.1, "beta of the per-token KL penalty against the SFT model")
+    penalty: Penalty = option(
+        "kl",
+        "the KL of each token: kl, log pi - log pi_ref; k3, its low-variance estimate; full_kl, over the whole "
+        "vocabulary; …_onestep: added to the advantage rather than the reward",
+    )
+    kl_target: float | None = option(None, "KL in nats per response that --kl_ctl is steered towards; unset: constant")
+    kl_horizon: int = option(10_000, "sequences over which --kl_target steers")
+    target_kl: float | None = option(
+        None,
+        "end a rollout's updates once the policy moved this far, nats per token; with --algo remax, as in its release: "
+        "end the run once the held-out KL per token (--eval_interval) is above it",
+    )
+    clip_reward_value: float = option(5.0, "bound of a sequence reward model's score, and of ReMax's difference")
+    scale_rewards: bool = option(False, "divide rewards by the running standard deviation of their sums per response")
+    whiten_advantages: bool = option(
+        False, "scale advantages to mean 0, standard deviation 1 over each set of rollouts"
+    )
+    gamma: float = option(1.0, "discount of later rewards")
+    lam: float = option(0.95, "lambda of generalised advantage estimation")
+    cliprange: float = option(0.2, "clip range of the policy ratio")
+    cliprange_value: float = option(0.2, "clip range of the value function")
+    entropy_coef: float = option(0.0, "weight of the policy's entropy, subtracted from its loss")
+    unsupervised_dataset_name: str | None = option(
+        None, "text to mix pre-training on: a hub name, or a local .txt, .json, .jsonl or .parquet with a text column"
+    )
+    unsupervised_dataset_config_name: str | None = option(None, "configuration of --unsupervised_dataset_name")
+    unsup_coef: float = option(27.8, "weight of the pre-training loss (InstructGPT, equation 2)")
+    align_overflow: bool = option(
+        False, "fp16: when the gradients of one of actor and critic overflow, neither makes the step"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions:
+    """watching and faults"""
+
+    eval_interval: int = option(0, "sets of rollouts between measurements on held-out prompts; 0: none")
+    eval_prompts: int = option(64, "held-out prompts that are answered, greedily and sampled")
+    per_device_eval_batch_size: int = option(16, "held-out prompts per device and batch")
+    max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
+    enable_test_mode: bool = option(False, "stop after --test_stop_step updates")
+    test_stop_step: int = option(0, "updates of a test run")
+    save_model: bool = option(False, "in RLHF-TLCR: save the actor", "actor and critic are always saved at the end")
+    save_at_final: bool = option(False, "in ReMax: save at the end", "actor and critic are always saved at the end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkOptions:
+    """RLHF-TLCR's and ReMax's spellings"""
+
+    actor_bf16: bool = option(False, "--dtype bf16")
+    critic_bf16: bool = option(False, "--dtype bf16")
+    reward_bf16: bool = option(False, "--dtype bf16")
+    disable_actor_dropout: bool = option(False, "--actor_dropout 0, which is the default")
+    disable_critic_dropout: bool = option(False, "--critic_dropout 0, which is the default")
+    disable_reward_dropout: bool = option(False, "no dropout in scores", "reward models never drop out")
+    offload_critic_model: bool = option(False, "offload the critic; as --offload does for both")
+    discriminate_reward: bool = option(False, "reward every token by a discriminator: --reward tlcr")
+    fixed_reward: bool = option(False, "--reward tlcr_fixed")
+    fixed_positive_reward: float = option(1.0, "what tlcr_fixed gives a positive token")
+    fixed_negative_reward: float = option(-1.0, "what tlcr_fixed gives a negative token")
+    random_dense_reward: bool = option(False, "--reward random")
+    use_positive_reward_only: bool = option(False, "--reward tlcr_positive_only")
+    use_negative_reward_only: bool = option(False, "--reward tlcr_negative_only")
+    holistic_reward: bool = option(False, "one reward for the whole response: --reward sequence")
+    uni_discriminator_head: bool = option(False, "a discriminator with one head", "every discriminator has one")
+    sum_to_one_reward: bool = option(False, "reward from both probabilities", "2D - 1 always is")
+    offload_param: bool = option(False, "offload parameters", "the release ignores it too; --offload with ZeRO-3 does")
+    custom_template: bool = option(False, "a prompt template", "prompts are used as the data has them")
+    normalize_kl: bool = option(False, "in ReMax: scale the KL", "the release ignores it too")
+    memory_efficient_linear: bool = option(False, "in ReMax: ZeRO-3's linear layer", "DeepSpeed's default is used")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOptions, DataOptions, RunOptions):
+    """Step 3: PPO with a continuous reward on every token."""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {"save_interval": 0}
+
+    add_eot_token: bool = option(False, "end responses with --eot_token instead of the tokenizer's EOS")
+    eot_token: str = option("<|endoftext|>", "the token that --add_eot_token makes the end of a response")
+    num_padding_at_beginning: int = option(1, "OPT's padding", "masks come from lengths, padding is never counted")
+    preprocessing_num_workers: int | None = option(None, "processes", "data is tokenised once, as it is read")
+    compute_fp32_loss: bool = option(False, "loss in fp32", "log-probs and losses are always computed in fp32")
+
+    @property
+    def precision(self) -> str:
+        return "bf16" if self.bf16 or self.actor_bf16 or self.critic_bf16 or self.reward_bf16 else self.dtype
+
+    @property
+    def actor_dropout_rate(self) -> float:
+        return 0.0 if self.disable_actor_dropout else self.actor_dropout or 0.0
+
+    @property
+    def critic_dropout_rate(self) -> float:
+        return 0.0 if self.disable_critic_dropout else self.critic_dropout or 0.0
+
+    @property
+    def new_eos(self) -> str | None:
+        """The end-of-sequence token that --add_eot_token asks for, if it does."""
+        return self.eot_token if self.add_eot_token else None
+
+    @property
+    def reward_terms(self) -> list[str]:
+        """``--reward``, or what the fork's flags ask for in its place."""
+        spelt = {
+            "tlcr_fixed": self.fixed_reward,
+            "tlcr_positive_only": self.use_positive_reward_only,
+            "tlcr_negative_only": self.use_negative_reward_only,
+            "random": self.random_dense_reward,
+            "tlcr": self.discriminate_reward,
+            "sequence": self.holistic_reward,
+        }
+        asked = [name for name, given in spelt.items() if given]
+        return self.reward if self.reward != ["auto"] or not asked else asked[:1]
+
+    @property
+    def micro_batches(self) -> int:
+        """Training micro-batches in one set of rollouts, per device."""
+        return self.generation_batches * self.per_device_generation_batch_size // self.per_device_training_batch_size
+
+    @property
+    def on_policy(self) -> bool:
+        """One optimiser step per rollout, without noise: the policy that learns is the policy that wrote.
+
+        Then the training forward's own log-probs and values are the old ones, and need not be computed twice.
+        """
+        return (
+            self.ppo_epochs == 1
+            and self.micro_batches == self.gradient_accumulation_steps
+            and self.actor_dropout_rate == self.critic_dropout_rate == 0.0
+            and not self.penalty.startswith("full_kl")
+            and not self.whiten_advantages
+        )
+
+    def decoding(self) -> Decoding:
+        """How the policy samples."""
+        return Decoding(self.max_answer_seq_len, self.temperature, self.top_p, self.top_k, self.min_answer_seq_len)
+
+
+def check(options: Options) -> None:
+    """Refuse options that cannot work together, before anything loads. Raises ``InputError``."""
+    _check_sizes(options)
+    if options.temperature <= 0:
+        raise InputError(f"--temperature {options.temperature}: PPO learns from samples, so it must be above 0")
+    if not 0 < options.top_p <= 1:
+        raise InputError(f"--top_p {options.top_p}: must be in (0, 1]")
+    if options.min_answer_seq_len > options.max_answer_seq_len:
+        raise InputError(
+            f"--min_answer_seq_len {options.min_answer_seq_len} is above --max_answer_seq_len "
+            f"{options.max_answer_seq_len}"
+        )
+    if options.decode_batch_size % options.per_device_generation_batch_size:
+        raise InputError(
+            f"--decode_batch_size {options.decode_batch_size} is no multiple of --per_device_generation_batch_size "
+            f"{options.per_device_generation_batch_size}"
+        )
+    if options.unsupervised_dataset_config_name and not options.unsupervised_dataset_name:
+        raise InputError("--unsupervised_dataset_config_name: name the data set too, --unsupervised_dataset_name")
+    if options.inference_tp_size > 1 and options.actor_zero_stage != 3:
+        raise InputError(f"--inference_tp_size {options.inference_tp_size} needs --actor_zero_stage 3")
+    if options.only_optimize_lora and not options.actor_lora_dim and not options.critic_lora_dim:
+        raise InputError("--only_optimize_lora: there is no LoRA to optimise; give --actor_lora_dim")
+    if options.enable_mixed_precision_lora and (options.actor_lora_dim == 0 or options.actor_zero_stage != 3):
+        raise InputError("--enable_mixed_precision_lora needs --actor_lora_dim above 0 and --actor_zero_stage 3")
+    if not 0 <= options.ema_decay < 1:
+        raise InputError(f"--ema_decay {options.ema_decay}: must be in [0, 1)")
+    if options.algo == "remax" and options.whiten_advantages:
+        raise InputError("--whiten_advantages: ReMax's advantages are differences from the greedy response's reward")
+    if options.rollout_name == "continuous" and options.actor_zero_stage == 3:
+        raise InputError("--rollout continuous: needs whole weights on every device, so --actor_zero_stage 0, 1 or 2")
+    if options.rollout_name == "continuous" and options.min_answer_seq_len:
+        raise InputError("--rollout continuous: transformers' continuous batching has no minimum length")
+
+
+def _check_sizes(options: Options) -> None:
+    """Refuse batch sizes that do not divide."""
+    generation, training = options.per_device_generation_batch_size, options.per_device_training_batch_size
+    for name in (
+        "per_device_generation_batch_size",
+        "per_device_training_batch_size",
+        "per_device_eval_batch_size",
+        "generation_batches",
+        "gradient_accumulation_steps",
+        "ppo_epochs",
+        "max_faults",
+    ):
+        if getattr(options, name) < 1:
+            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
+    if generation % training:
+        raise InputError(
+            f"--per_device_generation_batch_size {generation} is no multiple of --per_device_training_batch_size "
+            f"{training}: some rollouts would be left over"
+        )
+    if options.micro_batches % options.gradient_accumulation_steps:
+        raise InputError(
+            f"{options.micro_batches} micro-batches in a set of rollouts (--generation_batches "
+            f"{options.generation_batches} x --per_device_generation_batch_size {generation} / "
+            f"--per_device_training_batch_size {training}) are no multiple of --gradient_accumulation_steps "
+            f"{options.gradient_accumulation_steps}"
+        )

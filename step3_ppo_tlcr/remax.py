@@ -1,0 +1,67 @@
+"""ReMax (Li et al., 2023): REINFORCE whose baseline is the reward of the policy's own greedy answer; no critic."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from step3_ppo_tlcr.averages import Averages
+from step3_ppo_tlcr.engines import action_logits
+from step3_ppo_tlcr.logprobs import entropy
+from step3_ppo_tlcr.objectives import kl_penalised, masked_mean, remax_loss, remax_weights
+from step3_ppo_tlcr.records import Experience, Rollout
+from step3_ppo_tlcr.trainer import Losses, Trainer
+
+
+class ReMax(Trainer):
+    """return_t = gamma^(steps to the end) (R(x, y) - R(x, y_greedy)) - beta KL_t, of that token only."""
+
+    def rollout(self, prompts: Sequence[list[int]]) -> list[Rollout]:
+        """A sampled response to each prompt; the greedy ones are kept as the baseline."""
+        self.greedy = self.generate(prompts, temperature=0.0)
+        return self.generate(prompts, self.options.temperature)
+
+    @torch.no_grad()
+    def score(self, rollouts: Sequence[Rollout], averages: Averages) -> list[Experience]:
+        """Experiences whose rewards are already ReMax's weights; what is reported are the rewards themselves."""
+        experiences = super().score(rollouts, averages)
+        if len(experiences) < len(rollouts):
+            return experiences
+        weighed = []
+        for experience, greedy in zip(experiences, self.greedy, strict=True):
+            mask = experience.rollout.action_mask
+            baseline = (self.models.reward(greedy)[0] * greedy.action_mask).sum(1)
+            if self.faults.found(greedy, baseline):
+                continue
+            if self.options.scale_rewards:
+                baseline = baseline / self.scale.std
+            weights = remax_weights(
+                experience.rewards, baseline, mask, self.options.gamma, self.options.clip_reward_value
+            )
+            averages.add("reward/greedy_per_sequence", baseline)
+            weighed.append(replace(experience, rewards=weights))
+        return weighed
+
+    def losses(self, batch: Experience) -> Losses:
+        options, rollout, mask = self.options, batch.rollout, batch.rollout.action_mask
+        logits = action_logits(self.models.actor, rollout)
+        logprobs = self.logprobs(logits, rollout)
+        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
+        returns = kl_penalised(batch.rewards, self.divergence(batch, old_logprobs), mask, self.beta)
+        entropies = entropy(logits if options.entropy_coef else logits.detach())
+        loss = remax_loss(logprobs, returns, mask)
+        bonus = options.entropy_coef * masked_mean(entropies, mask) if options.entropy_coef else 0.0
+        log_ratio = ((logprobs - old_logprobs) * mask).detach()
+        return Losses(
+            {"actor": loss - bonus},
+            log_ratio,
+            {
+                "policy/perplexity": -logprobs.detach(),
+                "policy/kl_per_token": old_logprobs - batch.ref_logprobs,
+                "policy/entropy": entropies.detach(),
+                "policy/approx_kl": log_ratio.exp() - 1 - log_ratio,
+                "policy/loss": loss.detach().expand_as(mask),
+                "policy/return": returns,
+            },
+            {"policy/kl": ((old_logprobs - batch.ref_logprobs) * mask).sum(1)},
+        )

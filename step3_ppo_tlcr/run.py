@@ -1,0 +1,121 @@
+"""What a run of step 3 keeps: metrics, answers, checkpoints, models, and the line in the terminal."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from deepspeed_chat_tlcr.checkpoints import Checkpoints, changed_settings
+from deepspeed_chat_tlcr.errors import RunError
+from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines
+from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.saving import save_model
+from step3_ppo_tlcr.faults import weights_are_finite
+from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.trainer import Trainer
+
+# Settings that a resumed run may change without a word: they do not touch what is learnt.
+_WITHOUT_A_WORD = {"output_dir", "local_rank", "resume", "report_to", "enable_tensorboard", "tensorboard_path"}
+
+
+def line(step: int, steps: int, metrics: dict[str, float]) -> str:
+    """What the terminal shows of one update."""
+
+    def shown(name: str, form: str) -> str:
+        return format(metrics.get(name, math.nan), form)
+
+    text = (
+        f"{step:>5}/{steps}  reward/token {shown('reward/per_token', '+.3f')}  KL {shown('policy/kl', '.2f')}  "
+        f"length {shown('rollout/response_length', '.1f')}  EOS {shown('rollout/eos_rate', '.2f')}  "
+        f"entropy {shown('policy/entropy', '.2f')}  V loss {shown('value/loss', '.4f')}  "
+        f"{sum(value for key, value in metrics.items() if key.startswith('seconds/')):.1f} s"
+    )
+    return text + ("  NOT FINITE, skipped" if metrics["faults/skipped"] else "")
+
+
+def answer_lines(step: int, trainer: Trainer) -> Iterator[dict]:
+    """The newest step's answers on this rank, for ``answers.jsonl``."""
+    for experience in trainer.experiences:
+        rollout = experience.rollout
+        for row, length in enumerate(rollout.action_mask.sum(1).tolist()):
+            ids = rollout.input_ids[row][rollout.attention_mask[row] > 0].tolist()
+            prompt = trainer.tokenizer.decode(ids[: len(ids) - length])
+            answer = trainer.tokenizer.decode(ids)[len(prompt) :]
+            reward = float((experience.rewards[row] * rollout.action_mask[row]).sum())
+            yield {"step": step, "prompt": prompt, "answer": answer, "reward": reward}
+
+
+class Run:
+    """What a run keeps on disk: metrics, answers, checkpoints, models."""
+
+    def __init__(self, options: Options, runtime: Runtime, trainer: Trainer):
+        self.options, self.runtime, self.trainer = options, runtime, trainer
+        self.folder = Path(options.output_dir)
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", options.save_total_limit)
+        if options.resume == "never":
+            self.checkpoints.remove()  # an older run's: the newest of them would be taken for this one's
+        self.done = self._resume()
+        self.log = None
+        if runtime.is_main:
+            settings = asdict(options)
+            self.log = MetricsLog(
+                self.folder, self.done, options.tensorboard_folder, options.report_to, settings=settings
+            )
+        self.answers = None
+        if options.save_answers:
+            self.answers = StepLines(self.folder / f"answers-{runtime.rank}.jsonl", self.done)
+
+    def save(self, step: int) -> None:
+        """A resumable checkpoint; a collective."""
+        averages = self.trainer.average.averages if self.trainer.average else {}
+        state = {"trainer": self.trainer.state(), "options": asdict(self.options)}
+        self.checkpoints.save(step, self.trainer.models.engines, state, averages)
+
+    def write(self, step: int, last_step: int, metrics: dict[str, float], bar: tqdm) -> None:
+        """One step's metrics to every log and a line to the terminal; answers where they are asked for."""
+        if self.answers is not None:
+            self.answers.write(*answer_lines(step, self.trainer))
+        if self.log is None:
+            return
+        self.log.write(step, metrics)
+        bar.write(line(step, last_step, metrics))
+        if self.options.print_answers and step % self.options.print_answers_interval == 0:
+            shown = next(answer_lines(step, self.trainer), None)
+            bar.write(shown["prompt"] + shown["answer"] if shown else "")
+
+    def save_models(self) -> None:
+        """The trained models as Hugging Face folders; a collective."""
+        trainer, form = self.trainer, self.options.save_format
+        for role, engine in trainer.models.engines.items():
+            save_model(engine, trainer.tokenizer, self.folder / role, form)
+        if trainer.average is not None:
+            with trainer.average.in_place():
+                save_model(trainer.models.actor, trainer.tokenizer, self.folder / "actor_ema", form)
+
+    def give_up(self, step: int) -> None:
+        """Stop a run that makes nothing but NaN, keeping what is needed to find out why."""
+        batch = self.trainer.faults.save_batch(self.folder)
+        kept = self.checkpoints.steps()[-1:]
+        saved = f"step-{kept[0]}" if kept else "none"
+        if weights_are_finite(self.trainer.models):
+            self.save(step)
+            saved = f"step-{step}"
+        raise RunError(
+            f"step {step}: {self.options.max_faults} updates in a row had a loss, reward or weight that is not finite; "
+            f"the newest batch is in {batch}, the newest whole checkpoint is {saved}. Lower the learning rates, use "
+            "bf16 or fp32, or look for what the reward makes of this batch"
+        )
+
+    def _resume(self) -> int:
+        """Load the newest checkpoint if there is one; returns its step, else 0."""
+        saved = self.checkpoints.steps() if self.options.resume == "auto" else []
+        if not saved:
+            return 0
+        state, averages = self.checkpoints.load(saved[-1], self.trainer.models.engines)
+        self.trainer.restore(state["trainer"], averages)
+        self.runtime.say(f"continuing from step {state['step']}")
+        for change in changed_settings(state["options"], asdict(self.options), _WITHOUT_A_WORD):
+            self.runtime.say(f"warning: continuing with another setting than before: {change}")
+        return state["step"]
