@@ -1,12 +1,13 @@
 """DeepSpeed's compiled operators, loaded so that a killed run cannot block the next one."""
 
+import hashlib
 import os
 import sys
 from pathlib import Path
 
 from deepspeed.accelerator import get_accelerator
 from filelock import FileLock
-from torch.utils.cpp_extension import _get_build_directory
+from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
 
 def load_operator(builder_name: str) -> None:
@@ -19,6 +20,10 @@ def load_operator(builder_name: str) -> None:
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not builder.is_compatible(verbose=False):
         return  # DeepSpeed does without, or says itself what is missing
+    # Builds name the headers of the environment they were made in: two environments that shared a folder would each
+    # find the other's build out of date, and compile again and again.
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{get_default_build_root()}/deepspeed-{environment}")
     # This environment's ninja, not whichever is first on PATH: two versions of it do not trust each other's builds, and
     # runs from different shells would compile again and again.
     own = Path(sys.executable).parent

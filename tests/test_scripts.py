@@ -30,7 +30,8 @@ def run(script, *arguments, path=None, cwd=ROOT, timeout=120, **variables) -> su
     own = str(Path(sys.executable).parent)
     environment = {"PATH": path or f"{own}{os.pathsep}{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
     environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_DATASETS_CACHE": os.environ["HF_DATASETS_CACHE"]} | variables
+    kept = ("HF_DATASETS_CACHE", "TORCH_EXTENSIONS_DIR")
+    environment |= {name: os.environ[name] for name in kept if name in os.environ} | variables
     return subprocess.run(
         ["bash", str(script if Path(script).is_absolute() else SCRIPTS / script), *map(str, arguments)],
         env={name: str(value) for name, value in environment.items() if value is not None},
