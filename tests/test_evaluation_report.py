@@ -1,10 +1,14 @@
 """The report: everything by one command, hostile text stays text, and the page stands in a browser."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from chromium import browsing
-from conftest import write_jsonl
+from conftest import ROOT, write_jsonl
 from evaluation_helpers import other_model, reward_model, texts_of, write_bench
 from judge_server import judging
 from test_pictures import HOSTILE, Parsed, assert_harmless
@@ -143,3 +147,25 @@ def test_wrong_input_is_said_before_anything_starts(tiny, tmp_path, options, wor
     assert exit.value.code == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_script_takes_a_file_of_variables(tmp_path):
+    lines = [{"step": n, "policy/kl": 0.1 * n} for n in range(1, 9)]
+    write_jsonl(tmp_path / "metrics.jsonl", lines)
+    (tmp_path / "config.sh").write_text(f"RUNS='a={tmp_path} b={tmp_path}'\nOUT={tmp_path / 'out'}\n")
+    script = ROOT / "training_scripts" / "evaluate.sh"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "config.sh"), "--smoothing", "0"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mt_bench: left out, needs --models, --mt_bench_dir" in done.stdout
+    results = load_results(tmp_path / "out", "curves")
+    assert results["runs"] == {"a": 8, "b": 8}
+    assert results["smoothing"] == 0
+    done = subprocess.run(["bash", str(script), "/nowhere"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "RUN_FOLDER | CONFIG_FILE" in done.stderr
