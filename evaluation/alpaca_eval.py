@@ -22,7 +22,7 @@ from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.judging import JudgeOptions, Verdicts, judge_all, message_id
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt, read_verdict
-from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, parse_models
+from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, answers_folder, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
 from evaluation.report import refresh_report
 from evaluation.results import save_results
@@ -163,7 +163,8 @@ def run(options: Options) -> str | None:
     folder = Path(options.out) / "alpaca_eval"
     brief = replace(options, max_new_tokens=options.max_answer_seq_len)
     replies = {
-        name: answer_all(Policy(name, path, brief), questions, folder / "answers") for name, path in models.items()
+        name: answer_all(Policy(name, path, brief), questions, answers_folder(options.out, questions))
+        for name, path in models.items()
     }
     outputs = {name: write_outputs(folder / "model_outputs", name, questions, given) for name, given in replies.items()}
     results: dict = {"questions": len(questions), "models": list(models), "judge": options.judge, "usd": None}

@@ -217,6 +217,16 @@ def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> d
     return {question.id: done[question.id] for question in questions}
 
 
+def answers_folder(out: str | Path, questions: Sequence[Question]) -> Path:
+    """Where answers to these questions lie, whichever part asks: they are written once."""
+    return Path(out) / "answers" / f"{len(questions)}-prompts-{questions_hash(questions)[:6]}"
+
+
+def questions_hash(questions: Sequence[Question]) -> str:
+    asked = [[question.id, list(question.turns), question.temperature, question.raw] for question in questions]
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16]
+
+
 def batched(questions: Sequence[Question], size: int) -> Iterator[list[Question]]:
     """Batches of one temperature and number of turns, in the order of the questions."""
     groups: dict[tuple[float, int], list[Question]] = {}
@@ -246,10 +256,9 @@ def read_replies(path: Path) -> Iterator[tuple[int | str, Reply]]:
 
 def settings_of(policy: Policy, questions: Sequence[Question]) -> dict:
     """What an answer depends on."""
-    asked = [[question.id, list(question.turns), question.temperature, question.raw] for question in questions]
     return {
         "weights": fingerprint(policy.path),
-        "questions": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        "questions": questions_hash(questions),
         "max_new_tokens": policy.options.max_new_tokens,
         "generation_batch_size": policy.options.generation_batch_size,
         "dtype": policy.options.dtype,

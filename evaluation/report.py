@@ -70,7 +70,9 @@ def refresh_report(out: str | Path) -> Path:
         drawn = part.draw(results) if results else paragraph(f"Missing: not run. {part.command} measures it.", "quiet")
         chapters.append((part.heading, drawn))
     lead = cards(items) if (items := sections.headline(found)) else Html("")
-    page = write_page(out / "report.html", "Evaluation of the user’s models", chapters, lead)
+    names = dict.fromkeys(name for results in found.values() if results for name in results.get("models", ()))
+    title = f"Evaluation: {', '.join(names)}" if names else "Evaluation"
+    page = write_page(out / "report.html", title, chapters, lead)
     print(f"report: {page}", flush=True)
     return page
 
@@ -83,7 +85,8 @@ def overview(found: dict[str, dict | None]) -> Html:
     missing = [part.heading for part in PARTS if not found[part.folder]]
     words = f"Missing: {', '.join(missing)}." if missing else "Every part was run."
     note = "“—”: does not apply or is not known. The paper’s numbers are Llama-2-7B’s on full-hh-rlhf, judged by GPT-4."
-    return join([table_html(["part", "measured", "items", "judge", "US$"], rows, note), paragraph(words, "note")])
+    table = table_html(["part", "measured", "items", "judge", "US$"], rows)
+    return join([table, paragraph(f"{words} {note}", "note")])
 
 
 @exits_cleanly

@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from evaluation.policies import (
     Question,
     Reply,
     answer_all,
+    answers_folder,
     device,
     parse_models,
     prompt_text,
@@ -91,11 +91,10 @@ def token_sums(path: str, answered: Mapping[str, Answered], options: Options) ->
 def sequence_sums(path: str, answered: Mapping[str, Answered], options: Options) -> dict[str, np.ndarray]:
     """The sequence reward of each answer, ``(N,)``, by model (Eq. 1)."""
     tokenizer, model = load_tokenizer(path), load_token_classifier(path, 1, torch_dtype(options.dtype))
-    model = model.to(device()).eval()
+    model, pad_id = model.to(device()).eval(), tokenizer.pad_token_id
+    size = options.scoring_batch_size
     return {
-        name: np.array(
-            sequence_scores(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.scoring_batch_size)
-        )
+        name: np.array(sequence_scores(model, texts.examples(tokenizer), pad_id, size))
         for name, texts in answered.items()
     }
 
@@ -122,7 +121,7 @@ def run(options: Options) -> None:
     answered, brevity = {}, replace(options, max_new_tokens=options.max_answer_seq_len)
     for name, path in models.items():
         policy = Policy(name, path, brevity)
-        replies = answer_all(policy, questions, Path(options.out) / "reward_scores" / "answers")
+        replies = answer_all(policy, questions, answers_folder(options.out, questions))
         answered[name] = answers_in_context(policy, questions, replies)
     sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
     if options.sequence_reward:

@@ -31,11 +31,16 @@ def headline(found: Mapping[str, dict | None]) -> list[tuple[str, str]]:
     if bench := found.get("mt_bench"):
         name, row = max(bench["models"].items(), key=lambda entry: entry[1]["overall"] or 0)
         items.append((number(row["overall"]), f"MT-Bench, {name}: the best of {len(bench['models'])}"))
+    if (alpaca := found.get("alpaca_eval")) and alpaca["head_to_head"]:
+        row = alpaca["head_to_head"][0]
+        items.append((f"{number(percent(row['win_rate']), 0)} %", f"{row['model']} preferred to {row['against']}"))
+    if votes := found.get("human"):
+        name, part = max(((n, p) for n, p in votes["shares"].items() if n != "tie"), key=lambda entry: entry[1])
+        items.append((f"{number(percent(part), 0)} %", f"of people’s votes for {name}"))
     if judge := found.get("discriminator"):
         guess = number(judge["majority_accuracy"])
-        items.append(
-            (number(judge["edited_accuracy"]), f"discriminator’s accuracy on edited tokens (majority {guess})")
-        )
+        words = f"discriminator’s accuracy on edited tokens (majority guess {guess})"
+        items.append((number(judge["edited_accuracy"]), words))
     return items
 
 
@@ -55,7 +60,8 @@ def missing_note(results: dict) -> Html:
     if results.get("missing"):
         parts.append(f"{results['missing']} of {results['verdicts']} verdicts are missing; averages leave them out.")
     if cut := {name: count for name, count in (results.get("empty_answers") or {}).items() if count}:
-        parts.append("Empty answers: " + ", ".join(f"{name} {count}" for name, count in cut.items()) + ".")
+        counts = ", ".join(f"{name} {count}" for name, count in cut.items())
+        parts.append(f"Empty answers: {counts} (ended at once, or no room left behind the prompt).")
     return paragraph(" ".join(parts), "note") if parts else Html("")
 
 
@@ -88,18 +94,18 @@ def mt_bench(results: dict) -> Html:
     categories = results["categories"]
     by_category = {name: [row["categories"][c] for c in categories] for name, row in models.items()}
     radar = radar_chart(categories, by_category, "Rating by category", 10)
-    parts = [columns(own, paper), missing_note(results), columns(bars, radar)]
+    left = [own]
     if results["differences"]:
         rows = [
             [f"{name} − {row['against']}", row["overall"], interval(row["interval"])]
             for name, row in results["differences"].items()
         ]
         note = "Paired: the same resampled questions for both models."
-        parts.append(table_html(["difference", "overall", "95 % interval"], rows, note))
-    table = table_html(
-        ["category", *models], [[c, *(by_category[n][i] for n in models)] for i, c in enumerate(categories)]
-    )
-    return join([*parts, fold("Ratings by category as a table", table)])
+        left.append(table_html(["difference", "overall", "95 % interval"], rows, note))
+    rows = [[category, *(by_category[name][place] for name in models)] for place, category in enumerate(categories)]
+    table = fold("Ratings by category as a table", table_html(["category", *models], rows))
+    left.append(missing_note(results))
+    return join([columns(Html(f"<div>{join(left)}</div>"), paper), columns(bars, radar), table])
 
 
 # ---- AlpacaEval ------------------------------------------------------------------------------------------------------
@@ -113,36 +119,32 @@ def alpaca_eval_facts(results: dict) -> list:
 def alpaca_eval(results: dict) -> Html:
     rows = results["head_to_head"]
     parts = [missing_note(results)]
+    chart = Html("")
     if rows:
         names = [f"{row['model']} : {row['against']}" for row in rows]
         rates = {"win rate": [percent(row["win_rate"]) for row in rows]}
         ranges = {"win rate": [whisker([percent(edge) for edge in row["interval"]]) for row in rows]}
-        left = table_html(
-            ["head to head", "win rate, %", "95 % interval", "wins", "ties", "losses", "p"],
-            [
-                [
-                    f"{row['model']} against {row['against']}",
-                    percent(row["win_rate"]),
-                    interval(row["interval"], 1, percent=True),
-                    *(row[key] for key in ("wins", "ties", "losses")),
-                    number(row["p_value"], 3),
-                ]
-                for row in rows
-            ],
-            f"{results['questions']} prompts, each pair of answers judged in both orders by {results['judge']}; a win: "
-            "preferred in one order and not beaten in the other; ties count half; Wilson intervals, exact sign test.",
-            digits=1,
+        chart = bar_chart(names, rates, "Win rate", "%", ranges)
+        header = ["head to head", "win rate, %", "95 % interval", "wins", "ties", "losses", "p"]
+        header += ["first shown preferred, %", "orders disagree", "left out"]
+        note = (
+            f"{results['questions']} prompts, each pair of answers judged in both orders by {results['judge']}. A win: "
+            "preferred in one order and not beaten in the other; ties count half; Wilson intervals, exact sign test. "
+            "First shown preferred: 50 % is no position bias; where the orders disagree the item is a tie."
         )
-        bias = table_html(
-            ["position bias", "first shown preferred, %", "orders disagree", "items left out"],
+        table = [
             [
-                [names[i], percent(row["first_shown_preferred"]), row["inconsistent"], row["missing"]]
-                for i, row in enumerate(rows)
-            ],
-            "50 %: none. Where the two orders prefer different models the item is a tie.",
-            digits=1,
-        )
-        parts += [columns(bar_chart(names, rates, "Win rate", "%", ranges), left), bias]
+                f"{row['model']} against {row['against']}",
+                percent(row["win_rate"]),
+                interval(row["interval"], 1, percent=True),
+                *(row[key] for key in ("wins", "ties", "losses")),
+                number(row["p_value"], 3),
+                percent(row["first_shown_preferred"]),
+                *(row[key] for key in ("inconsistent", "missing")),
+            ]
+            for row in rows
+        ]
+        parts += [table_html(header, table, digits=1), paragraph(note, "note")]
     if package := results["package"]:
         table = [
             [row["model"], row["reference"], percent(row["win_rate"]), percent(row["standard_error"]), row["items"]]
@@ -155,7 +157,8 @@ def alpaca_eval(results: dict) -> Html:
         for method, row in PUBLISHED.items()
         if "TLCR preferred, %" in row
     }
-    return join([*parts, paper_table("Figure 4: against", published)])
+    paper = paper_table("Figure 4: against", published)
+    return join([*parts, columns(chart, paper) if chart else paper])
 
 
 def percent(value: float | None) -> float | None:

@@ -7,14 +7,22 @@ python evaluation/side_by_side.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.pictures import TokenScores
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import Policy, PolicyOptions, Question, answer_all, device, parse_models, torch_dtype
+from evaluation.policies import (
+    Policy,
+    PolicyOptions,
+    Question,
+    answer_all,
+    answers_folder,
+    device,
+    parse_models,
+    torch_dtype,
+)
 from evaluation.prompts import PromptOptions, prompt_id, read_prompts
 from evaluation.report import refresh_report
 from evaluation.results import save_results
@@ -35,10 +43,14 @@ class Options(SideOptions, PromptOptions, PolicyOptions):
     """Show the models' answers beside each other."""
 
 
-def chosen_prompts(options: Options, model: str) -> list[Question]:
+def prompts_to_answer(options: Options, models: dict[str, str]) -> list[Question]:
+    """The prompts that are shown; all of a file's where another part has the models' answers to them already."""
     if options.show:
         return [Question(prompt_id(text), [text], options.temperature) for text in dict.fromkeys(options.show)]
-    return read_prompts(options, model)[: options.shown]
+    questions = read_prompts(options, next(iter(models.values())))
+    folder = answers_folder(options.out, questions)
+    answered = all((folder / f"{name}.jsonl").exists() for name in models)
+    return questions if answered else questions[: options.shown]
 
 
 def coloured(answered: dict[str, Answered], options: Options) -> dict[str, list[TokenScores]]:
@@ -65,13 +77,14 @@ def caption(name: str, scores: TokenScores) -> str:
 
 def run(options: Options) -> None:
     models = parse_models(options.models)
-    questions = chosen_prompts(options, next(iter(models.values())))
+    questions = prompts_to_answer(options, models)
     brief = replace(options, max_new_tokens=options.max_answer_seq_len)
+    shown = questions if options.show else questions[: options.shown]
     answered = {}
     for name, path in models.items():
         policy = Policy(name, path, brief)
-        replies = answer_all(policy, questions, Path(options.out) / "side_by_side" / "answers")
-        answered[name] = answers_in_context(policy, questions, replies)
+        replies = answer_all(policy, questions, answers_folder(options.out, questions))
+        answered[name] = answers_in_context(policy, shown, replies)
     drawn = coloured(answered, options)
     samples = [
         {
@@ -79,7 +92,7 @@ def run(options: Options) -> None:
             "prompt": question.turns[0],
             "texts": [as_record(maps[place]) for maps in drawn.values()],
         }
-        for place, question in enumerate(questions)
+        for place, question in enumerate(shown)
     ]
     results = {"models": list(models), "discriminator": options.discriminator, "samples": samples}
     save_results(options.out, "side_by_side", {**results, "temperature": options.temperature})

@@ -43,6 +43,9 @@ ODD = [
 
 def read_question(body: dict) -> dict:
     text = body["messages"][0]["content"]
+    if "<|Start of Preferred Response|>" not in text:  # a judge's question, not a reviser's
+        asked = json.dumps(body["messages"])
+        return {"all": asked, "chosen": "", "rejected": "", "edited": "", "key": asked}
     chosen = re.search(SECTION.format("Preferred"), text, re.DOTALL)[1]
     rejected = re.search(SECTION.format("Non-Preferred"), text, re.DOTALL)[1]
     words = rejected.split()
@@ -73,7 +76,9 @@ class Server:
         o, question = self.options, read_question(body)
         draw = self.draw("answer", question["key"], 0 if o.alike else count)
         finish = "stop"
-        if question["key"] in o.always_bad.split(",") or draw.random() < o.malformed:
+        if o.verdict:
+            kind, text = "verdict", o.verdict
+        elif question["key"] in o.always_bad.split(",") or draw.random() < o.malformed:
             kind = o.malformed_kind or draw.choice(sorted(MALFORMED))
             text = MALFORMED[kind](question)
             finish = "length" if kind == "cut_by_max_tokens" else "stop"
@@ -276,7 +281,7 @@ async def main():
         parser.add_argument(f"--{name}", type=float, default=0.0)
     for name in ("refuse_key", "no_quota", "lose_batch_answer", "alike", "log_requests"):
         parser.add_argument(f"--{name}", action="store_true")
-    for name in ("malformed_kind", "refuse_all", "refuse_keys", "always_bad", "log"):
+    for name in ("malformed_kind", "refuse_all", "refuse_keys", "always_bad", "log", "verdict"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--faults_per_question", type=int)
     parser.add_argument("--most_enqueued", type=int, default=0)

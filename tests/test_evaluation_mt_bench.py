@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -12,9 +14,12 @@ import pytest
 from conftest import byte_level_tokenizer, shared
 from evaluation_helpers import QUESTIONS, expected_rating, other_model, read_lines, texts_of, write_bench
 from judge_server import judging
+from labeling_helpers import fault_server
+from transformers import GenerationConfig
 
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import mt_bench
-from evaluation.policies import Question, prompt_text
+from evaluation.policies import Policy, PolicyOptions, Question, prompt_text
 from evaluation.stats import bootstrap_interval
 from labeling.endpoint import Unusable
 
@@ -134,6 +139,42 @@ def test_a_judge_that_dies_is_continued_without_paying_again(models, tmp_path, m
     results = json.loads((out / "mt_bench" / "results.json").read_text())
     assert results["missing"] == 0
     assert {row["overall"] for row in results["models"].values()} == {5}
+
+
+@pytest.mark.parametrize("batch", [False, True], ids=["calls", "batches"])
+def test_a_judge_with_labellings_faults_is_labellings_client(models, tmp_path, batch):
+    """Rate limits, resets, wrong usage, wrong bodies; and the Batch API, whose answers come twice or expire."""
+    folder, out, log = write_bench(tmp_path / "fastchat"), tmp_path / "out", tmp_path / "log.jsonl"
+    faults = {"rate_limited": 0.2, "reset": 0.1, "garbage": 0.1, "wrong_usage": 0.3, "server_error": 0.1}
+    faults |= {"duplicates": 0.3, "expired": 0.3} if batch else {}
+    more = ["--batch", "--batch_poll", 0.1] if batch else ["--timeout", 2]
+    with fault_server(log, verdict="Rating: [[7]]", **faults) as url:
+        assert bench(models[:1], folder, out, url, *more) == 0
+    assert json.loads((out / "mt_bench" / "results.json").read_text())["models"]["sft"]["overall"] == 7
+    paid = Counter(line["key"] for line in read_lines(log) if line["got"] == "verdict")
+    assert set(paid.values()) == {1}
+    assert len(paid) == 8
+
+
+def test_a_models_own_end_of_turn_ends_its_answers(tiny, tmp_path):
+    """Every token is an end: so each answer has one token, and none of it is text."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny / "model", model)
+    vocabulary = list(range(len(load_tokenizer(model))))
+    GenerationConfig(eos_token_id=vocabulary).save_pretrained(model)
+    policy = Policy("x", str(model), PolicyOptions(out="", models=[], dtype="fp32", max_new_tokens=5))
+    (reply,) = policy.reply([Question(1, ["Hi", "More"])])
+    assert (reply.turns, reply.tokens, reply.ended) == (["", ""], [1, 1], [True, True])
+    (reply,) = Policy("y", str(tiny / "model"), policy.options).reply([Question(1, ["Hi"])])
+    assert reply.tokens == [5]
+
+
+def test_a_prompt_that_leaves_no_room_gets_what_room_there_is(tiny):
+    """The tiny model has 256 positions."""
+    policy = Policy("x", str(tiny / "model"), PolicyOptions(out="", models=[], dtype="fp32", max_new_tokens=8))
+    policy.load()
+    found = list(policy.answer([[5] * length for length in (3, 250, 256, 300)], temperature=0.0))
+    assert [len(answer.response_ids) for answer in found] == [8, 6, 0, 0]
 
 
 def test_interrupted_answers_are_the_uninterrupted_ones(models, tmp_path):

@@ -43,7 +43,7 @@ def test_rewards_are_those_of_each_answer_scored_alone(scored):
     for name in ("sft", "tlcr"):
         found = {"sequence": [], "discrete token": [], "continuous token": []}
         lengths = []
-        for line in read_lines(folder / "out" / "reward_scores" / "answers" / f"{name}.jsonl"):
+        for line in read_lines(next((folder / "out" / "answers").glob(f"*/{name}.jsonl"))):
             choice, prompt = line["choices"][0], questions[line["question_id"]].turns[0]
             start = len(tokenizer(prompt)["input_ids"])
             ids = tokenizer(prompt + choice["turns"][0])["input_ids"]

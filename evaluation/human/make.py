@@ -1,6 +1,6 @@
 """One page for each annotator: blind, each item's answers in a shuffled order, offline, exported as JSON.
 
-python evaluation/human/make.py --answers sft=OUT/reward_scores/answers/sft.jsonl tlcr=…/tlcr.jsonl \
+python evaluation/human/make.py --answers sft=OUT/answers/…/sft.jsonl tlcr=OUT/answers/…/tlcr.jsonl \
     --prompts prompts.jsonl --annotators ann bob cy --out OUTPUT
 
 Writes OUTPUT/human/pages/NAME.html, to be sent to the annotators, and OUTPUT/human/key.json, which says whose answer is
@@ -23,7 +23,7 @@ from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import escape, visible
 from deepspeed_chat_tlcr.pictures.page import theme_style
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.policies import OutOptions, read_replies
+from evaluation.policies import ASSISTANT, OutOptions, read_replies
 from evaluation.prompts import prompts_of_file
 
 MOST_MODELS = 9  # a key each
@@ -65,7 +65,8 @@ def read_items(options: Options) -> list[Item]:
     for question in prompts_of_file(options.prompts, 1.0):
         if all(question.id in given for given in models.values()):
             answers = {name: given[question.id].turns[0].strip() for name, given in models.items()}
-            items.append(Item(question.id, question.turns[0].strip(), answers))
+            prompt = question.turns[0].strip().removesuffix(ASSISTANT.strip()).rstrip()
+            items.append(Item(question.id, prompt, answers))
     if not items:
         raise InputError(f"--prompts {options.prompts}: none of its prompts was answered by every model")
     items = list({item.id: item for item in items}.values())

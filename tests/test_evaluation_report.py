@@ -1,0 +1,171 @@
+"""The report: everything by one command, hostile text stays text, and the page stands in a browser."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from chromium import browsing
+from conftest import ROOT, write_jsonl
+from evaluation_helpers import other_model, reward_model, texts_of, write_bench
+from judge_server import judging
+from test_pictures import HOSTILE, Parsed, assert_harmless
+
+from evaluation import main as evaluation
+from evaluation import report
+from evaluation.results import load_results, save_results
+
+PARTS = [part.folder for part in report.PARTS]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, tmp_path_factory):
+    """evaluation/main.py over two tiny models with all it can have, but for human votes; its folder and the judge."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    other = other_model(folder / "other", tiny)
+    disc, rm = (reward_model(folder / f"judge{labels}", tiny, labels) for labels in (2, 1))
+    write_jsonl(folder / "prompts.jsonl", [{"instruction": f"Tell me of {n} cats."} for n in range(8)])
+    write_jsonl(folder / "metrics.jsonl", [{"step": n, "policy/kl": 0.1 * n} for n in range(1, 9)])
+
+    def verdict(prompt: str, asked: int) -> str:
+        return "[[A]]" if "Answer A" in prompt else f"Rating: [[{len(prompt) % 7 + 2}]]"
+
+    with judging(verdict) as (judge, url):
+        arguments = [
+            *("--models", f"sft={tiny / 'model'}", f"tlcr={other}", "--out", str(folder / "out"), "--dtype", "fp32"),
+            *("--discriminator", str(disc), "--sequence_reward", str(rm), "--data_path", str(tiny / "data.jsonl")),
+            *("--revisions", str(tiny / "revisions.jsonl"), "--runs", f"tlcr={folder / 'metrics.jsonl'}"),
+            *("--mt_bench_dir", str(write_bench(folder / "fastchat")), "--prompts", str(folder / "prompts.jsonl")),
+            *("--judge", "judge", "--base_url", url, "--max_new_tokens", "8", "--max_answer_seq_len", "8"),
+        ]
+        assert evaluation.main(arguments) == 0
+        first = judge.asked.total()
+        assert evaluation.main(arguments) == 0
+        assert judge.asked.total() == first > 0
+    return folder / "out"
+
+
+def test_one_command_measures_everything_and_names_what_is_missing(evaluated):
+    assert [part for part in PARTS if load_results(evaluated, part) is None] == ["human"]
+    text = texts_of(evaluated / "report.html")
+    assert "Evaluation: sft, tlcr" in text
+    assert "Missing: Human votes." in text
+    assert "Missing: not run. evaluation/human/make.py, then count.py, measures it." in text
+    for number in ("5.04", "84.89", "45.23", "4.28", "0.814"):
+        assert (number in text) == (number != "45.23"), number  # the votes' chapter is not there
+    assert json.loads((evaluated / "run_options.json").read_text())["judge"] == "judge"
+    # AlpacaEval and side by side show the same prompts: answered once.
+    assert len(list((evaluated / "answers").glob("*/sft.jsonl"))) == 2
+
+
+def test_the_page_is_harmless_whatever_the_models_say(evaluated, tmp_path):
+    """Every text of every part is replaced by hostile ones: scripts, right-to-left marks, 100 kB tokens, bad UTF-8."""
+    long = "x<b>" * 25_000
+    texts = iter([*HOSTILE, long] * 1000)
+
+    def spoilt(value, key=""):
+        if isinstance(value, dict):
+            return {name: spoilt(inner, name) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [spoilt(one, key) for one in value]
+        # Names of this program's own choice stay: they say where the numbers are, not what a model wrote.
+        own = ("models", "rewards", "categories", "kind")
+        return next(texts) if isinstance(value, str) and key not in own else value
+
+    for part in PARTS:
+        if results := load_results(evaluated, part):
+            (tmp_path / part).mkdir()
+            # JSON can spell lone surrogates, which no UTF-8 file can hold.
+            (tmp_path / part / "results.json").write_text(json.dumps(spoilt(results)))
+    page = report.refresh_report(tmp_path)
+    document = page.read_text(encoding="utf-8")
+    assert_harmless(Parsed(document), scripts=1)
+    assert document.count("&lt;script&gt;alert(1)&lt;/script&gt;") > 3
+    assert "\\ud800" in document
+    with browsing() as tab:
+        tab.open(page)
+        assert tab.run("document.querySelectorAll('script').length") == 1
+        assert tab.run("document.querySelectorAll('.token b, .t b').length") == 0
+        assert tab.complaints == []
+
+
+def test_the_page_fits_laptops_and_phones_in_both_themes_and_shows_values(evaluated):
+    with browsing() as tab:
+        backgrounds = set()
+        for width, mobile in ((1280, False), (390, True)):
+            for dark in (False, True):
+                tab.screen(width, 844, dark, mobile)
+                tab.open(evaluated / "report.html")
+                assert tab.run("document.documentElement.scrollWidth") <= width
+                backgrounds.add(tab.run("getComputedStyle(document.body).backgroundColor"))
+        assert len(backgrounds) == 2
+        assert tab.run("document.querySelectorAll('svg[role=img]').length") >= 8
+        spot = (
+            "(() => { const one = document.querySelector('.heatmap .t'); one.scrollIntoView({block: 'center'});"
+            "const box = one.getBoundingClientRect(); return [box.x + 2, box.y + 5]; })()"
+        )
+        tab.screen(1280, 844)
+        x, y = tab.run(spot)
+        tab.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        tab.until("!document.querySelector('.tip').hidden")
+        assert "D = " in tab.run("document.querySelector('.tip').textContent") or "label" in tab.run(
+            "document.querySelector('.tip').textContent"
+        )
+        assert tab.complaints == []
+
+
+def test_an_empty_folder_is_a_report_of_missing_parts(tmp_path):
+    text = texts_of(report.refresh_report(tmp_path))
+    assert text.count("Missing: not run.") == len(PARTS)
+
+
+def test_results_that_are_none_are_refused(tmp_path, capsys):
+    (tmp_path / "mt_bench").mkdir()
+    (tmp_path / "mt_bench" / "results.json").write_text("[")
+    with pytest.raises(SystemExit):
+        report.main([str(tmp_path)])
+    assert "not results that this program wrote" in capsys.readouterr().err
+    save_results(tmp_path, "x", {"a": float("nan"), "b": [(1.0, float("inf"))]})
+    assert load_results(tmp_path, "x") == {"a": None, "b": [[1.0, None]]}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ([], "nothing to evaluate"),
+        (["--judge", "j", "--concurrency", "0"], "--concurrency 0"),
+        (["--discriminator", "MODEL"], "not a token classifier with 2 label"),
+        (["--mt_bench_dir", "/nowhere"], "no question.jsonl"),
+    ],
+)
+def test_wrong_input_is_said_before_anything_starts(tiny, tmp_path, options, words, capsys):
+    options = [str(tiny / "model") if option == "MODEL" else option for option in options]
+    with pytest.raises(SystemExit) as exit:
+        evaluation.main(["--out", str(tmp_path / "out"), *options])
+    assert exit.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_script_takes_a_file_of_variables(tmp_path):
+    lines = [{"step": n, "policy/kl": 0.1 * n} for n in range(1, 9)]
+    write_jsonl(tmp_path / "metrics.jsonl", lines)
+    (tmp_path / "config.sh").write_text(f"RUNS='a={tmp_path} b={tmp_path}'\nOUT={tmp_path / 'out'}\n")
+    script = ROOT / "training_scripts" / "evaluate.sh"
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(script), str(tmp_path / "config.sh"), "--smoothing", "0"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mt_bench: left out, needs --models, --mt_bench_dir" in done.stdout
+    results = load_results(tmp_path / "out", "curves")
+    assert results["runs"] == {"a": 8, "b": 8}
+    assert results["smoothing"] == 0
+    done = subprocess.run(["bash", str(script), "/nowhere"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "RUN_FOLDER | CONFIG_FILE" in done.stderr
