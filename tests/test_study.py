@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import external_world
 import numpy as np
@@ -77,6 +80,24 @@ def test_a_failed_step_stops_only_what_needs_it_and_nothing_is_made_twice(tmp_pa
     assert store.results(last)["--model"] == str(store.folder(bad))
     runs = [len((store.folder(step) / "ran.txt").read_text().splitlines()) for step in (base, bad, good, last)]
     assert runs == [1, 2, 1, 1]
+
+
+def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_path):
+    """This process gets the signal while its first step sleeps."""
+    slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
+    ran = store.folder(slow) / "ran.txt"
+
+    def terminate_once_it_runs() -> None:
+        while not (ran.exists() and ran.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate_once_it_runs, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        schedule.run(store, [slow], jobs=1, title="test")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ran.read_text().split()[1]), 0)
+    assert not store.is_done(slow)
 
 
 def test_methods_share_what_they_can_and_see_no_truth():
