@@ -242,10 +242,12 @@ def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
     """Two scored sets an update, the greedy ones second."""
     lines = [{"step": step, "rollout/response_length": 5.0} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    calls = [[{"prompt": "", "response": text, "ended": True}] for text in ("a", "aaaa", "aa", "aaaa")]
+    texts = [[{"prompt": "", "response": text, "ended": True}] for text in ("a", "aaaa", "aa", "aaaa")]
+    calls = [{"tokens": 3, "texts": text} for text in texts]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
     curve = learning_curve(tmp_path, lambda prompt, response, ended: float(len(response)))
     assert curve["true_score"] == [1.0, 2.0]
+    assert curve["generated_tokens"] == [6, 6]
     assert curve["response_length"] == [5.0, 5.0]
 
 
