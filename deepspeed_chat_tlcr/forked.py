@@ -7,6 +7,7 @@ PyTorch's autograd does not survive a fork.
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,7 @@ def start(program: str, arguments: Sequence[str], log: Path, variables: Mapping[
         return child
     status = 1
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does about it
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)

@@ -76,6 +76,8 @@ def write_data(argv: list[str]) -> None:
         records = ({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs)
         _write_jsonl(folder / f"{name}.jsonl", records)
     _write_jsonl(folder / "test_prompts.jsonl", ({"prompt": next(prompts)} for _ in range(options.test)))
+    counts = {"train": options.train, "eval": options.eval, "test": options.test}
+    _write_jsonl(folder / "results.json", [counts])
 
 
 def train_base(argv: list[str]) -> None:

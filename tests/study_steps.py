@@ -1,7 +1,9 @@
 """A program of the study's kind that does next to nothing: notes that it ran, and fails while a file is there."""
 
 import json
+import os
 import sys
+import time
 from pathlib import Path
 
 
@@ -9,7 +11,8 @@ def main(argv: list[str]) -> int:
     given = dict(zip(argv[::2], argv[1::2], strict=True))
     folder = Path(given["--output_dir"])
     with (folder / "ran.txt").open("a") as file:
-        file.write("ran\n")
+        file.write(f"ran {os.getpid()}\n")
+    time.sleep(float(given.get("--sleep", "0")))
     if "--fails_while" in given and Path(given["--fails_while"]).exists():
         print("the reason", file=sys.stderr)
         return 3

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import external_world
 import numpy as np
@@ -77,6 +80,24 @@ def test_a_failed_step_stops_only_what_needs_it_and_nothing_is_made_twice(tmp_pa
     assert store.results(last)["--model"] == str(store.folder(bad))
     runs = [len((store.folder(step) / "ran.txt").read_text().splitlines()) for step in (base, bad, good, last)]
     assert runs == [1, 2, 1, 1]
+
+
+def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_path):
+    """This process gets the signal while its first step sleeps."""
+    slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
+    ran = store.folder(slow) / "ran.txt"
+
+    def terminate_once_it_runs() -> None:
+        while not (ran.exists() and ran.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=terminate_once_it_runs, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        schedule.run(store, [slow], jobs=1, title="test")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(ran.read_text().split()[1]), 0)
+    assert not store.is_done(slow)
 
 
 def test_methods_share_what_they_can_and_see_no_truth():
@@ -221,10 +242,12 @@ def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
     """Two scored sets an update, the greedy ones second."""
     lines = [{"step": step, "rollout/response_length": 5.0} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    calls = [[{"prompt": "", "response": text, "ended": True}] for text in ("a", "aaaa", "aa", "aaaa")]
+    texts = [[{"prompt": "", "response": text, "ended": True}] for text in ("a", "aaaa", "aa", "aaaa")]
+    calls = [{"tokens": 3, "texts": text} for text in texts]
     (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
     curve = learning_curve(tmp_path, lambda prompt, response, ended: float(len(response)))
     assert curve["true_score"] == [1.0, 2.0]
+    assert curve["generated_tokens"] == [6, 6]
     assert curve["response_length"] == [5.0, 5.0]
 
 

@@ -8,11 +8,12 @@
 # shellcheck source=training_scripts/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 prepare
+read -ra revisions <<<"$REVISIONS"
 
 command=(
   "${launcher[@]}" "${at}baselines/figa/main.py" --deepspeed
   --model_name_or_path "$SFT_MODEL"
-  --revisions "$REVISIONS"
+  --revisions "${revisions[@]}"
   --data_path "${data[@]}"
   --data_split "$DATA_SPLIT"
   --data_seed "$DATA_SEED"

@@ -9,12 +9,13 @@
 # shellcheck source=training_scripts/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 prepare
+read -ra revisions <<<"$REVISIONS"
 
 command=(
   "${launcher[@]}" "${at}step2_discriminator/main.py" --deepspeed
   --objective token
   --model_name_or_path "$MODEL"
-  --revisions "$REVISIONS"
+  --revisions "${revisions[@]}"
   --data_path "${data[@]}"
   --data_split "$DATA_SPLIT"
   --data_seed "$DATA_SEED"

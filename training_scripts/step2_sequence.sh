@@ -9,6 +9,7 @@
 # shellcheck source=training_scripts/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 prepare
+read -ra revisions <<<"$REVISIONS"
 
 command=(
   "${launcher[@]}" "${at}step2_discriminator/main.py" --deepspeed
@@ -32,7 +33,7 @@ command=(
   --seed "$SEED"
   --output_dir "$OUTPUT/$SEQUENCE_FOLDER"
 )
-[[ $SEQUENCE_PAIRS != modified ]] || command+=(--revisions "$REVISIONS")
+[[ $SEQUENCE_PAIRS != modified ]] || command+=(--revisions "${revisions[@]}")
 [[ $SEQUENCE_PAIRS != modified || -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
 switch --gradient_checkpointing "$SEQUENCE_GRADIENT_CHECKPOINTING"
 switch --offload "$SEQUENCE_OFFLOAD"

@@ -38,7 +38,7 @@ def ask(options: Options, split: str) -> list[Revision]:
         status = label(
             [
                 *("--data_path", options.data_path, "--data_split", "0,10,0", "--split", split),
-                *("--model", MODEL, "--base_url", address, "--output_dir", str(folder), "--concurrency", "8"),
+                *("--model", MODEL, "--base_url", address, "--output_dir", str(folder), "--concurrency", "8", "--yes"),
             ]
         )
     finally:

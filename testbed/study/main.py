@@ -31,6 +31,7 @@ from testbed.study.options import (
 from testbed.study.pages import write_study_page
 from testbed.study.results import Run
 
+EXIT_RESUMABLE = 3
 SEQUENCE = {"ppo_synthetic", "ppo_seq", "remax"}
 
 
@@ -197,7 +198,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Small models gain nothing from two threads or a GPU; the jobs side by side do.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    outcome = schedule.run(study.store, steps, options.jobs, options.stage)
+    try:
+        outcome = schedule.run(study.store, steps, options.jobs, options.stage)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues", flush=True)
+        return EXIT_RESUMABLE
     found = study.results()
     write_json(folder / "results.json", found)
     page = write_study_page(folder / "study.html", found)

@@ -102,14 +102,15 @@ def learning_curve(training: Path, scorer: Scorer | None) -> dict[str, list[floa
     """By update: what training logged, and the true score of the rollouts that were kept (temperature 1)."""
     log = read_metrics(training / "metrics.jsonl")
     curve = {name: [entry.get(key) for entry in log] for key, name in CURVES.items()}
-    speed, seconds = "throughput/generated_tokens_per_second", "seconds/rollout"
-    curve["generated_tokens"] = [round(entry.get(speed, 0) * entry.get(seconds, 0)) for entry in log]
     rollouts = training / "rollouts.jsonl"
-    if log and scorer and rollouts.is_file():
+    if log and rollouts.is_file():
         calls = [json.loads(line) for line in rollouts.read_text(encoding="utf-8").splitlines()]
-        # ReMax has its greedy answers scored too, behind the sampled ones.
-        per_update = max(1, len(calls) // len(log))
-        curve["true_score"] = [mean_score(call, scorer) for call in calls[::per_update]][: len(log)]
+        # ReMax has its greedy answers scored too, behind the sampled ones: they cost tokens, but are not the policy's.
+        size = max(1, len(calls) // len(log))
+        updates = [calls[begin : begin + size] for begin in range(0, size * len(log), size)]
+        curve["generated_tokens"] = [sum(call["tokens"] for call in update) for update in updates]
+        if scorer:
+            curve["true_score"] = [mean_score(update[0]["texts"], scorer) for update in updates]
     return {"update": [entry["step"] for entry in log], **curve}
 
 

@@ -18,7 +18,10 @@ KEPT = 16
 
 
 def record(rollout: Rollout, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """Append the first rollouts to the file that the environment names; returns zeros, ``(B, A)``."""
+    """Append the first rollouts, and how many tokens all have, to the file that the environment names.
+
+    Returns zeros, ``(B, A)``.
+    """
     lines = []
     prompt_length = rollout.input_ids.size(1) - rollout.actions
     for row in range(min(KEPT, len(rollout.input_ids))):
@@ -31,5 +34,5 @@ def record(rollout: Rollout, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor
         }
         lines.append({**texts, "ended": ended})
     with open(os.environ[ROLLOUTS], "a", encoding="utf-8") as file:
-        file.write(json.dumps(lines) + "\n")
+        file.write(json.dumps({"tokens": int(rollout.action_mask.sum()), "texts": lines}) + "\n")
     return torch.zeros_like(rollout.action_mask, dtype=torch.float32)

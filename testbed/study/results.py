@@ -42,7 +42,7 @@ def record(store: Store, run: Run) -> dict:
         **found,
     }
     if curve:
-        kept["generated_tokens"] = sum(curve["generated_tokens"])
+        kept["generated_tokens"] = sum(curve.get("generated_tokens", ()))
         if curve.get("true_score"):
             kept["best_true_score_in_training"] = best_of_curve(curve["true_score"])
             kept["last_true_score_in_training"] = best_of_curve(curve["true_score"][-5:])

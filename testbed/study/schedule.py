@@ -38,6 +38,7 @@ def run(store: Store, wanted: Sequence[Step], jobs: int, title: str) -> Outcome:
     running: dict[int, tuple[Step, float]] = {}
     if left:
         forked.warm_up()
+    before = signal.signal(signal.SIGTERM, _interrupt)
     with tqdm(total=len(steps), initial=outcome.done, desc=title, dynamic_ncols=True) as bar:
         try:
             while left or running:
@@ -55,7 +56,13 @@ def run(store: Store, wanted: Sequence[Step], jobs: int, title: str) -> Outcome:
             for process in running:
                 os.waitpid(process, 0)
             raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
     return outcome
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _begin(store: Store, left: list[Step], jobs: int, running: dict, outcome: Outcome) -> list[Step]:
@@ -78,7 +85,8 @@ def _begin(store: Store, left: list[Step], jobs: int, running: dict, outcome: Ou
 
 
 def _end(store: Store, step: Step, status: int, seconds: float, outcome: Outcome) -> None:
-    if status == 0:
+    # A stage that was told to end saves its state and exits with 0, but has no results.
+    if status == 0 and (store.folder(step) / "results.json").is_file():
         store.mark_done(step, round(seconds, 1))
         outcome.done += 1
         return

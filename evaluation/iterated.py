@@ -1,0 +1,98 @@
+"""What the rounds of iterated TLCR brought -> RUN_DIR/iterated.json, and a table.
+
+python evaluation/iterated.py --run_dir OUTPUT --rounds 3
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.saving import write_json
+from evaluation.results import load_results
+
+PPO_MEASURES = ("reward/per_token", "policy/kl", "rollout/response_length")
+"""What is kept of a round's last update; the KL is to the policy that the round started from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Gather the measures of every round of run_iterated.sh."""
+
+    run_dir: str = option(MISSING, "OUTPUT of run_iterated.sh")
+    rounds: int = option(MISSING, "how many rounds are finished")
+
+
+def read_json(path: Path) -> dict:
+    """Raises ``InputError`` where a stage has not written it."""
+    if not path.is_file():
+        raise InputError(f"{path} is not there: that stage of run_iterated.sh has not finished")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def labels(folder: Path) -> dict[str, float]:
+    """How much of the answers the reviser changed."""
+    audit = read_json(folder / "audit" / "audit.json")
+    return {
+        "share_negative": audit["tokens"]["share_negative"],
+        "share_positive": audit["tokens"]["share_positive"],
+        "edit_ratio": audit["edit_ratio"]["mean"],
+        "unedited_share": audit["unedited"] / audit["revisions"],
+    }
+
+
+def judged(folder: Path) -> dict[str, float]:
+    """The discriminator on the held-out answers of a round."""
+    found = load_results(folder, "discriminator")
+    if found is None:
+        raise InputError(f"{folder}/discriminator/results.json is not there: run_iterated.sh has not finished")
+    return {name: found[name] for name in ("edited_accuracy", "majority_accuracy", "auroc")}
+
+
+def round_of(folder: Path, before: dict[str, float]) -> dict:
+    """One round; ``before``: the labels of the round before, from which these have shifted."""
+    now = labels(folder)
+    ppo = read_json(folder / "step3_ppo_tlcr" / "results.json")
+    return {
+        "labels": now,
+        "label_shift": {name: now[name] - before[name] for name in now},
+        "discriminator_before": judged(folder / "before"),
+        "discriminator_after": judged(folder / "after"),
+        "ppo": {
+            name: ppo[name] for name in ("reward/per_token", "policy/kl", "rollout/response_length") if name in ppo
+        },
+        "labelling_usd": read_json(folder / "labeling" / "run.json").get("usd"),
+    }
+
+
+@exits_cleanly
+def main(argv: Sequence[str] | None = None) -> None:
+    options = parse(Options, argv)
+    run = Path(options.run_dir)
+    first = labels(run)
+    rounds: list[dict] = []
+    for number in range(1, options.rounds + 1):
+        rounds.append(round_of(run / f"round{number}", rounds[-1]["labels"] if rounds else first))
+    write_json(run / "iterated.json", {"labels_at_first": first, "rounds": rounds})
+
+    table = Table(title="Iterated TLCR: the discriminator on the policy's own, held-out answers")
+    for name in ("round", "negative tokens", "positive tokens", "accuracy before", "after", "majority", "AUROC after"):
+        table.add_column(name, justify="right")
+    table.add_row("0", f"{first['share_negative']:.3f}", f"{first['share_positive']:.3f}", "", "", "", "")
+    for number, one in enumerate(rounds, 1):
+        before, after = one["discriminator_before"], one["discriminator_after"]
+        figures = (one["labels"]["share_negative"], one["labels"]["share_positive"], before["edited_accuracy"])
+        figures += (after["edited_accuracy"], after["majority_accuracy"], after["auroc"])
+        table.add_row(str(number), *(f"{figure:.3f}" for figure in figures))
+    Console().print(table)
+    print(run / "iterated.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# Iterated TLCR (beyond the paper, whose reward data is static): the policy answers prompts, the external model revises
+# *those* answers, the discriminator learns from all labels so far, PPO goes on from the policy. ROUNDS times.
+#
+# Hardware: as run_7b.sh. Time: a round takes about as long as its labelling, step 2 and step 3. A round's labelling
+# stops before it could cost more than LABEL_MAX_USD; the same command then goes on, also after any other stop.
+# Launch:   bash training_scripts/run_iterated.sh OUTPUT     OUTPUT: a run that run_7b.sh has finished
+#           ROUNDS=5 ROUND_PROMPTS=5000 bash training_scripts/run_iterated.sh output/llama2-7b
+# Results:  OUTPUT/roundN/step3_ppo_tlcr/actor, and OUTPUT/iterated.json: by round how the labels shift, and how well the
+# discriminator judges the policy's own answers before and after it has learnt from such.
+# The KL penalty of a round is against the policy that the round starts from.
+
+# ---- variables (the environment wins) ----
+set -a
+OUTPUT=${1:-${OUTPUT:-output/llama2-7b}}
+: "${ROUNDS:=3}" "${ROUND_PROMPTS:=2000}" "${ROUND_EVAL_PROMPTS:=200}" # prompts that are answered in a round
+set +a
+
+# shellcheck source=training_scripts/recipe.sh
+source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
+prepare
+scripts=$project/training_scripts run=$OUTPUT
+for made in step1_sft labeling step2_discriminator step3_ppo_tlcr; do
+  [[ $PLAN == 1 || -d $run/$made ]] || die "$run/$made is not there: run_iterated.sh goes on from a finished run"
+done
+preflight
+
+is_audited() {
+  [[ -f $1/audit.json ]]
+}
+is_measured() {
+  [[ -f $1/discriminator/results.json ]]
+}
+# judged NAME DISCRIMINATOR: how well it judges the answers of this round that no discriminator learns from.
+judged() {
+  run_stage "$1" is_measured python3 "${at}evaluation/discriminator.py" --discriminator "$2" --eval_share 1 \
+    --revisions "$round/held_out/labeling/revisions.jsonl" --max_seq_len "$MAX_SEQ_LEN" --out "$OUTPUT/$1"
+}
+# audited FOLDER: the statistics of its labels.
+audited() {
+  OUTPUT=$1 run_stage audit is_audited python3 "${at}labeling/audit.py" "$1/labeling/revisions.jsonl" \
+    --tokenizer "$run/step1_sft" --output_dir "$1/audit"
+}
+
+audited "$run"
+labels=$REVISIONS actor=$run/step3_ppo_tlcr/actor judge=$run/step2_discriminator
+for ((number = 1; number <= ROUNDS; number++)); do
+  round=$run/round$number OUTPUT=$run/round$number
+
+  run_stage answers has_results python3 "${at}labeling/own_answers.py" --policy "$actor" --round "$number" \
+    --data_path "${data[@]}" --data_split "$DATA_SPLIT" --data_seed "$DATA_SEED" --prompts "$ROUND_PROMPTS" \
+    --eval_prompts "$ROUND_EVAL_PROMPTS" --max_prompt_seq_len "$MAX_PROMPT_LEN" \
+    --max_answer_seq_len "$MAX_ANSWER_LEN" --seed "$SEED" --output_dir "$OUTPUT/answers"
+  DATA=$round/answers DATA_SPLIT=0,10,0 attended bash "$scripts/label.sh"
+  OUTPUT=$round/held_out DATA=$round/answers DATA_SPLIT=0,10,0 attended bash "$scripts/label.sh" --split eval
+  audited "$round"
+
+  judged before "$judge"
+  labels+=" $round/labeling/revisions.jsonl"
+  REVISIONS=$labels EVAL_REVISIONS=$round/held_out/labeling/revisions.jsonl attended bash "$scripts/step2.sh"
+  judge=$round/step2_discriminator
+  judged after "$judge"
+
+  SFT_MODEL=$actor DISCRIMINATOR_MODEL=$judge attended bash "$scripts/step3.sh"
+  actor=$round/step3_ppo_tlcr/actor
+done
+[[ $PLAN == 1 ]] || python3 "${at}evaluation/iterated.py" --run_dir "$run" --rounds "$ROUNDS"
