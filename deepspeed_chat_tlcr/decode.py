@@ -13,7 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from deepspeed_chat_tlcr.generation import Decoding, warp
+from deepspeed_chat_tlcr.generation import Decoding, response_mask, warp
 
 CHUNK = 32
 _CHECK_EVERY = 8  # tokens between questions to the device whether all rows have ended
@@ -107,7 +107,8 @@ def decode(
             live.mask[:, prompt_length + step] = 1
             seen = live if roomy else _Live(live.rows, live.mask[:, : prompt_length + step + 1], live.positions)
             logits = forward(chosen.unsqueeze(1), seen, cache)
-    return torch.cat([ids, responses[:, : step + 1]], dim=1)
+    longest = int(response_mask(responses[:, : step + 1], eos_id).sum(1).max())
+    return torch.cat([ids, responses[:, :longest]], dim=1)
 
 
 def _new_cache(model: PreTrainedModel) -> tuple[bool, DynamicCache]:
@@ -130,7 +131,9 @@ def _forward_of(model: PreTrainedModel, roomy: bool) -> Callable[[torch.Tensor, 
         attention_mask = live.mask
         if roomy and ids.size(1) == 1:
             # Ready-made: transformers would build the same from the plain mask, in every step.
-            attention_mask = torch.where(attention_mask[:, None, None].bool(), 0.0, lowest).to(model.dtype)
+            hidden = (attention_mask == 0)[:, None, None]
+            attention_mask = torch.zeros(hidden.shape, dtype=model.dtype, device=ids.device)
+            attention_mask.masked_fill_(hidden, lowest)
         extra = {"position_ids": live.positions} if "position_ids" in parameters else {}
         if "logits_to_keep" in parameters:
             extra["logits_to_keep"] = 1

@@ -16,6 +16,7 @@ from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causa
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
+from step3_ppo_tlcr.faults import watch_gradients
 from step3_ppo_tlcr.records import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, sequence_reward
 from step3_ppo_tlcr.rollout import hybrid_possible
@@ -234,4 +235,5 @@ def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, 
         num_training_steps=total_steps,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
+    watch_gradients(engine)
     return engine

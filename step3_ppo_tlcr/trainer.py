@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from step3_ppo_tlcr.averages import Averages, RunningScale
 from step3_ppo_tlcr.ema import WeightAverage
 from step3_ppo_tlcr.engines import RewardSum, action_logits, state_values
-from step3_ppo_tlcr.faults import Faults, align_overflow
+from step3_ppo_tlcr.faults import Faults, align_overflow, gradient_norm
 from step3_ppo_tlcr.logprobs import full_kl, token_logprobs
 from step3_ppo_tlcr.measures import finished, measure_rollout, peak_memory, throughputs
 from step3_ppo_tlcr.objectives import adapted_beta, k1, k3
@@ -78,6 +78,7 @@ class Trainer(ABC):
         self.experiences: list[Experience] = []  # of the newest step
         self.seconds: dict[str, float] = {}
         self.updates = 0  # optimiser steps of the newest step
+        self.gradient_norms: dict[str, float] = {}  # by role, of the newest optimiser step
 
     @abstractmethod
     def losses(self, batch: Experience) -> Losses:
@@ -89,7 +90,7 @@ class Trainer(ABC):
         Raises ``TooManyFaults`` after ``--max_faults`` calls in a row whose numbers were not finite.
         """
         averages = Averages(self.device)
-        self.seconds, self.updates = {}, 0
+        self.seconds, self.updates, self.gradient_norms = {}, 0, {}
         with self._timed("rollout"):
             rollouts = self.rollout(prompts)
         with self._timed("score"):
@@ -237,7 +238,9 @@ class Trainer(ABC):
         for _ in range(left_out):
             # Engines count backward passes: the places of what was left out are filled with gradients of zero.
             self._backward(self.losses(good), torch.zeros_like(shares[0]), averages)
-        self.updates += 1
+        # While fp16 looks for its loss scale it overflows by design; in other precisions it is a fault.
+        finite = all(math.isfinite(norm) for norm in self.gradient_norms.values())
+        self.updates += int(finite or self.models.actor.fp16_enabled())
         return moved.reduce()["kl"] if self.options.target_kl is not None else 0.0
 
     def _backward(self, losses: Losses, share: torch.Tensor, averages: Averages) -> None:
@@ -252,10 +255,15 @@ class Trainer(ABC):
             # Engines divide by the number of passes; the share makes no difference here, every batch is full.
             self.models.actor.backward(text_loss * self.options.unsup_coef * passes)
             averages.add("policy/pretraining_loss", text_loss.detach())
-        if self.options.align_overflow and all(e.is_gradient_accumulation_boundary() for e in engines.values()):
+        boundary = all(engine.is_gradient_accumulation_boundary() for engine in engines.values())
+        if boundary and self.options.align_overflow:
             align_overflow(list(engines.values()))
-        for engine in engines.values():
+        for role, engine in engines.items():
+            norm = gradient_norm(engine) if boundary else None
             engine.step()
+            if boundary:
+                norm = engine.get_global_grad_norm() if norm is None else norm
+                self.gradient_norms[role] = float(norm) if norm is not None else math.nan
 
     def _record(self, losses: Losses, mask: torch.Tensor, averages: Averages) -> None:
         for name, values in losses.measured.items():
@@ -281,8 +289,7 @@ class Trainer(ABC):
         metrics["memory/peak_gib"] = peak_memory()
         for role, engine in self.models.engines.items():
             metrics[f"optimiser/{role}_learning_rate"] = engine.get_lr()[0]
-            norm = engine.get_global_grad_norm() if self.updates else None
-            metrics[f"optimiser/{role}_grad_norm"] = float(norm) if norm is not None else math.nan
+            metrics[f"optimiser/{role}_grad_norm"] = self.gradient_norms.get(role, math.nan)
             metrics[f"faults/{role}_overflows"] = float(engine.skipped_steps)
         return metrics
 

@@ -235,7 +235,7 @@ def test_a_killed_ppo_run_ends_where_the_uninterrupted_one_ends(tiny, trained, t
     step3(tiny, half, trained / "sft", trained / "disc", *arguments)
 
     def comparable(folder: Path) -> list[dict]:
-        noise = ("seconds/", "throughput/")
+        noise = ("seconds/", "throughput/", "memory/")
         return [
             {k: v for k, v in line.items() if not k.startswith(noise)}
             for line in read_metrics(folder / "metrics.jsonl")
