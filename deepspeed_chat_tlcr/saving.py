@@ -56,18 +56,14 @@ def deepspeed_chat_keys(state_dict: dict[str, torch.Tensor], model: PreTrainedMo
     """A state dict under DeepSpeed-Chat's names, contiguous on the CPU.
 
     A causal LM's are Hugging Face's. A scoring model's backbone is ``rwtransformer.*``, its head ``v_head.weight``
-    (RLHF-TLCR's discriminator: ``discriminate_head.weight``). Raises ``InputError`` for a head with a bias that is
-    not zero, for which that format has no place.
+    (RLHF-TLCR's discriminator: ``discriminate_head.weight``). Those programs' heads have no bias and they pass over
+    one silently; it is written all the same, so that nothing is lost to readers who know it.
     """
     named = {}
     head = None if model.can_generate() else head_of(model)[0]
     head_name = "v_head" if model.config.num_labels == 1 else "discriminate_head"
     for name, tensor in state_dict.items():
         if head is not None and name.startswith(f"{head}."):
-            if name.endswith(".bias"):
-                if bool(tensor.any()):
-                    raise InputError("--save_format deepspeed_chat: its heads have no bias, this model's has one")
-                continue
             name = name.replace(f"{head}.", f"{head_name}.", 1)
         elif head is not None:
             name = "rwtransformer." + name.removeprefix(f"{model.base_model_prefix}.")
