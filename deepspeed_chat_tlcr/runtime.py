@@ -80,7 +80,7 @@ class Preemption:
     """SIGTERM, which clusters send before they take a machine away: noted, and heeded between steps by all ranks."""
 
     def __init__(self):
-        self.asked = False
+        self.asked = self.heeded = False  # heeded: set by who has saved and stopped
         signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number: int, frame: object) -> None:

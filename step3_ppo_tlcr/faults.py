@@ -68,16 +68,28 @@ def _held(parameter: torch.nn.Parameter) -> torch.Tensor:
 def gradient_norm(engine: DeepSpeedEngine) -> float | None:
     """Norm of the accumulated gradients where DeepSpeed keeps none, which is without ZeRO; None elsewhere.
 
-    Gradients that are not finite are dropped, so that the optimiser leaves every weight as it is. ZeRO's own optimisers
-    check for themselves (``watch_gradients``).
+    If it is not finite, the engine's coming step leaves every weight and optimiser state as it is. ZeRO's own
+    optimisers check for themselves (``watch_gradients``).
     """
     if engine.zero_optimization():
         return None
     gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if not math.isfinite(norm):
-        engine.zero_grad()
+        for gradient in gradients:
+            gradient.zero_()
+        engine.optimizer.step = _once(engine.optimizer)
     return norm
+
+
+def _once(optimizer: torch.optim.Optimizer):
+    """A step that does nothing and puts the real one back."""
+    usual = optimizer.step
+
+    def skip(*args, **kwargs) -> None:
+        optimizer.step = usual
+
+    return skip
 
 
 def watch_gradients(engine: DeepSpeedEngine) -> None:

@@ -96,6 +96,46 @@ def sets_by_step(
             yield step, chosen
 
 
+def train(
+    run: Run,
+    held_out: HeldOut | None,
+    sets: Iterator[tuple[int, list[list[int]]]],
+    last_step: int,
+    preemption: Preemption,
+    bar: tqdm,
+) -> tuple[dict[str, float], int]:
+    """All steps that are still to be made; returns the last one's metrics and number.
+
+    Ends early on SIGTERM (then a checkpoint is saved and ``preemption.heeded``), where ReMax passes ``--target_kl``,
+    and with ``RunError`` after too many faults.
+    """
+    options, trainer, metrics, step = run.options, run.trainer, {}, run.done
+    for number, chosen in sets:
+        if number <= run.done:
+            continue
+        if number > last_step:
+            break
+        step = number
+        try:
+            metrics = trainer.step(chosen)
+        except TooManyFaults:
+            run.give_up(step)
+        if held_out and (step % options.eval_interval == 0 or step == last_step):
+            metrics |= held_out.measure(step)
+        run.write(step, last_step, metrics, bar)
+        bar.update()
+        if options.algo == "remax" and metrics.get("eval/policy/kl_per_token", 0) > (options.target_kl or math.inf):
+            run.runtime.say(f"step {step}: the held-out KL is above --target_kl {options.target_kl}; the run ends here")
+            break
+        stopping = step < last_step and preemption.agreed(trainer.device)
+        if stopping or (options.save_interval and step % options.save_interval == 0 and step < last_step):
+            run.save(step)
+        if stopping:
+            preemption.heeded = True
+            break
+    return metrics, step
+
+
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
@@ -122,41 +162,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     before = held_out.measure(0) if held_out and run.done == 0 else {}
 
     begun = time.monotonic()
-    metrics: dict[str, float] = {}
-    bar = tqdm(
-        total=last_step, initial=run.done, desc=options.algo.upper(), dynamic_ncols=True, disable=not runtime.is_main
-    )
     if before and run.log is not None:
         run.log.write(0, before)
-    for step, chosen in sets_by_step(prompts, options, runtime):
-        if step <= run.done:
-            continue
-        if step > last_step:
-            break
-        try:
-            metrics = trainer.step(chosen)
-        except TooManyFaults:
-            run.give_up(step)
-        if held_out and (step % options.eval_interval == 0 or step == last_step):
-            metrics |= held_out.measure(step)
-        run.write(step, last_step, metrics, bar)
-        bar.update()
-        stop_early = options.algo == "remax" and metrics.get("eval/policy/kl_per_token", 0) > (
-            options.target_kl or math.inf
-        )
-        if stop_early:
-            runtime.say(f"step {step}: the held-out KL is above --target_kl {options.target_kl}; the run ends here")
-            last_step = step
-            break
-        if preemption.agreed(runtime.device) and step < last_step:
-            bar.close()
-            run.save(step)
-            runtime.say(f"stopped by SIGTERM after step {step} of {last_step}, all saved; resume with the same command")
-            runtime.finish()
-            return
-        if options.save_interval and step % options.save_interval == 0 and step < last_step:
-            run.save(step)
-    bar.close()
+    with tqdm(
+        total=last_step, initial=run.done, desc=options.algo.upper(), dynamic_ncols=True, disable=not runtime.is_main
+    ) as bar:
+        metrics, step = train(run, held_out, sets_by_step(prompts, options, runtime), last_step, preemption, bar)
+    if preemption.heeded:
+        runtime.say(f"stopped by SIGTERM after step {step} of {last_step}, all saved; resume with the same command")
+        runtime.finish()
+        return
 
     run.save_models()
     if runtime.is_main:
@@ -164,11 +179,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         seconds = round(time.monotonic() - begun, 1)
         write_json(
             Path(options.output_dir) / "results.json",
-            {"stage": options.algo, "steps": last_step, "seconds": seconds, "prompts": len(prompts), **last},
+            {"stage": options.algo, "steps": step, "seconds": seconds, "prompts": len(prompts), **last},
         )
         run.log.close()
     run.checkpoints.remove()
-    runtime.say(f"{options.algo.upper()}: {last_step} steps; models saved in {options.output_dir}")
+    runtime.say(f"{options.algo.upper()}: {step} steps; models saved in {options.output_dir}")
     runtime.finish()
 
 

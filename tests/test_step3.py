@@ -1,0 +1,418 @@
+"""Step 3's parts and its real entry point in this process: algorithms, rollout engines, faults, resuming, watching."""
+
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig
+
+import step3_ppo_tlcr.main as step3
+from deepspeed_chat_tlcr.metrics import read_metrics
+from deepspeed_chat_tlcr.runtime import Runtime
+from step3_ppo_tlcr.logprobs import entropy
+from step3_ppo_tlcr.objectives import remax_loss, remax_weights
+
+
+@pytest.fixture(scope="module")
+def world(tiny: Path, tmp_path_factory) -> Path:
+    """Untrained actor, discriminator and reward model, and text for pre-training."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "model")
+    for name, labels in (("disc", 2), ("rm", 1)):
+        torch.manual_seed(labels)
+        config = LlamaConfig.from_pretrained(tiny / "model", num_labels=labels, initializer_range=0.5)
+        AutoModelForTokenClassification.from_config(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    lines = [json.loads(line) for line in (tiny / "data.jsonl").read_text().splitlines()]
+    (folder / "text.txt").write_text("\n".join(line["chosen"] for line in lines))
+    return folder
+
+
+@pytest.fixture
+def run(tiny, world, tmp_path, monkeypatch):
+    """Step 3 in this process; the process group stays for the next run."""
+    monkeypatch.setattr(Runtime, "finish", lambda self: None)
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def start(name: str, *more: object, critic: str = "disc") -> list[dict]:
+        arguments = (
+            *("--actor_model_name_or_path", tiny / "model", "--critic_model_name_or_path", world / critic),
+            *("--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / name, "--dtype", "fp32"),
+            *("--max_answer_seq_len", 10, "--max_prompt_seq_len", 64, "--num_warmup_steps", 0),
+            *("--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4),
+            *("--actor_learning_rate", 1e-3, "--enable_test_mode", "--test_stop_step", 3, *more),
+        )
+        step3.main([str(argument) for argument in arguments])
+        return read_metrics(tmp_path / name / "metrics.jsonl")
+
+    yield start
+    signal.signal(signal.SIGTERM, handler)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def without_clock(lines: list[dict]) -> list[dict]:
+    return [
+        {k: v for k, v in line.items() if k.split("/")[0] not in ("seconds", "throughput", "memory")} for line in lines
+    ]
+
+
+def own_reward(folder: Path, monkeypatch, body: str) -> str:
+    """A module with ``reward(rollout, tokenizer)`` of this body; returns what ``--reward`` calls it."""
+    name = f"reward_of_{folder.name}"
+    (folder / f"{name}.py").write_text(
+        "import os, signal, resource, torch\ncalls = 0\n"
+        "def reward(rollout, tokenizer):\n    global calls\n    calls += 1\n"
+        "    plain = 0.1 * rollout.action_mask.float()\n" + "".join(f"    {line}\n" for line in body.splitlines())
+    )
+    monkeypatch.syspath_prepend(str(folder))
+    return f"python:{name}:reward"
+
+
+# Algorithms
+
+
+def test_remax_weights_by_hand():
+    # R = 2 against 0.5: difference 1.5, discounted once at the last action already (as released).
+    rewards = torch.tensor([[0.0, 2.0, 9.0], [0.5, 0.0, 0.0], [20.0, 0.0, 0.0]])
+    mask = torch.tensor([[1.0, 1, 0], [1, 1, 1], [1, 0, 0]])
+    found = remax_weights(rewards, torch.tensor([0.5, 1.5, 0.0]), mask, gamma=0.5, clip=5.0)
+    expected = torch.tensor([[0.375, 0.75, 0], [-0.125, -0.25, -0.5], [2.5, 0, 0]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_remax_loss_is_reinforce_over_counted_tokens():
+    logprobs = torch.tensor([[-1.0, -2.0, -math.inf]], requires_grad=True)
+    loss = remax_loss(logprobs, torch.tensor([[3.0, -1.0, 0.0]]), torch.tensor([[1.0, 1.0, 0.0]]))
+    assert loss.item() == pytest.approx((3.0 - 2.0) / 2)
+    loss.backward()
+    assert logprobs.grad.tolist() == [[-1.5, 0.5, 0.0]]
+
+
+def test_entropy_has_the_gradient_of_its_definition():
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    (ours,) = torch.autograd.grad((entropy(logits) * torch.arange(6.0).view(2, 3)).sum(), logits)
+    probs = logits.softmax(-1)
+    (expected,) = torch.autograd.grad((-(probs * probs.log()).sum(-1) * torch.arange(6.0).view(2, 3)).sum(), logits)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_remax_trains_without_a_critic(run, tmp_path):
+    lines = run("remax", "--algo", "remax", "--gamma", 0.99, "--kl_ctl", 0.05, critic="rm")
+    assert {"actor", "results.json"} <= {path.name for path in (tmp_path / "remax").iterdir()}
+    assert not (tmp_path / "remax" / "critic").exists()
+    assert all(math.isfinite(line["reward/greedy_per_sequence"]) for line in lines)
+    assert "value/loss" not in lines[0]
+
+
+def test_a_greedy_baseline_of_the_same_answer_leaves_the_kl_penalty_alone(run):
+    """Sampled at a temperature near 0 the answers are the greedy ones: every difference, and every return, is 0."""
+    lines = run("same", "--algo", "remax", "--temperature", 1e-4, "--kl_ctl", 0.0)
+    assert lines[0]["reward/per_sequence"] == pytest.approx(lines[0]["reward/greedy_per_sequence"], abs=1e-5)
+    assert lines[0]["policy/return"] == pytest.approx(0.0, abs=1e-5)
+
+
+# Rollouts
+
+
+def test_rollout_engines_agree_on_greedy_answers(run):
+    """Answers do not depend on which engine writes them; at a temperature near 0 there is only one answer."""
+    more = ("--temperature", 1e-5, "--test_stop_step", 1)
+    lengths = [
+        without_clock(run(name, "--rollout", name, *more))[0]["rollout/ref_perplexity"]
+        for name in ("loop", "hf", "continuous")
+    ]
+    assert lengths == pytest.approx([lengths[0]] * 3, rel=1e-5)
+
+
+def test_all_generation_batches_decoded_at_once_or_one_by_one(run):
+    more = ("--generation_batches", 2, "--gradient_accumulation_steps", 2, "--temperature", 1e-5)
+    together = run("together", *more, "--test_stop_step", 1)
+    apart = run("apart", *more, "--test_stop_step", 1, "--decode_batch_size", 4)
+    assert together[0]["rollout/ref_perplexity"] == pytest.approx(apart[0]["rollout/ref_perplexity"], rel=1e-6)
+
+
+def test_the_hybrid_engine_falls_back_where_it_cannot_run(run, capsys):
+    run("hybrid", "--enable_hybrid_engine", "--test_stop_step", 1)
+    assert "rollouts go on with --rollout loop" in capsys.readouterr().out
+
+
+# Faults
+
+
+def test_a_reward_that_is_not_a_number_is_skipped_and_counted(run, tmp_path, monkeypatch):
+    reward = own_reward(tmp_path, monkeypatch, "return plain * (float('nan') if calls == 2 else 1)")
+    lines = run("skipped", "--reward", reward)
+    assert [line["faults/skipped"] for line in lines] == [0.0, 1.0, 0.0]
+    assert [line["policy/updates"] for line in lines] == [1.0, 0.0, 1.0]
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "skipped" / "actor").values())
+
+
+def test_faults_in_a_row_stop_the_run_with_what_caused_them(run, tmp_path, monkeypatch, capsys):
+    reward = own_reward(tmp_path, monkeypatch, "return plain / (calls < 2)")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(SystemExit) as ended:
+        run("stopped", "--reward", reward, "--max_faults", 2)
+    assert ended.value.code == 1
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "2 updates in a row" in message
+    assert "step-3" in message
+    batch = load_file(tmp_path / "stopped" / "faulty_batch-0.safetensors")
+    assert batch["input_ids"].shape[0] == 4
+    assert (tmp_path / "stopped" / "checkpoints" / "step-3" / "state.json").exists()
+
+
+def test_a_loss_that_is_not_finite_leaves_out_its_micro_batch(run, tmp_path, monkeypatch):
+    """Two micro-batches per update, the second poisoned: the update is the first one's alone."""
+    import step3_ppo_tlcr.ppo as ppo
+
+    whole_losses, calls = ppo.PPO.losses, []
+
+    def losses(self, batch):
+        calls.append(batch)
+        found = whole_losses(self, batch)
+        if len(calls) == 2:
+            found.by_role["actor"] = found.by_role["actor"] * math.nan
+        return found
+
+    monkeypatch.setattr(ppo.PPO, "losses", losses)
+    more = ("--per_device_training_batch_size", 2, "--gradient_accumulation_steps", 2)
+    lines = run("left_out", *more)
+    assert [line["faults/left_out"] for line in lines] == [0.5, 0.0, 0.0]
+    assert [line["policy/updates"] for line in lines] == [1.0] * 3
+    assert len(calls) == 7  # the good one again, with weight 0, in the place of the bad one
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_gradients_that_are_not_finite_do_not_reach_the_weights(run, tmp_path, monkeypatch, stage):
+    """A loss may be finite and its gradient not: d sqrt(x) / dx at 0."""
+    import step3_ppo_tlcr.ppo as ppo
+
+    whole_losses, calls = ppo.PPO.losses, []
+
+    def losses(self, batch):
+        calls.append(batch)
+        found = whole_losses(self, batch)
+        if len(calls) == 2:
+            found.by_role["actor"] = found.by_role["actor"] + (found.by_role["actor"] * 0).sqrt()
+        return found
+
+    monkeypatch.setattr(ppo.PPO, "losses", losses)
+    lines = run("gradients", "--actor_zero_stage", stage, "--critic_zero_stage", stage)
+    assert [line["faults/skipped"] for line in lines] == [0.0, 1.0, 0.0]
+    assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "gradients" / "actor").values())
+
+
+def test_overflow_of_one_model_skips_the_step_of_both(run, tmp_path, monkeypatch):
+    """In bf16, whose optimisers check for overflow as those of fp16 do."""
+    import step3_ppo_tlcr.ppo as ppo
+
+    whole_losses = ppo.PPO.losses
+
+    def losses(self, batch):
+        found = whole_losses(self, batch)
+        found.by_role["actor"] = found.by_role["actor"] + (found.by_role["actor"] * 0).sqrt()
+        return found
+
+    monkeypatch.setattr(ppo.PPO, "losses", losses)
+    more = ("--actor_zero_stage", 2, "--critic_zero_stage", 2, "--dtype", "bf16", "--test_stop_step", 2)
+    aligned, alone = run("aligned", *more, "--align_overflow"), run("alone", *more)
+    assert [line["faults/critic_overflows"] for line in aligned] == [1.0, 2.0]
+    assert [line["faults/critic_overflows"] for line in alone] == [0.0, 0.0]
+    assert [line["faults/actor_overflows"] for line in alone] == [1.0, 2.0]
+
+
+def test_a_full_disk_ends_with_one_message_and_a_whole_checkpoint(run, tmp_path, monkeypatch, capsys):
+    """From step 2 on no file may grow beyond 20 kB, which a checkpoint does."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reward = own_reward(
+        tmp_path,
+        monkeypatch,
+        "if calls == 2:\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "return plain",
+    )
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            run("full", "--reward", reward, "--save_interval", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert ended.value.code == 1
+    (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "checkpoint of step 2" in message
+    assert "step-1 is whole" in message
+    monkeypatch.undo()
+
+
+# Resuming
+
+
+EVERYTHING = ("--enable_ema", "--ema_decay", 0.5, "--eval_interval", 1, "--eval_prompts", 2, "--save_answers")
+
+
+def test_a_run_stopped_by_sigterm_ends_where_the_uninterrupted_one_ends(run, world, tmp_path, monkeypatch, capsys):
+    """With EMA, pre-training text, held-out prompts and a python reward that sends the signal in step 2."""
+    more = (*EVERYTHING, "--unsupervised_dataset_name", world / "text.txt", "--unsup_coef", 1.0, "--scale_rewards")
+    more = (*more, "--per_device_eval_batch_size", 1)
+    quiet = own_reward(tmp_path, monkeypatch, "return plain * (1 + torch.rand_like(plain))")
+    # Its random numbers come from torch's generator, so they resume with it.
+    whole = run("whole", *more, "--reward", quiet)
+    stopping = tmp_path / f"reward_of_{tmp_path.name}.py"
+    body, sends = stopping.read_text(), "    if calls == 5: os.kill(os.getpid(), signal.SIGTERM)\n    plain ="
+    # Measured before step 1 (2 answers, 2 ways), then step 1, in which the fifth call is.
+    stopping.write_text(body.replace("    plain =", sends))
+    monkeypatch.delitem(sys.modules, f"reward_of_{tmp_path.name}")
+    run("half", *more, "--reward", quiet)
+    assert "resume with the same command" in capsys.readouterr().out
+    assert not (tmp_path / "half" / "actor").exists()
+    assert [path.name for path in (tmp_path / "half" / "checkpoints").iterdir()] == ["step-1"]
+    stopping.write_text(body)
+    monkeypatch.delitem(sys.modules, f"reward_of_{tmp_path.name}")
+    resumed = run("half", *more, "--reward", quiet, "--print_answers")
+    shown = capsys.readouterr().out
+    assert "continuing from step 1" in shown
+    assert "--print_answers: False -> True" in shown
+    assert without_clock(resumed) == without_clock(whole)
+    for model in ("actor", "critic", "actor_ema"):
+        one, other = weights(tmp_path / "whole" / model), weights(tmp_path / "half" / model)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in ("answers-0.jsonl", "samples.jsonl", "samples.html"):
+        assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_the_average_of_weights_by_hand(run, tiny, tmp_path, monkeypatch, stage):
+    """Decay 0.5 over two updates: a quarter of the first weights, a quarter of the second, half of the last."""
+    import step3_ppo_tlcr.ema as ema
+
+    seen = []
+    update = ema.WeightAverage.update
+
+    def noting(self):
+        with torch.no_grad():
+            named = dict(self._trained())
+            seen.append({name: ema._shard(p).clone() for name, p in named.items()})
+        update(self)
+
+    monkeypatch.setattr(ema.WeightAverage, "update", noting)
+    more = ("--enable_ema", "--ema_decay", 0.5, "--test_stop_step", 2, "--actor_zero_stage", stage)
+    run("ema", *more, "--critic_zero_stage", stage)
+    first = AutoModelForCausalLM.from_pretrained(tiny / "model").state_dict()
+    averaged, last = weights(tmp_path / "ema" / "actor_ema"), weights(tmp_path / "ema" / "actor")
+    assert len(seen) == 2
+    for name, start in first.items():
+        one, two = (step[name].view(-1)[: start.numel()].view_as(start) for step in seen)
+        torch.testing.assert_close(averaged[name], 0.25 * start + 0.25 * one + 0.5 * two, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(last[name], two)
+
+
+def test_pretraining_text_is_learnt(run, world):
+    """With nothing else to learn (no reward, no KL), the loss on the mixed text falls."""
+    more = ("--unsupervised_dataset_name", world / "text.txt", "--reward", "random@0", "--kl_ctl", 0.0)
+    lines = run("text", *more, "--actor_learning_rate", 1e-2, "--test_stop_step", 5, "--max_grad_norm", 100)
+    losses = [line["policy/pretraining_loss"] for line in lines]
+    assert losses[-1] < losses[0] - 0.5
+
+
+# Watching
+
+
+def test_held_out_prompts_and_the_page_of_samples(run, tmp_path):
+    lines = run("watched", "--eval_interval", 2, "--eval_prompts", 2, "--report_to", "tensorboard")
+    assert [line["step"] for line in lines if "eval/reward/per_token" in line] == [0, 2, 3]
+    assert lines[0]["eval/policy/kl"] == pytest.approx(0.0, abs=1e-4)  # before the first update
+    page = (tmp_path / "watched" / "samples.html").read_text()
+    for words in ("step 0, greedy", "step 2, sampled", "step 3, sampled", "Human: Tell me of"):
+        assert words in page
+    assert list((tmp_path / "watched").rglob("events*"))
+
+
+def test_trackers_that_are_not_there_are_refused(run, capsys):
+    for name, words in (("wandbb", "unknown; known: "), ("aim", "not installed")):
+        with pytest.raises(SystemExit) as ended:
+            run("tracked", "--report_to", name)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+# Models as others read them
+
+
+def test_models_are_written_as_deepspeed_chat_reads_them(run, tmp_path):
+    run("chat", "--save_format", "deepspeed_chat", "--test_stop_step", 1)
+    actor = torch.load(tmp_path / "chat" / "actor" / "pytorch_model.bin", weights_only=True)
+    critic = torch.load(tmp_path / "chat" / "critic" / "pytorch_model.bin", weights_only=True)
+    config = LlamaConfig.from_pretrained(tmp_path / "chat" / "actor")
+    model = AutoModelForCausalLM.from_config(config)
+    assert set(model.state_dict()) == set(actor)
+    assert critic["v_head.weight"].shape == (1, config.hidden_size)
+    backbone = {name.removeprefix("rwtransformer.") for name in critic if not name.startswith("v_head.")}
+    assert backbone == set(model.model.state_dict())
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("more", "terms"),
+    [
+        (("--discriminate_reward", "--uni_discriminator_head", "--sum_to_one_reward"), ["tlcr"]),
+        (("--discriminate_reward", "--fixed_reward"), ["tlcr_fixed"]),
+        (("--use_positive_reward_only", "--discriminate_reward"), ["tlcr_positive_only"]),
+        (("--random_dense_reward",), ["random"]),
+        (("--fixed_reward", "--reward", "tlcr"), ["tlcr"]),
+        ((), ["auto"]),
+    ],
+)
+def test_rewards_by_the_flags_of_the_fork(more, terms):
+    options = step3.parse_args(["--actor_model_name_or_path", "A", "--reward_model_name_or_path", "C", *more])
+    assert options.reward_terms == terms
+    assert options.critic_model_name_or_path == "C"
+
+
+def test_options_that_cannot_work_together_are_refused(run, capsys):
+    for more, words in (
+        (("--inference_tp_size", 2), "--actor_zero_stage 3"),
+        (("--enable_mixed_precision_lora",), "--actor_lora_dim"),
+        (("--only_optimize_lora",), "no LoRA to optimise"),
+        (("--rollout", "continuous", "--min_answer_seq_len", 2), "no minimum length"),
+        (("--rollout", "continuous", "--actor_zero_stage", 3), "--actor_zero_stage 0, 1 or 2"),
+        (("--decode_batch_size", 3), "--decode_batch_size 3"),
+        (("--unsupervised_dataset_config_name", "x"), "--unsupervised_dataset_name"),
+        (("--unsupervised_dataset_name", "/nowhere.txt"), "/nowhere.txt"),
+        (("--algo", "remax", "--whiten_advantages"), "--whiten_advantages"),
+        (("--max_faults", 0), "--max_faults 0"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            run("refused", *more)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+
+
+def test_the_same_folder_again_from_the_start(run, tmp_path):
+    """--resume never: an older run's checkpoints are not taken for this one's."""
+    (tmp_path / "again" / "checkpoints" / "step-7").mkdir(parents=True)
+    (tmp_path / "again" / "checkpoints" / "step-7" / "state.json").write_text("{}")
+    lines = run("again", "--resume", "never", "--save_interval", 1)
+    assert [line["step"] for line in lines] == [1, 2, 3]
