@@ -15,11 +15,12 @@ from conftest import byte_level_tokenizer, shared
 from evaluation_helpers import QUESTIONS, expected_rating, other_model, read_lines, texts_of, write_bench
 from judge_server import judging
 from labeling_helpers import fault_server
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import mt_bench
-from evaluation.policies import Policy, PolicyOptions, Question, prompt_text
+from evaluation.policies import Policy, PolicyOptions, Question, prompt_ids, prompt_text
 from evaluation.stats import bootstrap_interval
 from labeling.endpoint import Unusable
 
@@ -247,6 +248,12 @@ def test_dialogues_follow_the_models_own_template():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
     )
     assert prompt_text(tokenizer, question, ["Yes"]) == "<user>Hi<assistant>Yes<user>More<go>"
+    # A template that writes BOS for a tokenizer that adds it: once is enough.
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert prompt_ids(tokenizer, question, []).count(tokenizer.bos_token_id) == 1
     assert prompt_text(tokenizer, Question(1, ["whole"], raw=True), []) == "whole"
 
 
