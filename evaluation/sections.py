@@ -121,10 +121,11 @@ def alpaca_eval(results: dict) -> Html:
     parts = [missing_note(results)]
     chart = Html("")
     if rows:
-        names = [f"{row['model']} : {row['against']}" for row in rows]
-        rates = {"win rate": [percent(row["win_rate"]) for row in rows]}
-        ranges = {"win rate": [whisker([percent(edge) for edge in row["interval"]]) for row in rows]}
-        chart = bar_chart(names, rates, "Win rate", "%", ranges)
+        last = results["models"][-1]
+        own = [row for row in rows if row["model"] == last]  # as the paper draws its own method against each other
+        rates = {"preferred": [percent(row["win_rate"]) for row in own]}
+        ranges = {"preferred": [whisker([percent(edge) for edge in row["interval"]]) for row in own]}
+        chart = bar_chart([row["against"] for row in own], rates, f"{last} preferred to", "% of prompts", ranges)
         header = ["head to head", "win rate, %", "95 % interval", "wins", "ties", "losses", "p"]
         header += ["first shown preferred, %", "orders disagree", "left out"]
         note = (
