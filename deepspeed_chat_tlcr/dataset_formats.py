@@ -204,6 +204,10 @@ class ChatRecords:
         responses = [None if text is None else self._response(text, header) for text in texts]
         return header.removeprefix(self.own_bos), *responses
 
+    def prompt(self, messages: list[dict]) -> str:
+        """The text behind which the model answers these messages, to be tokenised as any prompt."""
+        return self._render(messages, generation=True).removeprefix(self.own_bos)
+
     def _render(self, messages: list[dict], generation: bool = False) -> str:
         try:
             return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)

@@ -1,1 +1,1 @@
-"""Measures of trained models on data that this project did not make."""
+"""Every figure and table of the paper for the user's own models, and QA-feedback from end to end."""

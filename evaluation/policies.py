@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.arguments import Dtype, option
+from deepspeed_chat_tlcr.dataset_formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm
@@ -105,7 +106,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, question: Question, replies:
         messages = [{"role": "user", "content": turns[0]}]
         for reply, turn in zip(replies, turns[1:], strict=True):
             messages += [{"role": "assistant", "content": reply}, {"role": "user", "content": turn}]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return ChatRecords(tokenizer).prompt(messages)
     text = f"{HUMAN} {turns[0]}{ASSISTANT}"
     for reply, turn in zip(replies, turns[1:], strict=True):
         text += f" {reply}{HUMAN} {turn}{ASSISTANT}"
@@ -113,10 +114,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, question: Question, replies:
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: Question, replies: Sequence[str]) -> list[int]:
-    text = prompt_text(tokenizer, question, replies)
-    if tokenizer.chat_template and not question.raw:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has written them already
-    return tokenize_prompt(tokenizer, text)
+    return tokenize_prompt(tokenizer, prompt_text(tokenizer, question, replies))
 
 
 def clean(text: str, raw: bool) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import Html, cards, join, paragraph, table_html, write_page
-from evaluation import sections
+from evaluation import discriminator_chapter, sections
 from evaluation.results import load_results
 
 
@@ -46,8 +46,8 @@ PARTS = [
     Part(
         "discriminator",
         "Discriminator",
-        sections.discriminator,
-        sections.discriminator_facts,
+        discriminator_chapter.chapter,
+        discriminator_chapter.facts,
         "evaluation/discriminator.py",
     ),
     Part(

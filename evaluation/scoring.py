@@ -57,7 +57,7 @@ def token_probs(
 def sequence_scores(
     reward_model: PreTrainedModel, examples: Sequence[TokenizedExample], pad_id: int, batch_size: int = 16
 ) -> list[float]:
-    """The score of a sequence reward model (Eq. 1): its value at each response's last token."""
+    """The score of a sequence reward model (Eq. 1): its value at each response's last token; 0 where there is none."""
     scores = [0.0] * len(examples)
     for places, batch in batches(examples, pad_id, batch_size):
         ids, mask, response = (
@@ -65,7 +65,7 @@ def sequence_scores(
         )
         values = reward_model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
         for place, score in zip(places, end_scores(values, response).tolist(), strict=True):
-            scores[place] = score
+            scores[place] = score if examples[place].response_ids else 0.0
     return scores
 
 

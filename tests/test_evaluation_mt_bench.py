@@ -15,11 +15,12 @@ from conftest import byte_level_tokenizer, shared
 from evaluation_helpers import QUESTIONS, expected_rating, other_model, read_lines, texts_of, write_bench
 from judge_server import judging
 from labeling_helpers import fault_server
+from tokenizers import processors
 from transformers import GenerationConfig
 
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import mt_bench
-from evaluation.policies import Policy, PolicyOptions, Question, prompt_text
+from evaluation.policies import Policy, PolicyOptions, Question, prompt_ids, prompt_text
 from evaluation.stats import bootstrap_interval
 from labeling.endpoint import Unusable
 
@@ -141,6 +142,22 @@ def test_a_judge_that_dies_is_continued_without_paying_again(models, tmp_path, m
     assert {row["overall"] for row in results["models"].values()} == {5}
 
 
+def test_the_cost_cap_stops_a_judge_and_is_never_passed(models, tmp_path):
+    """gpt-4-0125-preview has a price: 100 tokens in and 10 out are US$ 0.0013 here, held back at far more."""
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+    cap = ["--max_cost_usd", "0.008", "--judge_max_tokens", "100", "--concurrency", "1"]
+    with judging(lambda prompt, asked: "[[5]]") as (judge, url):
+        assert bench(models, folder, out, url, "--judge", "gpt-4-0125-preview", *cap) == 3
+        results = json.loads((out / "mt_bench" / "results.json").read_text())
+        assert 0 < results["usd"] <= 0.008
+        assert results["usd"] == pytest.approx(0.0013 * judge.paid.total())
+        assert results["stopped"] == "cost cap"
+        assert results["missing"] == 16 - judge.paid.total() > 0
+        assert bench(models, folder, out, url, "--judge", "gpt-4-0125-preview") == 0
+        assert set(judge.paid.values()) == {1}
+    assert json.loads((out / "mt_bench" / "results.json").read_text())["missing"] == 0
+
+
 @pytest.mark.parametrize("batch", [False, True], ids=["calls", "batches"])
 def test_a_judge_with_labellings_faults_is_labellings_client(models, tmp_path, batch):
     """Rate limits, resets, wrong usage, wrong bodies; and the Batch API, whose answers come twice or expire."""
@@ -247,6 +264,12 @@ def test_dialogues_follow_the_models_own_template():
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<go>{% endif %}"
     )
     assert prompt_text(tokenizer, question, ["Yes"]) == "<user>Hi<assistant>Yes<user>More<go>"
+    # A template that writes BOS for a tokenizer that adds it: once is enough.
+    tokenizer.chat_template = "<s>" + tokenizer.chat_template
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert prompt_ids(tokenizer, question, []).count(tokenizer.bos_token_id) == 1
     assert prompt_text(tokenizer, Question(1, ["whole"], raw=True), []) == "whole"
 
 

@@ -38,6 +38,7 @@ from deepspeed_chat_tlcr.pictures import (
     line_chart,
     long_text,
     page,
+    radar_chart,
     sample_html,
     shorten,
     smooth,
@@ -124,6 +125,23 @@ def safe(character: str) -> bool:
     return character in "\n\t\u200c\u200d" or (
         kind not in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in "\ufffe\uffff"
     )
+
+
+# --- radar ---
+
+
+def test_a_radar_lists_every_models_value_at_each_corner_and_leaves_gaps():
+    drawn = radar_chart(["math", "<b>", "stem"], {"sft": [5.0, None, 10.0], "tlcr": [7.5, 2.0, 1.0]}, "R", 10)
+    parsed = Parsed(drawn)
+    assert_harmless(parsed)
+    titles = [data for stack, data in parsed.texts if stack and stack[-1][0] == "title"]
+    assert titles == ["math\nsft: 5\ntlcr: 7.5", "<b>\nsft: —\ntlcr: 2", "stem\nsft: 10\ntlcr: 1"]
+    lines = re.findall(r'<polygon class="series"[^>]*points="([^"]*)"', drawn)
+    assert [len(points.split()) for points in lines] == [2, 3]
+    # math stands straight above the middle (190, 150), half of the radius of 104 away.
+    assert lines[0].split()[0] == "190.0,98.0"
+    assert "three categories" in radar_chart(["a", "b"], {"x": [1, 2]}, "R", 10)
+    assert "nothing recorded" in radar_chart(["a", "b", "c"], {"x": [None] * 3}, "R", 10)
 
 
 # --- text ---
