@@ -3,18 +3,20 @@
 import json
 from pathlib import Path
 
-from conftest import BAD, GOOD, preferences
-
 from deepspeed_chat_tlcr.records import Preference, Revision
+
+KIND, UNKIND = ("lovely", "rest", "likes", "stands"), ("awful", "must", "hates", "falls")
 
 
 def score(prompt: str, response: str, ended: bool) -> float:
-    """Good phrases less bad ones, less one for an answer without an end."""
-    return sum(map(response.count, GOOD)) - sum(map(response.count, BAD)) - (not ended)
+    """Kind words less unkind ones, less one for an answer without an end."""
+    return sum(map(response.count, KIND)) - sum(map(response.count, UNKIND)) - (not ended)
 
 
 def write(folder: Path, count: int) -> tuple[Path, Path]:
     """``pairs.jsonl`` and ``revisions.jsonl``: the bad phrase is replaced by the chosen one's."""
+    from conftest import preferences  # not where the study imports the scorer
+
     pairs, revisions = folder / "pairs.jsonl", folder / "revisions.jsonl"
     records = preferences(count)
     pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
