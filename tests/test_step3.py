@@ -9,14 +9,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig
 
 import step3_ppo_tlcr.main as step3
+from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.metrics import read_metrics
+from deepspeed_chat_tlcr.models import load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
+from step3_ppo_tlcr.engines import action_logits
 from step3_ppo_tlcr.logprobs import entropy
 from step3_ppo_tlcr.objectives import remax_loss, remax_weights
+from step3_ppo_tlcr.options import check
+from step3_ppo_tlcr.rollout import LoopRollout, checked
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,46 @@ def test_all_generation_batches_decoded_at_once_or_one_by_one(run):
 def test_the_hybrid_engine_falls_back_where_it_cannot_run(run, capsys):
     run("hybrid", "--enable_hybrid_engine", "--test_stop_step", 1)
     assert "rollouts go on with --rollout loop" in capsys.readouterr().out
+
+
+class Gibberish(RolloutEngine):
+    """A broken engine: the same token for ever."""
+
+    def generate(self, request, sampling):
+        said = torch.full((len(request.prompt_ids), sampling.max_new_tokens), 7)
+        return RolloutBatch(
+            torch.cat([request.prompt_ids, said], 1),
+            torch.cat([request.prompt_attention_mask, torch.ones_like(said)], 1),
+            torch.full((len(said),), request.prompt_ids.size(1)),
+        )
+
+    def sync_weights(self, step):
+        pass
+
+
+class PlainEngine:
+    """A model where an engine is expected."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def zero_optimization_partition_weights(self):
+        return False
+
+
+def test_an_engine_that_writes_gibberish_is_replaced(tiny, capsys):
+    runtime = runtimes.start("fp32", 0)
+    model, tokenizer = load_causal_lm(str(tiny / "model"), torch.float32), load_tokenizer(tiny / "model")
+    loop, prompts = LoopRollout(PlainEngine(model), tokenizer), [[5, 6, 8], [9, 4, 11, 12, 30]]
+
+    @torch.no_grad()
+    def logits_of(rollout):
+        return action_logits(model, rollout)
+
+    assert checked(loop, loop, runtime, prompts, logits_of) is loop
+    assert "gibberish" not in capsys.readouterr().out
+    assert checked(Gibberish(), loop, runtime, prompts, logits_of) is loop
+    assert "gibberish" in capsys.readouterr().out
 
 
 # Faults
@@ -301,6 +348,16 @@ def test_a_run_stopped_by_sigterm_ends_where_the_uninterrupted_one_ends(run, wor
         assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_another_number_of_ranks_is_refused(run, tmp_path, capsys):
+    saved = tmp_path / "ranks" / "checkpoints" / "step-1"
+    saved.mkdir(parents=True)
+    (saved / "state.json").write_text(json.dumps({"step": 1, "world_size": 2}))
+    with pytest.raises(SystemExit) as ended:
+        run("ranks")
+    assert ended.value.code == 2
+    assert "written by 2 rank(s), this run has 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_average_of_weights_by_hand(run, tiny, tmp_path, monkeypatch, stage):
     """Decay 0.5 over two updates: a quarter of the first weights, a quarter of the second, half of the last."""
@@ -389,6 +446,49 @@ def test_rewards_by_the_flags_of_the_fork(more, terms):
     options = step3.parse_args(["--actor_model_name_or_path", "A", "--reward_model_name_or_path", "C", *more])
     assert options.reward_terms == terms
     assert options.critic_model_name_or_path == "C"
+
+
+# What the scripts of the peers for Llama-2 7B pass, in their order.
+COMMON = (
+    "--data_path D --data_output_path ~/d --data_split 2,4,4 --actor_model_name_or_path A "
+    "--per_device_generation_batch_size 1 --per_device_training_batch_size 1 --generation_batches 1 --ppo_epochs 1 "
+    "--max_answer_seq_len 256 --max_prompt_seq_len 256 --actor_learning_rate 1e-6 --actor_weight_decay 0.1 "
+    "--num_train_epochs 1 --lr_scheduler_type cosine --gradient_accumulation_steps 1 --actor_gradient_checkpointing "
+    "--num_warmup_steps 0 --deepspeed --offload --seed 1235 --actor_zero_stage 2 --enable_hybrid_engine "
+    "--output_dir O --local_rank=0 --print_answers "
+)
+FORKS = "--disable_actor_dropout --kl_ctl 0.05 --gamma 0.99 --offload_reference_model --offload_reward_model "
+FORKS += "--actor_bf16 --reference_zero_stage 3 --reward_zero_stage 3 --per_device_eval_batch_size 1 --save_answers "
+CRITIC = "--critic_model_name_or_path C --critic_learning_rate 1e-6 --critic_weight_decay 0.1 --critic_zero_stage 2 "
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (
+            COMMON + CRITIC + "--num_padding_at_beginning 1 --critic_gradient_checkpointing --inference_tp_size 1 "
+            "--actor_lora_dim 128 --actor_lora_module_name layers. --only_optimize_lora --actor_dropout 0.0 "
+            "--dtype bf16 --enable_ema --align_overflow --unsupervised_dataset_name wikitext --unsup_coef 27.8 "
+            "--unsupervised_dataset_config_name wikitext-2-raw-v1 --unpin_actor_parameters --release_inference_cache",
+            {"algo": "ppo", "kl_ctl": 0.1, "precision": "bf16", "rollout_name": "hybrid", "unsup_coef": 27.8},
+        ),
+        (
+            "--algo ppo " + COMMON + CRITIC + FORKS + "--critic_bf16 --disable_critic_dropout --penalty full_kl "
+            "--lam 0.95 --offload_critic_model --save_model --discriminate_reward --uni_discriminator_head "
+            "--sum_to_one_reward",
+            {"algo": "ppo", "precision": "bf16", "penalty": "full_kl", "reward_terms": ["tlcr"], "gamma": 0.99},
+        ),
+        (
+            "--algo remax --reward_model_name_or_path C " + COMMON + FORKS + "--reward_bf16 --disable_reward_dropout "
+            "--num_padding_at_beginning 0 --enable_tensorboard --save_at_final --target_kl 1.0 --entropy_coef 0.0",
+            {"algo": "remax", "critic_model_name_or_path": "C", "kl_ctl": 0.05, "gamma": 0.99, "target_kl": 1.0},
+        ),
+    ],
+)
+def test_scripts_of_the_peers_parse_unchanged(line, expected):
+    options = step3.parse_args(line.split())
+    check(options)
+    assert {name: getattr(options, name) for name in expected} == expected
 
 
 def test_options_that_cannot_work_together_are_refused(run, capsys):
