@@ -10,6 +10,16 @@ from filelock import FileLock
 from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
 
+def own_build_folder() -> None:
+    """Compile into a folder of this Python environment's own, unless ``TORCH_EXTENSIONS_DIR`` names one.
+
+    Builds name the headers of the environment they were made in: two environments that shared a folder would each find
+    the other's build out of date, and compile again and again.
+    """
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{get_default_build_root()}/deepspeed-{environment}")
+
+
 def load_operator(builder_name: str) -> None:
     """Compile (at its first use) and load one of DeepSpeed's operators, such as ``CPUAdamBuilder``.
 
@@ -20,10 +30,7 @@ def load_operator(builder_name: str) -> None:
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not builder.is_compatible(verbose=False):
         return  # DeepSpeed does without, or says itself what is missing
-    # Builds name the headers of the environment they were made in: two environments that shared a folder would each
-    # find the other's build out of date, and compile again and again.
-    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{get_default_build_root()}/deepspeed-{environment}")
+    own_build_folder()
     # This environment's ninja, not whichever is first on PATH: two versions of it do not trust each other's builds, and
     # runs from different shells would compile again and again.
     own = Path(sys.executable).parent

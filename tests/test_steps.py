@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_level_tokenizer, launch, tiny_llama, write_jsonl
+from torch.utils.cpp_extension import _get_build_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import step1_sft.main
 import step2_discriminator.main
 import step3_ppo_tlcr.main
+from deepspeed_chat_tlcr import operators
 from deepspeed_chat_tlcr.metrics import read_metrics
 
 
@@ -369,11 +371,14 @@ def test_flags_without_effect_say_so_once(capsys):
     assert "--compute_fp32_loss" in "".join(warnings)
 
 
-def test_a_killed_build_does_not_block_the_next_run(tiny, tmp_path):
+def test_a_killed_build_does_not_block_the_next_run(tiny, tmp_path, monkeypatch):
     """What a killed compilation leaves behind: PyTorch's ``lock`` file, for which a plain load would wait for ever."""
-    from torch.utils.cpp_extension import _get_build_directory
-
-    left_behind = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    left_behind.touch()
+    operators.own_build_folder()
+    built = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    # A copy: other tests use the folder at the same time.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    copy = tmp_path / "extensions" / built.relative_to(built.parents[1])
+    shutil.copytree(built, copy)
+    (copy / "lock").touch()
     step1(tiny, tmp_path / "sft", "--per_device_train_batch_size", 4)
-    assert not left_behind.exists()
+    assert not (copy / "lock").exists()

@@ -414,7 +414,7 @@ def test_data_holds_prompts_and_answers_and_nothing_else(tmp_path):
         done = run_testbed("data", "--output_dir", tmp_path / name, *sizes, *extra)
         assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == ["eval.jsonl", "test_prompts.jsonl", "train.jsonl"]
+    assert files == ["eval.jsonl", "results.json", "test_prompts.jsonl", "train.jsonl"]
     prompts = []
     for name, count, keys in (
         ("train.jsonl", 60, {"prompt", "chosen", "rejected"}),

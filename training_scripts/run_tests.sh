@@ -5,8 +5,9 @@
 # Launch:   bash training_scripts/run_tests.sh [options of pytest]
 
 set -euo pipefail
-export PACKAGES_TOO=pytest
+export PACKAGES_TOO="pytest xdist"
 # shellcheck source=training_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$project"
-exec python3 -m pytest "$@"
+# Most tests keep one core busy, so two run side by side.
+exec python3 -m pytest -n 2 --dist worksteal "$@"

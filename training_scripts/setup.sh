@@ -4,7 +4,7 @@
 # Hardware: any. Time: 2 to 10 minutes the first time (PyTorch is most of it), half a second after.
 # Launch:   bash training_scripts/setup.sh          (the other scripts source it, so nobody has to)
 # An active environment (venv, conda, container) that already has the packages is used as it is, and .venv not made.
-# PACKAGES_TOO names packages that are needed beside those of requirements.txt (run_tests.sh: pytest).
+# PACKAGES_TOO names packages that are needed beside those of requirements.txt (run_tests.sh: pytest and its xdist).
 
 set -euo pipefail
 
