@@ -65,6 +65,7 @@ class RunOptions:
     save_interval: int = option(0, "optimiser steps between resumable checkpoints; 0: one at the end of each epoch")
     save_total_limit: int = option(1, "how many resumable checkpoints are kept")
     resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")
+    max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
     report_to: list[str] = option([], "further trackers of transformers' Trainer, such as wandb")
     enable_tensorboard: bool = option(
         False, "write TensorBoard logs", better="every number of metrics.jsonl, not the loss alone"

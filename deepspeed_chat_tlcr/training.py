@@ -1,5 +1,6 @@
 """What the stages that train one model share: transformers' Trainer on DeepSpeed, driven by DeepSpeed-Chat's flags."""
 
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,11 +12,18 @@ from deepspeed.accelerator import get_accelerator
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.faults import (
+    SETTINGS,
+    FaultTolerant,
+    StopOnRequest,
+    changes_since,
+    clear_half_checkpoints,
+    newest_checkpoint,
+)
 from deepspeed_chat_tlcr.metrics import MetricsLog
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -82,8 +90,8 @@ class LengthGroupedSampler(Sampler[int]):
         return iter([index for batch in shuffled for index in batches[batch]] + last)
 
 
-class StageMixin:
-    """This library's optimiser and length-grouped batches for transformers' Trainer, or for one made from it."""
+class StageMixin(FaultTolerant):
+    """This library's optimiser, length-grouped batches and checkpoints for transformers' Trainer and its kind."""
 
     def __init__(self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], **kwargs: Any):
         self.stage, self.train_lengths = stage, train_lengths
@@ -212,13 +220,6 @@ def training_arguments(
     )
 
 
-def newest_checkpoint(options: RunOptions) -> str | None:
-    """The folder of the newest resumable checkpoint in output_dir, or None."""
-    if options.resume == "never" or not Path(options.output_dir).is_dir():
-        return None
-    return get_last_checkpoint(options.output_dir)
-
-
 def prepare_model(model: PreTrainedModel, options: StageOptions) -> PreTrainedModel:
     """Gradient checkpointing and LoRA, as the flags say."""
     if options.gradient_checkpointing:
@@ -241,26 +242,49 @@ def evaluate_only(trainer: StageTrainer, results: dict[str, Any]) -> dict[str, A
     return results
 
 
+def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
+    """Folder and step of the newest whole checkpoint; says what was set otherwise when it was written. A collective."""
+    folder, main = Path(trainer.stage.output_dir), trainer.is_world_process_zero()
+    if main:
+        clear_half_checkpoints(folder)
+    torch.distributed.barrier()
+    newest = newest_checkpoint(folder) if trainer.stage.resume == "auto" else None
+    if newest is None:
+        return None, 0
+    saved = json.loads((newest / SETTINGS).read_text(encoding="utf-8"))
+    changes = changes_since(saved, trainer.stage, trainer.args.world_size, newest)
+    if main:
+        print(f"continuing from {newest}", flush=True)
+        for change in changes:
+            print(f"warning: continuing with another setting than before: {change}", flush=True)
+    return str(newest), int(newest.name.rsplit("-", 1)[1])
+
+
 def run(
     trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any], scratch: str = ""
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Train (from the newest checkpoint if there is one), evaluate, save the model, then ``results.json`` last.
 
-    ``results`` is what the stage already knows; the final ``eval/…`` measures, seconds and steps are added to it.
+    Returns None where SIGTERM ended it early. ``results`` is what the stage already knows; the final ``eval/…``
+    measures, seconds and steps are added to it.
     ``scratch``: pattern of further folders in output_dir that go, as the checkpoints do, when all is saved.
     """
     options = trainer.stage
-    checkpoint = newest_checkpoint(options)
-    resume_step = int(checkpoint.rsplit("-", 1)[1]) if checkpoint else 0
+    checkpoint, resume_step = _checkpoint_to_resume(trainer)
+    stop = StopOnRequest()
+    trainer.add_callback(stop)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar())
     if trainer.is_world_process_zero():
         trainer.add_callback(_Log(MetricsLog(options.output_dir, resume_step, options.tensorboard_folder)))
-        if checkpoint:
-            print(f"continuing from {checkpoint}", flush=True)
     begun = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.stopped:
+        if trainer.is_world_process_zero():
+            at = f"after step {trainer.state.global_step} of {trainer.state.max_steps}"
+            print(f"stopped by SIGTERM {at}, all saved; resume with the same command", flush=True)
+        return None
     measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
     save_model(trainer.model_wrapped, tokenizer, options.output_dir, options.save_format)
     results = {

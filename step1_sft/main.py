@@ -104,7 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_lengths=[len(example.input_ids) for example in examples["train"]],
     )
     results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
-    runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")
+    if results:
+        runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")
     runtime.finish()
 
 

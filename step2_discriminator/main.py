@@ -260,8 +260,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     facts = {"stage": f"step2_{objective}", "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
-    measure = "edited_accuracy" if token_level else "pair_accuracy"
-    runtime.say(f"{objective} reward: held-out {measure} {results[f'eval/{measure}']:.4f}")
+    if results:
+        measure = "edited_accuracy" if token_level else "pair_accuracy"
+        runtime.say(f"{objective} reward: held-out {measure} {results[f'eval/{measure}']:.4f}")
     runtime.finish()
 
 

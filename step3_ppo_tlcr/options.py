@@ -21,7 +21,11 @@ class ModelOptions:
     critic_model_name_or_path: str = option(
         MISSING, "where the critic starts, and the default model of --reward", flags=("--reward_model_name_or_path",)
     )
-    actor_dropout: float | None = option(None, "the actor's dropout; unset: none, so that rollouts are on-policy")
+    actor_dropout: float | None = option(
+        None,
+        "the actor's dropout; unset: none, so that rollouts are on-policy",
+        better="none by default, whatever the checkpoint's",
+    )
     critic_dropout: float | None = option(None, "the critic's dropout; unset: none")
     actor_zero_stage: ZeroStage = option(0, "ZeRO stage of the actor")
     critic_zero_stage: ZeroStage = option(0, "ZeRO stage of the critic")
@@ -42,7 +46,11 @@ class ModelOptions:
     enable_mixed_precision_lora: bool = option(
         False, "ZeRO++: gather the frozen weights under LoRA in 8 bits (actor ZeRO-3, accelerator only)"
     )
-    enable_ema: bool = option(False, "also save actor_ema: a running average of the actor's weights over updates")
+    enable_ema: bool = option(
+        False,
+        "also save actor_ema: a running average of the actor's weights over updates",
+        better="it is part of the checkpoints, so a resumed run's average is the whole run's",
+    )
     ema_decay: float = option(0.992, "share of the old average that each update keeps")
 
 
@@ -58,7 +66,11 @@ class RolloutOptions:
     per_device_generation_batch_size: int = option(16, "prompts per device and generation batch")
     generation_batches: int = option(1, "generation batches per set of rollouts")
     decode_batch_size: int = option(0, "prompts decoded at a time on a device; 0: all generation batches together")
-    max_prompt_seq_len: int = option(256, "longest prompt, tokens; longer ones are dropped and counted")
+    max_prompt_seq_len: int = option(
+        256,
+        "longest prompt, tokens; longer ones are dropped and counted",
+        better="batches are padded to their longest prompt, not to this",
+    )
     max_answer_seq_len: int = option(256, "longest response, tokens")
     temperature: float = option(1.0, "sampling temperature; log-probs belong to the distribution sampled from")
     top_p: float = option(1.0, "sample from the smallest set of tokens with this probability")
@@ -67,7 +79,11 @@ class RolloutOptions:
     print_answers: bool = option(False, "print the first prompt and response of every --print_answers_interval updates")
     print_answers_interval: int = option(1, "updates between printed responses")
     save_answers: bool = option(False, "write every prompt, response and its reward to answers.jsonl")
-    enable_hybrid_engine: bool = option(False, "DeepSpeed-Chat's spelling of --rollout hybrid")
+    enable_hybrid_engine: bool = option(
+        False,
+        "DeepSpeed-Chat's spelling of --rollout hybrid",
+        better="its first greedy tokens are compared with transformers', which takes over where they differ",
+    )
     unpin_actor_parameters: bool = option(False, "hybrid engine: keep no gathered parameters while it generates")
     release_inference_cache: bool = option(False, "hybrid engine: free its cache after every rollout")
     inference_tp_size: int = option(1, "hybrid engine: tensor-parallel degree (needs actor ZeRO-3)")
@@ -141,7 +157,6 @@ class WatchOptions:
     eval_interval: int = option(0, "sets of rollouts between measurements on held-out prompts; 0: none")
     eval_prompts: int = option(64, "held-out prompts that are answered, greedily and sampled")
     per_device_eval_batch_size: int = option(16, "held-out prompts per device and batch")
-    max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
     enable_test_mode: bool = option(False, "stop after --test_stop_step updates")
     test_stop_step: int = option(0, "updates of a test run")
     save_model: bool = option(False, "in RLHF-TLCR: save the actor", "actor and critic are always saved at the end")

@@ -30,6 +30,21 @@ FORK = "--data_path Dahoas/full-hh-rlhf --data_output_path ~/data --gradient_che
 CHAT_SHORT = "--model_name_or_path facebook/opt-350m --weight_decay 0.1 --dropout 0.0 --gradient_accumulation_steps 4 "
 CHAT_SHORT += "--zero_stage 0 --enable_tensorboard --tensorboard_path ./output --deepspeed --output_dir ./output "
 
+STEP_3 = (
+    "--local_rank=0 --data_split 2,4,4 --actor_model_name_or_path M --num_padding_at_beginning 1 "
+    "--per_device_generation_batch_size 4 --per_device_training_batch_size 4 --generation_batches 1 --ppo_epochs 1 "
+    "--max_answer_seq_len 256 --max_prompt_seq_len 256 --actor_learning_rate 9.65e-6 --actor_weight_decay 0.1 "
+    "--num_train_epochs 1 --lr_scheduler_type cosine --gradient_accumulation_steps 1 --actor_dropout 0.0 "
+    "--actor_gradient_checkpointing --num_warmup_steps 100 --deepspeed --seed 1234 --actor_zero_stage 3 "
+    "--output_dir ./output "
+)
+FORK_STEP_3 = (
+    "--data_path Dahoas/full-hh-rlhf --data_output_path ~/data --per_device_eval_batch_size 4 --penalty full_kl "
+    "--kl_ctl 0.1 --gamma 0.99 --disable_actor_dropout --actor_bf16 --offload --offload_reference_model "
+    "--offload_reward_model --reference_zero_stage 3 --reward_zero_stage 3 --enable_hybrid_engine --print_answers "
+    "--save_answers --enable_tensorboard "
+)
+
 LINES = {
     "step1_sft/main.py": (
         TRAIN + FOUR_SETS + "--weight_decay 0. --gradient_checkpointing --offload --lora_dim 128 "
@@ -54,12 +69,27 @@ LINES = {
         CHAT_SHORT,
         TRAIN + "--data_path Dahoas/rm-static --weight_decay 0.1 --dropout 0.0 --num_padding_at_beginning 1 --offload",
     ),
+    "step3_ppo_tlcr/main.py": (
+        STEP_3 + FOUR_SETS + "--critic_model_name_or_path C --critic_zero_stage 2 --critic_weight_decay 0.1 "
+        "--critic_learning_rate 5e-6 --critic_gradient_checkpointing --actor_lora_module_name decoder.layers. "
+        "--actor_lora_dim 128 --critic_lora_dim 128 --critic_lora_module_name layers. --enable_hybrid_engine "
+        "--inference_tp_size 8 --tp_gather_partition_size 4 --offload_reference_model --enable_ema --offload "
+        "--enable_mixed_precision_lora --enable_test_mode --test_stop_step 5 --print_answers --enable_tensorboard",
+        STEP_3 + FORK_STEP_3 + "--critic_model_name_or_path C --critic_zero_stage 2 --critic_learning_rate 1e-6 "
+        "--critic_weight_decay 0.1 --critic_gradient_checkpointing --disable_critic_dropout --lam 0.95 --critic_bf16 "
+        "--algo ppo --offload_critic_model --save_model --discriminate_reward --uni_discriminator_head "
+        "--sum_to_one_reward --custom_template --random_dense_reward",
+        STEP_3 + FORK_STEP_3 + "--algo remax --reward_model_name_or_path C --reward_bf16 --disable_reward_dropout",
+    ),
 }
 
 
 @pytest.mark.parametrize(("path", "line"), [(path, line) for path, lines in LINES.items() for line in lines])
 def test_scripts_of_the_peers_parse_unchanged(path, line):
     options = parse(path, line)
+    if path.startswith("step3"):
+        assert (options.actor_model_name_or_path, options.critic_model_name_or_path) == ("M", "C")
+        return
     assert options.model_name_or_path in ("M", "facebook/opt-350m")
     assert options.gradient_accumulation_steps == (4 if "facebook" in line else 1)
 

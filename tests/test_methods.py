@@ -72,9 +72,8 @@ def test_reward_models_and_the_policies_that_use_them(plans):
         assert options(plans, method, policy).reward == ["sequence"]
         assert options(plans, method, policy).critic_model_name_or_path == f"out/{reward}"
     assert options(plans, "ppo_synthetic", "step2_synthetic").revisions == ["out/labeling/revisions.jsonl"]
-    remax = planned(plans["remax"])["step3_remax"]
-    assert remax[remax.index("--algo") + 1] == "remax"
-    assert remax[remax.index("--gamma") + 1] == "0.99"
+    remax = options(plans, "remax", "step3_remax")
+    assert (remax.algo, remax.gamma, remax.actor_weight_decay, remax.reward) == ("remax", 0.99, 0.1, ["sequence"])
     assert options(plans, "tlcr_positive_only", "step3_tlcr_positive_only").reward == ["tlcr_positive_only"]
 
 

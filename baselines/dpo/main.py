@@ -104,6 +104,12 @@ class PreferenceTrainer(StageMixin, DPOTrainer):
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Part of resuming: TRL's count of tokens goes on too."""
+        super()._load_rng_state(checkpoint)
+        counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
+        self._total_train_tokens = int(counts[-1]) if checkpoint and counts else 0
+
     def create_model_card(self, *args, **kwargs) -> None:
         pass
 
@@ -153,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
     )
     results = run(trainer, tokenizer, {"stage": "dpo", "train_pairs": len(pairs["train"])}, scratch="pairs-*")
-    runtime.say(f"DPO: held-out pair accuracy {results['eval/rewards/accuracies']:.4f}; saved in {options.output_dir}")
+    if results:
+        accuracy = results["eval/rewards/accuracies"]
+        runtime.say(f"DPO: held-out pair accuracy {accuracy:.4f}; saved in {options.output_dir}")
     runtime.finish()
 
 

@@ -145,10 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
     )
     results = run(trainer, tokenizer, {"stage": "figa", "train_pairs": len(pairs["train"])})
-    runtime.say(
-        f"FIGA: held-out NLL of added tokens {results['eval/added_nll']:.4f}, of removed ones "
-        f"{results['eval/removed_nll']:.4f}; saved in {options.output_dir}"
-    )
+    if results:
+        runtime.say(
+            f"FIGA: held-out NLL of added tokens {results['eval/added_nll']:.4f}, of removed ones "
+            f"{results['eval/removed_nll']:.4f}; saved in {options.output_dir}"
+        )
     runtime.finish()
 
 

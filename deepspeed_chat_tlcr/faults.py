@@ -1,0 +1,153 @@
+"""What keeps a run of transformers' Trainer usable: whole checkpoints, SIGTERM, losses that are not numbers."""
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
+
+from deepspeed_chat_tlcr.checkpoints import changed_settings
+from deepspeed_chat_tlcr.errors import InputError, RunError, SaveError
+from deepspeed_chat_tlcr.runtime import Preemption
+from deepspeed_chat_tlcr.saving import write_json
+
+SETTINGS = "settings.json"
+"""Written last into a checkpoint: one without it is half a checkpoint."""
+
+# What a run may be continued with otherwise without a word: it changes no number.
+_HARMLESS = {"output_dir", "resume", "save_interval", "save_total_limit", "report_to", "local_rank", "max_faults"}
+_HARMLESS |= {"enable_tensorboard", "tensorboard_path", "save_format", "deepspeed", "deepscale", "deepscale_config"}
+
+
+class FaultTolerant:
+    """For StageMixin: atomic checkpoints, and updates that are skipped where a loss is not finite."""
+
+    faults_in_a_row = 0
+    skipped_updates = 0
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One micro-batch. Where its loss is not finite on any rank, it is left out on all and counted.
+
+        Raises ``RunError`` after ``--max_faults`` of them in a row, with the batch and a checkpoint saved.
+        """
+        self.loss_was_finite = True
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.loss_was_finite:
+            self.faults_in_a_row = 0
+            return loss
+        self.faults_in_a_row += 1
+        self.skipped_updates += 1
+        if self.faults_in_a_row >= self.stage.max_faults:
+            self._give_up(model, inputs)
+        return torch.zeros_like(loss)  # a NaN would stay in the Trainer's running sum for good
+
+    def _guard(self, loss: torch.Tensor) -> bool:
+        """Whether a loss is finite on every rank; a collective."""
+        finite = torch.isfinite(loss.detach()).all().float()
+        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
+        self.loss_was_finite = bool(finite)
+        return self.loss_was_finite
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        backward = self.accelerator.backward
+
+        def backward_of_finite(loss: torch.Tensor, **kwargs: Any) -> None:
+            # Under DeepSpeed this is the backward pass and, at an accumulation boundary, the step.
+            if self._guard(loss):
+                backward(loss, **kwargs)
+
+        self.accelerator.backward = backward_of_finite
+
+    def _give_up(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
+        folder, rank = Path(self.args.output_dir), self.args.process_index
+        batch = folder / f"faulty_batch-{rank}.safetensors"
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, batch)
+        finite = all(bool(torch.isfinite(getattr(p, "ds_tensor", p.data)).all()) for p in model.parameters())
+        everywhere = torch.tensor(float(finite), device=self.args.device)
+        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
+        if everywhere:
+            self._save_checkpoint(model, trial=None)
+        newest = newest_checkpoint(folder)
+        raise RunError(
+            f"step {self.state.global_step}: {self.faults_in_a_row} losses in a row were not finite; the newest batch "
+            f"is in {batch}, the newest whole checkpoint is {newest or 'none'}. Lower the learning rate, use bf16 or "
+            "fp32, or look for what is wrong with this batch"
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs of a step whose loss was not finite say so instead of 0."""
+        if "loss" in logs:
+            logs["skipped_updates"] = self.skipped_updates
+            if self.faults_in_a_row:
+                logs["loss"] = math.nan
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint, mark it whole, and only then delete older ones."""
+        keep, self.args.save_total_limit = self.args.save_total_limit, None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError) as error:
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            newest = newest_checkpoint(Path(self.args.output_dir))
+            kept = f"; {newest} is whole" if newest else ""
+            raise SaveError(f"the checkpoint {folder} could not be written: {first_line}{kept}") from error
+        finally:
+            self.args.save_total_limit = keep
+        torch.distributed.barrier()
+        if self.is_world_process_zero():
+            write_json(folder / SETTINGS, {"world_size": self.args.world_size, "options": asdict(self.stage)})
+            rotate_checkpoints(self.args.output_dir, save_total_limit=keep)
+        torch.distributed.barrier()
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint of the latest step in a stage's output folder, or None."""
+    steps = [path.parent for path in folder.glob(f"checkpoint-*/{SETTINGS}")]
+    return max(steps, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def clear_half_checkpoints(folder: Path) -> None:
+    """Delete what a run that was killed while it saved has left (rank 0 calls this)."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / SETTINGS).is_file():
+            shutil.rmtree(path)
+
+
+def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoint: Path) -> list[str]:
+    """The settings that differ from those a checkpoint was written with, as ``--name: old -> new``.
+
+    Raises ``InputError`` for another number of ranks: DeepSpeed's optimiser states are divided by it.
+    """
+    if saved["world_size"] != world_size:
+        raise InputError(
+            f"{checkpoint} was written by {saved['world_size']} rank(s), this run has {world_size}: continue with as "
+            "many ranks, or start anew with --resume never"
+        )
+    return changed_settings(saved["options"], asdict(options), _HARMLESS)
+
+
+class StopOnRequest(TrainerCallback):
+    """SIGTERM: save after the running step, and end. ``stopped`` tells whether that happened."""
+
+    def __init__(self):
+        self.preemption = Preemption()
+        self.stopped = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.preemption.agreed(args.device) and state.global_step < state.max_steps:
+            self.stopped = True
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.stopped:  # all is saved: an evaluation could outlast the time that is left
+            control.should_evaluate = control.should_save = False

@@ -1,0 +1,198 @@
+"""Steps 1 and 2, DPO and FIGA when something goes wrong: killed, asked to stop, losses that are no numbers."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import baselines.dpo.main
+import baselines.figa.main
+import step1_sft.main
+import step2_discriminator.main
+from deepspeed_chat_tlcr import faults
+from deepspeed_chat_tlcr.errors import InputError, RunError
+from deepspeed_chat_tlcr.metrics import MetricsLog, read_metrics
+from deepspeed_chat_tlcr.training import StageTrainer
+
+STAGES = {
+    "sft": (step1_sft.main.main, ()),
+    "discriminator": (step2_discriminator.main.main, ("--revisions",)),
+    "sequence": (step2_discriminator.main.main, ("--objective", "sequence")),
+    "dpo": (baselines.dpo.main.main, ("--offload_reference_model",)),
+    "figa": (baselines.figa.main.main, ("--revisions",)),
+}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of the program handles it, and what is on disk then is all that stays."""
+
+
+@pytest.fixture(autouse=True)
+def _own_signal_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def stage(tiny, in_process):
+    """Run a stage by name: ``stage("sft", folder, *more)``, with dropout, so that its noise matters."""
+
+    def run(name: str, output: Path, *more: object) -> None:
+        main, own = STAGES[name]
+        own = (*own, tiny / "revisions.jsonl") if own == ("--revisions",) else own
+        common = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--dtype", "fp32")
+        common = (*common, "--per_device_train_batch_size", 4, "--num_train_epochs", 2, "--learning_rate", 1e-3)
+        common = (*common, "--dropout", 0.1, "--save_interval", 2, "--output_dir", output)
+        in_process(main.__wrapped__, *common, *own, *more)
+
+    return run
+
+
+def at_step(monkeypatch, step: int, action) -> None:
+    """Do something right after the metrics of a step are written."""
+    write = MetricsLog.write
+
+    def watched(self, now, metrics):
+        write(self, now, metrics)
+        if now == step:
+            action()
+
+    monkeypatch.setattr(MetricsLog, "write", watched)
+
+
+def kill() -> None:
+    raise Killed
+
+
+def comparable(folder: Path) -> list[dict]:
+    clock = ("runtime", "per_second")
+    return [
+        {key: value for key, value in line.items() if not key.endswith(clock)}
+        for line in read_metrics(folder / "metrics.jsonl")
+    ]
+
+
+def require_same_end(one: Path, other: Path) -> None:
+    assert comparable(one) == comparable(other)
+    assert (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+    assert not list(other.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_killed_stage_ends_where_the_uninterrupted_one_ends(stage, tmp_path, monkeypatch, name):
+    stage(name, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            stage(name, tmp_path / "half")
+    assert faults.newest_checkpoint(tmp_path / "half").name == "checkpoint-2"
+    stage(name, tmp_path / "half")
+    require_same_end(tmp_path / "whole", tmp_path / "half")
+
+
+def test_killed_while_it_saves(stage, tmp_path, monkeypatch):
+    stage("sft", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        saved = StageTrainer._save_rng_state
+
+        def half(self, folder):
+            if folder.endswith("checkpoint-4"):
+                kill()
+            saved(self, folder)
+
+        patch.setattr(StageTrainer, "_save_rng_state", half)
+        with pytest.raises(Killed):
+            stage("sft", tmp_path / "half")
+    left = {path.name for path in (tmp_path / "half").glob("checkpoint-*")}
+    assert left == {"checkpoint-2", "checkpoint-4"}  # the older one goes when the newer one is whole
+    stage("sft", tmp_path / "half")
+    require_same_end(tmp_path / "whole", tmp_path / "half")
+
+
+def test_sigterm_saves_and_says_how_to_go_on(stage, tmp_path, monkeypatch, capsys):
+    stage("sft", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        stage("sft", tmp_path / "half")
+    # The signal comes while step 3 is logged, so it is step 4's end that heeds it.
+    assert "stopped by SIGTERM after step 4 of 6, all saved; resume with the same command" in capsys.readouterr().out
+    assert not (tmp_path / "half" / "results.json").exists()
+    stage("sft", tmp_path / "half")
+    require_same_end(tmp_path / "whole", tmp_path / "half")
+
+
+def test_sigterm_ends_the_program_with_status_0(tiny, tmp_path):
+    arguments = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--dtype", "fp32")
+    arguments = (*arguments, "--per_device_train_batch_size", 4, "--num_train_epochs", 10_000, "--output_dir", tmp_path)
+    command = [sys.executable, ROOT / "step1_sft" / "main.py", *arguments]
+    with (tmp_path / "log.txt").open("w") as log:
+        running = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": ROOT})
+        deadline = time.monotonic() + 120
+        while not read_metrics(tmp_path / "metrics.jsonl"):
+            assert running.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=60) == 0
+    assert "resume with the same command" in (tmp_path / "log.txt").read_text()
+    assert faults.newest_checkpoint(tmp_path) is not None
+
+
+def test_resuming_otherwise_says_what_changed(stage, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            stage("sft", tmp_path)
+    settings = tmp_path / "checkpoint-2" / faults.SETTINGS
+    saved = json.loads(settings.read_text())
+    settings.write_text(json.dumps(saved | {"world_size": 2}))
+    with pytest.raises(InputError, match=r"written by 2 rank\(s\), this run has 1"):
+        stage("sft", tmp_path)
+    settings.write_text(json.dumps(saved))
+    capsys.readouterr()
+    stage("sft", tmp_path, "--weight_decay", 0.5, "--save_total_limit", 3)
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: continuing")]
+    assert warnings == ["warning: continuing with another setting than before: --weight_decay: 0.0 -> 0.5"]
+
+
+def bad_at(monkeypatch, steps: range) -> None:
+    """A loss that is not a number at some steps."""
+    compute = StageTrainer.compute_loss
+
+    def spoilt(self, model, inputs, **kwargs):
+        loss = compute(self, model, inputs, **kwargs)
+        bad = self.model.training and self.state.global_step + 1 in steps
+        return loss * torch.nan if bad else loss
+
+    monkeypatch.setattr(StageTrainer, "compute_loss", spoilt)
+
+
+def test_an_update_whose_loss_is_no_number_is_left_out(stage, tmp_path, monkeypatch):
+    bad_at(monkeypatch, range(3, 4))
+    stage("sft", tmp_path)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
+    assert [line["step"] for line in lines if line["train/loss"] is None] == [3]
+    assert [line["train/skipped_updates"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().values()
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in weights)
+
+
+def test_losses_that_stay_no_numbers_end_the_run_with_what_caused_them(stage, tmp_path, monkeypatch):
+    bad_at(monkeypatch, range(3, 100))
+    with pytest.raises(RunError, match="2 losses in a row were not finite; the newest batch is in") as ended:
+        stage("sft", tmp_path, "--max_faults", 2)
+    assert str(tmp_path / "checkpoint-3") in str(ended.value)
+    batch = load_file(tmp_path / "faulty_batch-0.safetensors")
+    assert batch["input_ids"].shape == batch["labels"].shape
+    assert len(batch["input_ids"]) == 4
+    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
