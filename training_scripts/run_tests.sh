@@ -5,7 +5,7 @@
 # Launch:   bash training_scripts/run_tests.sh [options of pytest]
 
 set -euo pipefail
-export PACKAGES_TOO="pytest xdist"
+export PACKAGES_TOO="pytest pytest-xdist"
 # shellcheck source=training_scripts/setup.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 cd "$project"
