@@ -137,7 +137,7 @@ def test_sigterm_ends_the_program_with_status_0(tiny, tmp_path):
     command = [sys.executable, ROOT / "step1_sft" / "main.py", *arguments]
     with (tmp_path / "log.txt").open("w") as log:
         running = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": ROOT})
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not read_metrics(tmp_path / "metrics.jsonl"):
             assert running.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
             assert time.monotonic() < deadline
