@@ -111,9 +111,10 @@ def frozen_config(options: "Options", runtime: Runtime, zero_stage: int | None, 
 
 
 def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel:
-    """The SFT model that the KL penalty keeps the policy near to."""
+    """The model that the KL penalty keeps the policy near to: the SFT model, unless told otherwise."""
     config = frozen_config(options, runtime, options.reference_zero_stage, options.offload_reference_model)
-    model = load_causal_lm(options.actor_model_name_or_path, runtime.torch_dtype, config, dropout=0.0)
+    path = options.reference_model_name_or_path or options.actor_model_name_or_path
+    model = load_causal_lm(path, runtime.torch_dtype, config, dropout=0.0)
     return freeze(model, config, runtime)
 
 

@@ -150,6 +150,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokenizer = load_tokenizer(options.actor_model_name_or_path, options.new_eos)
     require_same_tokenizer(tokenizer, load_tokenizer(options.critic_model_name_or_path, options.new_eos), "critic")
+    if options.reference_model_name_or_path:
+        reference = load_tokenizer(options.reference_model_name_or_path, options.new_eos)
+        require_same_tokenizer(tokenizer, reference, "reference model")
     prompts = load_prompts(options, tokenizer, runtime)
     require_a_set(prompts, options, runtime)
     held_out_prompts = load_prompts(options, tokenizer, runtime, "eval") if options.eval_interval else []

@@ -17,7 +17,10 @@ RolloutName = Literal["loop", "hf", "continuous", "hybrid"]
 class ModelOptions:
     """models"""
 
-    actor_model_name_or_path: str = option(MISSING, "the SFT model: policy and KL reference")
+    actor_model_name_or_path: str = option(MISSING, "the SFT model, from which the policy starts")
+    reference_model_name_or_path: str | None = option(
+        None, "the model that the KL penalty keeps the policy near to; unset: the one that the policy starts from"
+    )
     critic_model_name_or_path: str = option(
         MISSING, "where the critic starts, and the default model of --reward", flags=("--reward_model_name_or_path",)
     )

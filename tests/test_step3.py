@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -118,6 +119,17 @@ def test_remax_trains_without_a_critic(run, tmp_path):
     assert not (tmp_path / "remax" / "critic").exists()
     assert all(math.isfinite(line["reward/greedy_per_sequence"]) for line in lines)
     assert "value/loss" not in lines[0]
+
+
+def test_the_kl_is_measured_from_the_reference_that_is_named(run, tiny, tmp_path):
+    assert run("own")[0]["policy/kl"] == pytest.approx(0, abs=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    shutil.copytree(tiny / "model", tmp_path / "other")
+    model.save_pretrained(tmp_path / "other")
+    assert abs(run("named", "--reference_model_name_or_path", tmp_path / "other")[0]["policy/kl"]) > 0.1
 
 
 def test_a_greedy_baseline_of_the_same_answer_leaves_the_kl_penalty_alone(run):

@@ -118,6 +118,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 
 # ---- where one stage finds what another made; set them to start from something of your own ----
 : "${SFT_MODEL:=$OUTPUT/step1_sft}"
+: "${REFERENCE_MODEL:=}"                    # what step 3's KL is measured from; empty: SFT_MODEL
 : "${REVISIONS:=$OUTPUT/labeling/revisions.jsonl}" # several files: blanks between them
 : "${EVAL_REVISIONS:=}"                     # held-out revisions; empty: step 2 holds out 5 % of the prompts
 : "${DISCRIMINATOR_MODEL:=$OUTPUT/step2_discriminator}"

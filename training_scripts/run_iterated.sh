@@ -8,7 +8,7 @@
 #           ROUNDS=5 ROUND_PROMPTS=5000 bash training_scripts/run_iterated.sh output/llama2-7b
 # Results:  OUTPUT/roundN/step3_ppo_tlcr/actor, and OUTPUT/iterated.json: by round how the labels shift, and how well the
 # discriminator judges the policy's own answers before and after it has learnt from such.
-# The KL penalty of a round is against the policy that the round starts from.
+# The KL penalty of every round is against the SFT model.
 
 # ---- variables (the environment wins) ----
 set -a
@@ -61,7 +61,7 @@ for ((number = 1; number <= ROUNDS; number++)); do
   judge=$round/step2_discriminator
   judged after "$judge"
 
-  SFT_MODEL=$actor DISCRIMINATOR_MODEL=$judge attended bash "$scripts/step3.sh"
+  SFT_MODEL=$actor REFERENCE_MODEL=$run/step1_sft DISCRIMINATOR_MODEL=$judge attended bash "$scripts/step3.sh"
   actor=$round/step3_ppo_tlcr/actor
 done
 [[ $PLAN == 1 ]] || python3 "${at}evaluation/iterated.py" --run_dir "$run" --rounds "$ROUNDS"

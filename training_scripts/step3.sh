@@ -42,6 +42,7 @@ command=(
   --seed "$SEED"
   --output_dir "$OUTPUT/$PPO_FOLDER"
 )
+[[ -z $REFERENCE_MODEL ]] || command+=(--reference_model_name_or_path "$REFERENCE_MODEL")
 [[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --critic_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
