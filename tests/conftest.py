@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,7 +137,10 @@ def in_process(monkeypatch):
     def run(main, *arguments: object) -> None:
         main([str(argument) for argument in arguments])
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    # A stage heeds SIGTERM by saving; the test run itself is to end.
+    signal.signal(signal.SIGTERM, before)
 
 
 def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:

@@ -36,13 +36,6 @@ class Killed(BaseException):
     """Stands for SIGKILL: nothing of the program handles it, and what is on disk then is all that stays."""
 
 
-@pytest.fixture(autouse=True)
-def _own_signal_handlers():
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
-
-
 @pytest.fixture
 def stage(tiny, in_process):
     """Run a stage by name: ``stage("sft", folder, *more)``, with dropout, so that its noise matters."""
