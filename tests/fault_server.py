@@ -90,7 +90,13 @@ class Server:
         self.record(got=kind, key=question["key"], **usage)
         if draw.random() < o.wrong_usage:
             usage = draw.choice(
-                [None, {}, {"prompt_tokens": -5}, {"prompt_tokens": "many", "completion_tokens": 10**12}]
+                [
+                    None,
+                    {},
+                    {"prompt_tokens": -5},
+                    {"prompt_tokens": "many", "completion_tokens": 10**12},
+                    {"prompt_tokens": 1, "completion_tokens": 1},
+                ]
             )
         message = {"role": "assistant", "content": text}
         return {
