@@ -12,7 +12,7 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -195,7 +195,9 @@ class BatchRunner:
     async def _submit(self, chunk: Chunk):
         if not chunk.file:
             files, path = self.endpoint.client.files, self._input(chunk)
-            uploaded = await self._call(lambda: files.create(file=path, purpose="batch", timeout=UPLOAD_SECONDS))
+            uploaded = await self._call(
+                lambda: described(files.create(file=path, purpose="batch", timeout=UPLOAD_SECONDS))
+            )
             chunk.file = uploaded.id
             self._note(chunk, "uploaded", file=chunk.file)
         batches = self.endpoint.client.batches
@@ -205,11 +207,13 @@ class BatchRunner:
             known = await self._find(chunk) if chunk.step == "creating" else None
             if chunk.step != "creating":
                 self._note(chunk, "creating")
-            return known or await batches.create(
-                input_file_id=chunk.file,
-                endpoint=self.endpoint.batch_url,
-                completion_window="24h",
-                metadata={"tlcr_run": self.run_id, "chunk": str(chunk.number)},
+            return known or await described(
+                batches.create(
+                    input_file_id=chunk.file,
+                    endpoint=self.endpoint.batch_url,
+                    completion_window="24h",
+                    metadata={"tlcr_run": self.run_id, "chunk": str(chunk.number)},
+                )
             )
 
         chunk.alone = len(self.live) == 1
@@ -225,7 +229,7 @@ class BatchRunner:
 
     async def _look_at(self, chunk: Chunk) -> str | None:
         """Merge a batch that is over; its status, or None where it is on its way."""
-        batch = await self._call(lambda: self.endpoint.client.batches.retrieve(chunk.batch))
+        batch = await self._call(lambda: described(self.endpoint.client.batches.retrieve(chunk.batch)))
         if batch.status not in OVER:
             return None
         for kind, file in (("output", batch.output_file_id), ("errors", batch.error_file_id)):
@@ -387,6 +391,14 @@ class BatchRunner:
                 await asyncio.wait_for(self.stopping.wait(), seconds)
             except asyncio.TimeoutError:
                 return
+
+
+async def described(call: Awaitable):
+    """The file or the batch that a call describes. Raises ``Fault`` where what came back describes none."""
+    found = await call
+    if not isinstance(getattr(found, "id", None), str):
+        raise Fault("malformed_body", f"no id in {str(found)[:100]!r}")
+    return found
 
 
 def _id(custom_id: str) -> str:

@@ -175,6 +175,12 @@ class Endpoint:
             if type(cause).__name__ == "ConnectError":
                 raise Fault("unreachable", self.redact(str(cause))) from None
             raise Fault("connection_lost", self.redact(str(cause or error)), maybe_billed=True) from None
+        except httpx.TimeoutException:  # as these two come from a body that is read as a stream
+            raise Fault("timeout", f"{self.timeout:g} s", maybe_billed=True) from None
+        except httpx.TransportError as error:
+            raise Fault("connection_lost", self.redact(str(error)), maybe_billed=True) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise Fault("malformed_body", f"{type(error).__name__}: {error}", maybe_billed=True) from None
 
     def raise_for(self, status: int, code: str, message: str, wait: float | None = None):
         """Raise what an error status means; ``code`` is the error's machine-readable kind, if any."""

@@ -15,7 +15,7 @@ from labeling.endpoint import Unusable
 from labeling.journal import RunFolder
 from labeling.options import Options
 from labeling.progress import Totals, describe
-from labeling.prompt import parse_answer, prompt_of, with_white_space_of
+from labeling.prompt import has_stray_tag, parse_answer, prompt_of, with_white_space_of
 
 Read = Callable[[dict], Revision]
 
@@ -35,6 +35,8 @@ def released_revision(record: dict) -> Revision:
             answer = parse_answer("<|Start of Modified Response|>\n" + record["response"], rejected)
     if not (answer.modified or "").strip():
         raise Unusable("tags_missing" if record.get("raw_response") else "empty")
+    if has_stray_tag(answer.modified, rejected):
+        raise Unusable("tags_missing")
     return _revision(
         Preference(prompt, chosen, rejected), answer.modified, answer.reasoning, record.get("model", "imported")
     )

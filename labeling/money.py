@@ -5,6 +5,7 @@ Prices are US$ per million tokens, in ``labeling/prices.json`` or a file of the 
 
 import asyncio
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from deepspeed_chat_tlcr.errors import InputError
 PRICES = Path(__file__).parent / "prices.json"
 
 BYTES_PER_TOKEN = 4.0  # of English text, for estimates
+MOST_BYTES_PER_TOKEN = 16.0  # of any text a person would read, in any language: a report of fewer tokens is wrong
 REASONING_TOKENS = 120  # of a typical answer, for estimates
 TAG_TOKENS = 40
 BATCH_DISCOUNT = 0.5
@@ -146,16 +148,19 @@ def most_prompt_tokens(messages: list[dict]) -> int:
 def counted_usage(reported: dict, messages: list[dict], text: str, max_tokens: int) -> Usage:
     """The usage to count for an answer: as reported, where that can be true; else an estimate on the high side.
 
-    It cannot be true where it is missing, not a whole number, not positive, more tokens than bytes in, or more out
-    than asked for.
+    It cannot be true where it is missing, not a whole number, more tokens than bytes in, more out than asked for, or
+    fewer tokens than a text of that size has: a cap on the cost would not hold.
     """
 
     def believable(value, most: int, least: int) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
+    def least(size: int) -> int:
+        return math.ceil(size / MOST_BYTES_PER_TOKEN)
+
     prompt, completion = reported.get("prompt_tokens"), reported.get("completion_tokens")
-    prompt_ok = believable(prompt, most_prompt_tokens(messages), 1)
-    completion_ok = believable(completion, max_tokens, 1 if text else 0)
+    prompt_ok = believable(prompt, most_prompt_tokens(messages), least(question_size(messages)))
+    completion_ok = believable(completion, max_tokens, min(least(len(text.encode())), max_tokens))
     if not prompt_ok:
         prompt = round(question_size(messages) / 3) + 16
     if not completion_ok:

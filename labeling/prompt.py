@@ -44,6 +44,12 @@ Answer in exactly this format and write nothing else:
 PLACEHOLDERS = ("context", "chosen", "rejected")
 
 _TURN = re.compile(r"\s*\n\n(Human|Assistant): ?|^ ?(Human|Assistant): ?")
+_TAG_LIKE = re.compile(
+    r"<[\s/]*\|[^<>\n]{0,60}>|<[^<>\n]{0,60}\|>"  # <|…|>, <|…>, <…|>, </|…|>
+    r"|<\|\s*(start|end)\b"
+    r"|[<\[*]\s*/?\s*(start|end)\s+(of\s+)?(reasoning|context|(modified|(non-)?preferred)\s+response)\b",
+    re.IGNORECASE,
+)
 _MARKED_TURN = re.compile(r"(?:^|\n)\s*###\s*(Human|Assistant): ?")
 
 
@@ -144,9 +150,11 @@ def with_white_space_of(rejected: str, modified: str) -> str:
     return rejected[:start] + modified.strip() + rejected[end:]
 
 
-def has_tag(text: str) -> bool:
-    """Whether any of the prompt's tags stands in the text (a modified response never has one)."""
-    return bool(re.search(r"<\|\s*(start|end)\s+of\s+[\w\s-]+\|>", text, re.IGNORECASE))
+def has_stray_tag(modified: str, rejected: str) -> bool:
+    """Whether ``modified`` has one of the prompt's tags, perhaps misspelt, or a chat template's token, and ``rejected``
+    does not: the rest of a wrapping that was not understood, which would be labelled as an edit.
+    """
+    return any(found[0] not in rejected for found in _TAG_LIKE.finditer(modified))
 
 
 def _tag(edge: str, name: str) -> re.Pattern:

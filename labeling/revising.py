@@ -6,7 +6,7 @@ from rapidfuzz.distance import LCSseq
 
 from deepspeed_chat_tlcr.records import Preference, Revision
 from labeling.endpoint import ChatAnswer, ChatRequest, Unusable
-from labeling.prompt import TEMPLATE, build_messages, has_tag, parse_answer
+from labeling.prompt import TEMPLATE, build_messages, has_stray_tag, parse_answer
 
 MAX_EDIT_RATIO = 0.85
 
@@ -60,7 +60,7 @@ def read_revision(
         raise Unusable("echo_of_instruction")
     if not modified.strip():
         raise Unusable("empty")
-    if has_tag(modified):
+    if has_stray_tag(modified, preference.rejected):
         raise Unusable("tags_missing")
     if modified.strip() == preference.rejected.strip():
         raise Unusable("identical_to_rejected")

@@ -90,7 +90,13 @@ class Server:
         self.record(got=kind, key=question["key"], **usage)
         if draw.random() < o.wrong_usage:
             usage = draw.choice(
-                [None, {}, {"prompt_tokens": -5}, {"prompt_tokens": "many", "completion_tokens": 10**12}]
+                [
+                    None,
+                    {},
+                    {"prompt_tokens": -5},
+                    {"prompt_tokens": "many", "completion_tokens": 10**12},
+                    {"prompt_tokens": 1, "completion_tokens": 1},
+                ]
             )
         message = {"role": "assistant", "content": text}
         return {
@@ -154,6 +160,11 @@ class Server:
         o = self.options
         if path.endswith("/models"):
             return ok({"object": "list", "data": []})
+        kind = method + re.sub(r"\w+-\d+|\?.*", "", path)
+        self.asked[kind] += 1
+        if o.api_fault and self.asked[kind] == 1:
+            nonsense = {"truncated": (0, {}, "truncated"), "garbage": (200, {}, b'{"id'), "nonsense": ok({"hello": 1})}
+            return nonsense[o.api_fault]
         if path.endswith("/files") and method == "POST":
             boundary = re.search(r"boundary=(\S+)", headers["content-type"])[1].encode()
             part = next(p for p in raw.split(b"--" + boundary) if b"filename=" in p)
@@ -281,7 +292,7 @@ async def main():
         parser.add_argument(f"--{name}", type=float, default=0.0)
     for name in ("refuse_key", "no_quota", "lose_batch_answer", "alike", "log_requests"):
         parser.add_argument(f"--{name}", action="store_true")
-    for name in ("malformed_kind", "refuse_all", "refuse_keys", "always_bad", "log", "verdict"):
+    for name in ("malformed_kind", "refuse_all", "refuse_keys", "always_bad", "log", "verdict", "api_fault"):
         parser.add_argument(f"--{name}", default="")
     parser.add_argument("--faults_per_question", type=int)
     parser.add_argument("--most_enqueued", type=int, default=0)

@@ -146,7 +146,7 @@ def test_a_second_signal_does_not_wait_for_calls_that_hang(pairs, tmp_path):
 def test_the_cost_cap_is_never_passed(pairs, tmp_path):
     cap, log, output = 0.12, tmp_path / "log", tmp_path / "out"
     options = {"max_cost_usd": cap, "max_tokens": 300}
-    with fault_server(log, malformed=0.3, wrong_usage=0.2) as url:
+    with fault_server(log, malformed=0.3, wrong_usage=0.6) as url:
         assert label(pairs, url, output, **options) == 3
         assert label(pairs, url, output, **options) == 3  # nor by starting again
         spent = sum(10 * line["prompt_tokens"] + 30 * line["completion_tokens"] for line in lines(log)) / 1e6

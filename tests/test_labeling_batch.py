@@ -93,6 +93,14 @@ def test_a_batch_whose_id_was_never_heard_is_found_again(tmp_path):
     assert [line["requests"] for line in lines(log) if line["got"] == "batch"] == [10]
 
 
+@pytest.mark.parametrize("fault", ["truncated", "garbage", "nonsense"])
+def test_what_is_no_file_and_no_batch_is_asked_for_again(fault, tmp_path):
+    few, log = write_pairs(tmp_path / "few.jsonl", 10), tmp_path / "log"
+    with fault_server(log, api_fault=fault) as url:
+        assert label(few, url, tmp_path / "out", **QUICK) == 0
+    assert len(lines(tmp_path / "out" / "revisions.jsonl")) == 10
+
+
 def test_batches_become_smaller_where_too_much_is_enqueued(pairs, tmp_path):
     log = tmp_path / "log"
     with fault_server(log, most_enqueued=30) as url:

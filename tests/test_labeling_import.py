@@ -65,6 +65,7 @@ def test_the_released_codes_records(name, fields, tmp_path):
 def test_records_without_a_modified_response_are_failures_and_unedited_ones_are_kept(tmp_path, capsys):
     records = [
         released(raw_response="I cannot do that."),
+        released(response="Lions eat meat and seldom sleep.\n<|End of Modified Respones|>"),
         released(reject_response="No.", response="No."),
         released(reject_response="No.", response="No."),
         released(raw_response=ANSWER.format(of="Of")),
@@ -73,8 +74,9 @@ def test_records_without_a_modified_response_are_failures_and_unedited_ones_are_
         assert run(tmp_path, records) == 0
         output = tmp_path / "out"
         assert len(lines(output / "revisions.jsonl")) == 2
-        (failure,) = lines(output / "failures.jsonl")
-        assert (failure["reason"], failure["raw"]) == ("tags_missing", "I cannot do that.")
+        without, misspelt = lines(output / "failures.jsonl")
+        assert (without["reason"], without["raw"]) == ("tags_missing", "I cannot do that.")
+        assert (misspelt["reason"], misspelt["raw"]) == ("tags_missing", records[1]["response"])
         assert set(ids(output).values()) == {1}
     assert run_json(output)["identical_to_rejected"] == 2
     assert run_json(output)["repeated"] == 1

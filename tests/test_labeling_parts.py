@@ -109,6 +109,8 @@ def test_a_rate_limit_spreads_calls_evenly(monkeypatch):
         ({"prompt_tokens": 90, "completion_tokens": 0}, Usage(90, 15, True)),  # there is text
         ({"prompt_tokens": 90, "completion_tokens": 101}, Usage(90, 15, True)),  # more than was asked for
         ({"prompt_tokens": 10**9, "completion_tokens": 7}, Usage(149, 7, True)),  # more tokens than bytes
+        ({"prompt_tokens": 24, "completion_tokens": 7}, Usage(149, 7, True)),  # fewer than one for 16 bytes
+        ({"prompt_tokens": 90, "completion_tokens": 2}, Usage(90, 15, True)),
     ],
 )
 def test_usage_that_cannot_be_true_is_estimated(reported, expected):

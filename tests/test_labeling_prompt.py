@@ -117,6 +117,20 @@ def test_a_fence_that_the_rejected_response_has_is_kept():
         ("tags_missing", "It is rude. Better: " + EDITED, "stop"),
         ("tags_missing", REASON + "<|Start of Modifed Response|>\n" + EDITED, "stop"),
         ("tags_missing", REASON + EDITED + END, "stop"),
+        *(
+            ("tags_missing", REASON + START + "\n" + EDITED + "\n" + end, "stop")
+            for end in (
+                "<|End of Modifed Response|>",
+                "<|End Modified Response|>",
+                "<|End of Modified Response>",
+                "<End of Modified Response|>",
+                "</|Modified Response|>",
+                "<|End of Modified Resp",
+                "[End of Modified Response]",
+                "**End of Modified Response**",
+                "<|im_end|>",
+            )
+        ),
         ("cut_by_max_tokens", REASON + START + "\nIt takes ten", "length"),
         ("cut_by_max_tokens", "<|Start of Reasoning|>\nIt", "length"),
         ("echo_of_instruction", build_messages(PAIR)[0]["content"], "stop"),
@@ -129,6 +143,18 @@ def test_answers_that_cannot_be_used(reason, text, finish):
     with pytest.raises(Unusable) as unusable:
         read_revision(PAIR, ChatAnswer(text, finish, {}, ""), {}, "gpt")
     assert unusable.value.reason == reason
+
+
+@pytest.mark.parametrize("kept", ["`x |> f`", "<b>no</b>", "if x < 3 || y > 4:"])
+def test_code_and_html_are_no_tags(kept):
+    revision = read_revision(PAIR, ChatAnswer(REASON + START + EDITED + kept + END, "stop", {}, ""), {}, "gpt")
+    assert revision.modified == f" {EDITED}{kept}\n"
+
+
+def test_a_tag_that_the_rejected_response_has_is_kept():
+    pair = Preference(PAIR.prompt, PAIR.chosen, PAIR.rejected.strip() + "<|im_end|>")
+    text = REASON + START + EDITED + "<|im_end|>" + END
+    assert read_revision(pair, ChatAnswer(text, "stop", {}, ""), {}, "gpt").modified == EDITED + "<|im_end|>"
 
 
 def test_an_answer_that_is_whole_before_the_limit_is_not_cut():
