@@ -24,12 +24,12 @@ from deepspeed_chat_tlcr.records import read_jsonl
 from labeling.dispatch import Limits, Outage, on_stop_signals, record_answer
 from labeling.endpoint import ChatRequest, Endpoint, EndpointRefused, Fault, RequestRefused, read_completion
 from labeling.journal import ACCEPTED, RunFolder, State, replace_file, write_synced
-from labeling.money import Account, Usage, counted_usage
+from labeling.money import Account, counted_usage
 from labeling.pace import back_off
 
 MOST_BYTES = 190_000_000  # OpenAI takes files of 200 MB
 WAVE = 50_000  # requests held in memory at a time
-UPLOAD_SECONDS = 1800.0
+UPLOAD_PATIENCE = 5  # times --timeout: the endpoint looks through a file before it answers
 FAILED_IN_A_ROW = 5
 OVER = ("completed", "expired", "cancelled", "failed")
 EXPIRED = "batch_expired"
@@ -195,9 +195,8 @@ class BatchRunner:
     async def _submit(self, chunk: Chunk):
         if not chunk.file:
             files, path = self.endpoint.client.files, self._input(chunk)
-            uploaded = await self._call(
-                lambda: described(files.create(file=path, purpose="batch", timeout=UPLOAD_SECONDS))
-            )
+            patience = UPLOAD_PATIENCE * self.endpoint.timeout
+            uploaded = await self._call(lambda: described(files.create(file=path, purpose="batch", timeout=patience)))
             chunk.file = uploaded.id
             self._note(chunk, "uploaded", file=chunk.file)
         batches = self.endpoint.client.batches
@@ -340,15 +339,17 @@ class BatchRunner:
 
     def _count_only(self, chunk: Chunk, custom_id: str, response: dict | None):
         chunk.done.add(custom_id)
-        body = (response or {}).get("body")
-        reported = body.get("usage") if isinstance(body, dict) else None
-        counts = [(reported or {}).get(name) for name in ("prompt_tokens", "completion_tokens")]
-        if all(isinstance(count, int) and count >= 0 for count in counts):
-            usage = Usage(*counts)
-            usd = self.account.usd(usage)
-            self.account.settle(0.0, spent=usd)
-            where = {"batch": chunk.number, "custom_id": custom_id}
-            self.folder.note(id=_id(custom_id), outcome=ACCEPTED, usage=usage.as_dict(), usd=usd, **where)
+        sent = next(line for _, line in read_jsonl(self._input(chunk)) if line["custom_id"] == custom_id)
+        try:
+            answer = read_completion(response["body"])
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            return
+        messages = sent["body"]["messages"]
+        usage = counted_usage(answer.usage, messages, answer.text, self.endpoint.sampling.max_tokens)
+        usd = self.account.usd(usage)
+        self.account.settle(0.0, spent=usd)
+        where = {"batch": chunk.number, "custom_id": custom_id}
+        self.folder.note(id=_id(custom_id), outcome=ACCEPTED, usage=usage.as_dict(), usd=usd, **where)
 
     async def _no_answer(self, chunk: Chunk, request: ChatRequest, custom_id: str, kind: str, detail: str):
         """Sent again with the next batch, unless that was tried too often."""

@@ -156,15 +156,18 @@ class Server:
 
     # ---- files and batches ----
 
-    def api(self, method: str, path: str, raw: bytes, headers: dict) -> tuple[int, dict, bytes]:
+    async def api(self, method: str, path: str, raw: bytes, headers: dict) -> tuple[int, dict, bytes]:
         o = self.options
         if path.endswith("/models"):
             return ok({"object": "list", "data": []})
         kind = method + re.sub(r"\w+-\d+|\?.*", "", path)
         self.asked[kind] += 1
-        if o.api_fault and self.asked[kind] == 1:
-            nonsense = {"truncated": (0, {}, "truncated"), "garbage": (200, {}, b'{"id'), "nonsense": ok({"hello": 1})}
-            return nonsense[o.api_fault]
+        if o.api_fault == "hang":
+            if kind == "POST/v1/files" and self.asked[kind] == 1:
+                await asyncio.sleep(3600)
+        elif o.api_fault and self.asked[kind] == 1:
+            faults = {"truncated": (0, {}, "truncated"), "garbage": (200, {}, b'{"id'), "nonsense": ok({"hello": 1})}
+            return faults[o.api_fault]
         if path.endswith("/files") and method == "POST":
             boundary = re.search(r"boundary=(\S+)", headers["content-type"])[1].encode()
             part = next(p for p in raw.split(b"--" + boundary) if b"filename=" in p)
@@ -256,7 +259,7 @@ class Server:
                 if "/chat/completions" in path:
                     status, extra, body = await self.chat(json.loads(raw), headers)
                 else:
-                    status, extra, body = self.api(method, path, raw, headers)
+                    status, extra, body = await self.api(method, path, raw, headers)
                 if body == "reset":
                     writer.transport.abort()
                     return

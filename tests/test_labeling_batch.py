@@ -67,7 +67,7 @@ def test_killed_after_any_step_no_batch_is_paid_twice(steps, tmp_path):
 
 def test_killed_in_the_middle_of_a_merge(pairs, tmp_path):
     output, log = tmp_path / "out", tmp_path / "log"
-    with fault_server(log, malformed=0.2, alike=True) as url:
+    with fault_server(log, malformed=0.2, wrong_usage=0.5, alike=True) as url:
         assert label(pairs, url, output, **QUICK) == 0
         whole = {line["id"]: line for line in lines(output / "revisions.jsonl")}, run_json(output)
         # What the disk holds when a kill comes after 20 answers of the first batch: of the last, not what it cost.
@@ -83,6 +83,7 @@ def test_killed_in_the_middle_of_a_merge(pairs, tmp_path):
     assert {line["id"]: line for line in lines(output / "revisions.jsonl")} == whole[0]
     assert set(ids(output).values()) == {1}
     assert run_json(output)["counts"]["failures"] == whole[1]["counts"]["failures"]
+    assert run_json(output)["usd"] == pytest.approx(whole[1]["usd"])
     assert not [line for line in lines(log) if line["got"] == "batch" and line["requests"] == 40]  # none again
 
 
@@ -93,11 +94,11 @@ def test_a_batch_whose_id_was_never_heard_is_found_again(tmp_path):
     assert [line["requests"] for line in lines(log) if line["got"] == "batch"] == [10]
 
 
-@pytest.mark.parametrize("fault", ["truncated", "garbage", "nonsense"])
+@pytest.mark.parametrize("fault", ["truncated", "garbage", "nonsense", "hang"])
 def test_what_is_no_file_and_no_batch_is_asked_for_again(fault, tmp_path):
     few, log = write_pairs(tmp_path / "few.jsonl", 10), tmp_path / "log"
     with fault_server(log, api_fault=fault) as url:
-        assert label(few, url, tmp_path / "out", **QUICK) == 0
+        assert label(few, url, tmp_path / "out", **QUICK, timeout=0.5) == 0
     assert len(lines(tmp_path / "out" / "revisions.jsonl")) == 10
 
 
