@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from deepspeed_chat_tlcr.checkpoints import changed_settings
 from deepspeed_chat_tlcr.errors import InputError, RunError, SaveError
+from deepspeed_chat_tlcr.gradients import watch_gradients
 from deepspeed_chat_tlcr.runtime import Preemption
 from deepspeed_chat_tlcr.saving import write_json
 
@@ -22,30 +23,52 @@ SETTINGS = "settings.json"
 
 # What a run may be continued with otherwise without a word: it changes no number.
 _HARMLESS = {"output_dir", "resume", "save_interval", "save_total_limit", "report_to", "local_rank", "max_faults"}
-_HARMLESS |= {"enable_tensorboard", "tensorboard_path", "save_format", "deepspeed", "deepscale", "deepscale_config"}
+_HARMLESS |= {"enable_tensorboard", "tensorboard_path", "save_format", "deepspeed", "data_output_path", "print_loss"}
 
 
 class FaultTolerant:
-    """For StageMixin: atomic checkpoints, and updates that are skipped where a loss is not finite."""
+    """For StageMixin: atomic checkpoints, and updates of those micro-batches whose loss is finite."""
 
-    faults_in_a_row = 0
+    faults_in_a_row = 0  # updates without one such micro-batch
     skipped_updates = 0
+    left_out = 0  # micro-batches so far
+    watched = False
+    finite_batch: dict[str, Any] | None = None  # the newest one of the coming update
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch. Where its loss is not finite on any rank, it is left out on all and counted.
 
-        Raises ``RunError`` after ``--max_faults`` of them in a row, with the batch and a checkpoint saved.
+        Raises ``RunError`` after ``--max_faults`` updates in a row that lost all of theirs, with the batch and a
+        checkpoint saved.
         """
-        self.loss_was_finite = True
+        if not self.watched:
+            watch_gradients(model)
+            self.watched = True
+        self.loss_was_finite, self.only_steps = True, False
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.loss_was_finite:
-            self.faults_in_a_row = 0
-            return loss
-        self.faults_in_a_row += 1
-        self.skipped_updates += 1
-        if self.faults_in_a_row >= self.stage.max_faults:
-            self._give_up(model, inputs)
-        return torch.zeros_like(loss)  # a NaN would stay in the Trainer's running sum for good
+            self.finite_batch = inputs
+        else:
+            self.left_out += 1
+            loss = torch.zeros_like(loss)  # a NaN would stay in the Trainer's running sum for good
+        if self.accelerator.sync_gradients:
+            self._end_update(model, inputs, *args, **kwargs)
+        return loss
+
+    def _end_update(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """After an update's last micro-batch: have the others' gradients used where it was left out itself."""
+        finite, self.finite_batch = self.finite_batch, None
+        if finite is None:
+            self.faults_in_a_row += 1
+            self.skipped_updates += 1
+            if self.faults_in_a_row >= self.stage.max_faults:
+                self._give_up(model, inputs)
+            return
+        self.faults_in_a_row = 0
+        if not self.loss_was_finite:
+            # Engines step after a backward pass and reduce gradients in it: here is one whose gradients are zero.
+            self.only_steps = True
+            super().training_step(model, finite, *args, **kwargs)
 
     def _guard(self, loss: torch.Tensor) -> bool:
         """Whether a loss is finite on every rank; a collective."""
@@ -60,7 +83,9 @@ class FaultTolerant:
 
         def backward_of_finite(loss: torch.Tensor, **kwargs: Any) -> None:
             # Under DeepSpeed this is the backward pass and, at an accumulation boundary, the step.
-            if self._guard(loss):
+            if self.only_steps:
+                backward(0 * loss, **kwargs)
+            elif self._guard(loss):
                 backward(loss, **kwargs)
 
         self.accelerator.backward = backward_of_finite
@@ -77,17 +102,17 @@ class FaultTolerant:
             self._save_checkpoint(model, trial=None)
         newest = newest_checkpoint(folder)
         raise RunError(
-            f"step {self.state.global_step}: {self.faults_in_a_row} losses in a row were not finite; the newest batch "
-            f"is in {batch}, the newest whole checkpoint is {newest or 'none'}. Lower the learning rate, use bf16 or "
-            "fp32, or look for what is wrong with this batch"
+            f"step {self.state.global_step}: {self.faults_in_a_row} updates in a row had no finite loss; the newest "
+            f"batch is in {batch}, the newest whole checkpoint is {newest or 'none'}. Lower the learning rate, use "
+            "bf16 or fp32, or look for what is wrong with this batch"
         )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs of a step whose loss was not finite say so instead of 0."""
+        """Logs of a step that was skipped say so instead of 0."""
         if "loss" in logs:
-            logs["skipped_updates"] = self.skipped_updates
+            logs["left_out"], logs["skipped_updates"] = self.left_out, self.skipped_updates
             if self.faults_in_a_row:
-                logs["loss"] = math.nan
+                logs["loss"] = logs["grad_norm"] = math.nan
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
 from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.gradients import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
-from step3_ppo_tlcr.faults import watch_gradients
 from step3_ppo_tlcr.records import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, sequence_reward
 from step3_ppo_tlcr.rollout import hybrid_possible

@@ -1,6 +1,5 @@
 """What stops a number that is not one from reaching the weights, and a run that makes nothing else."""
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,39 +62,6 @@ def weights_are_finite(models: "Models") -> bool:
 
 def _held(parameter: torch.nn.Parameter) -> torch.Tensor:
     return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
-
-
-def gradient_norm(engine: DeepSpeedEngine) -> float | None:
-    """Norm of the accumulated gradients where DeepSpeed keeps none, which is without ZeRO; None elsewhere.
-
-    If it is not finite, the engine's coming step leaves every weight and optimiser state as it is. ZeRO's own
-    optimisers check for themselves (``watch_gradients``).
-    """
-    if engine.zero_optimization():
-        return None
-    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm(gradients))
-    if not math.isfinite(norm):
-        for gradient in gradients:
-            gradient.zero_()
-        engine.optimizer.step = _once(engine.optimizer)
-    return norm
-
-
-def _once(optimizer: torch.optim.Optimizer):
-    """A step that does nothing and puts the real one back."""
-    usual = optimizer.step
-
-    def skip(*args, **kwargs) -> None:
-        optimizer.step = usual
-
-    return skip
-
-
-def watch_gradients(engine: DeepSpeedEngine) -> None:
-    """Have ZeRO-1 and -2 skip steps whose gradients overflowed in every precision, not in fp16 and bf16 alone."""
-    if hasattr(engine.optimizer, "check_grad_overflow"):
-        engine.optimizer.check_grad_overflow = True
 
 
 def align_overflow(engines: list[DeepSpeedEngine]) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from step3_ppo_tlcr.averages import Averages, RunningScale
 from step3_ppo_tlcr.ema import WeightAverage
 from step3_ppo_tlcr.engines import RewardSum, action_logits, state_values
-from step3_ppo_tlcr.faults import Faults, align_overflow, gradient_norm
+from step3_ppo_tlcr.faults import Faults, align_overflow
 from step3_ppo_tlcr.logprobs import full_kl, token_logprobs
 from step3_ppo_tlcr.measures import finished, measure_rollout, peak_memory, throughputs
 from step3_ppo_tlcr.objectives import adapted_beta, k1, k3
@@ -259,10 +259,9 @@ class Trainer(ABC):
         if boundary and self.options.align_overflow:
             align_overflow(list(engines.values()))
         for role, engine in engines.items():
-            norm = gradient_norm(engine) if boundary else None
             engine.step()
             if boundary:
-                norm = engine.get_global_grad_norm() if norm is None else norm
+                norm = engine.get_global_grad_norm()  # None where --deepspeed_config switches it off
                 self.gradient_norms[role] = float(norm) if norm is not None else math.nan
 
     def _record(self, losses: Losses, mask: torch.Tensor, averages: Averages) -> None:

@@ -1,5 +1,6 @@
 """Steps 1 and 2, DPO and FIGA when something goes wrong: killed, asked to stop, losses that are no numbers."""
 
+import itertools
 import json
 import os
 import signal
@@ -93,6 +94,37 @@ def test_a_killed_stage_ends_where_the_uninterrupted_one_ends(stage, tmp_path, m
     require_same_end(tmp_path / "whole", tmp_path / "half")
 
 
+def test_two_killed_ranks_end_where_the_uninterrupted_ones_end(tiny, tmp_path):
+    """Steps 1 and 2 at ZeRO-2, whose optimiser states are divided among the ranks; one rank cannot take them over."""
+    common = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--dtype", "fp32")
+    common = (*common, "--per_device_train_batch_size", 2, "--num_train_epochs", 8, "--learning_rate", 1e-3)
+    common = (*common, "--dropout", 0.1, "--save_interval", 2, "--zero_stage", 2)
+    own = {"step1_sft": (), "step2_discriminator": ("--revisions", tiny / "revisions.jsonl", "--num_train_epochs", 3)}
+
+    def described(stage: str, folder: str, ranks: int = 2, kill_after: int = 0) -> dict:
+        arguments = (*common, *own[stage], "--output_dir", tmp_path / stage / folder)
+        words = [str(argument) for argument in arguments]
+        return {"program": f"{stage}/main.py", "arguments": words, "ranks": ranks, "kill_after": kill_after}
+
+    runs = []
+    for stage in own:
+        runs += [described(stage, "whole"), described(stage, "half", kill_after=5), described(stage, "half")]
+    runs.insert(2, described("step1_sft", "half", ranks=1))
+    command = [sys.executable, ROOT / "tests" / "two_ranks.py", json.dumps(runs), tmp_path / "log.txt"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    log = (tmp_path / "log.txt").read_text()
+    assert done.returncode == 0, done.stderr[-2000:] + log[-3000:]
+    killed = [-signal.SIGKILL] * 2
+    assert json.loads(done.stdout.splitlines()[-1]) == [[0, 0], killed, [2], [0, 0], [0, 0], killed, [0, 0]], log[
+        -3000:
+    ]
+    assert "was written by 2 rank(s), this run has 1: continue with as many ranks" in log
+    for stage in own:
+        # Which checkpoint it was depends on when the kill came, but there was one.
+        assert f"continuing from {tmp_path / stage / 'half' / 'checkpoint-'}" in log
+        require_same_end(tmp_path / stage / "whole", tmp_path / stage / "half")
+
+
 def test_killed_while_it_saves(stage, tmp_path, monkeypatch):
     stage("sft", tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -176,13 +208,49 @@ def test_an_update_whose_loss_is_no_number_is_left_out(stage, tmp_path, monkeypa
     lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in line]
     assert [line["step"] for line in lines if line["train/loss"] is None] == [3]
     assert [line["train/skipped_updates"] for line in lines] == [0, 0, 1, 1, 1, 1]
+    # DeepSpeed itself reports none without ZeRO in fp32; of a skipped update there is none.
+    assert [line["step"] for line in lines if line["train/grad_norm"] is None] == [3]
+    assert all(line["train/grad_norm"] > 0 for line in lines if line["step"] != 3)
     weights = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict().values()
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights)
 
 
+@pytest.mark.parametrize(("zero_stage", "bad"), [(0, {3}), (2, {3}), (2, {2, 5}), (2, {2, 3})], ids=str)
+def test_an_update_uses_its_finite_micro_batches_only(stage, tmp_path, monkeypatch, zero_stage, bad):
+    """Two micro-batches an update. Left out, one weighs as if its loss were zero, wherever it stands in its update."""
+    compute = StageTrainer.compute_loss
+
+    def train(folder: str, factor: float) -> dict[str, torch.Tensor]:
+        calls = itertools.count()
+
+        def spoilt(self, model, inputs, **kwargs):
+            loss = compute(self, model, inputs, **kwargs)
+            # Weighed down to zero, the loss gives the gradients that leaving it out is to give.
+            again = getattr(self, "only_steps", False)
+            return loss * factor if self.model.training and not again and next(calls) in bad else loss
+
+        with monkeypatch.context() as patch:
+            patch.setattr(StageTrainer, "compute_loss", spoilt)
+            small = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--num_train_epochs", 1)
+            stage("sft", tmp_path / folder, *small, "--dropout", 0.0, "--zero_stage", zero_stage)
+        return load_file(tmp_path / folder / "model.safetensors")
+
+    expected, found = train("zero", 0.0), train("nan", torch.nan)
+    log = log_of(tmp_path / "nan")
+    whole = bad == {2, 3}
+    # A whole update of no gradients is none; Adam's momentum would go on moving the weights.
+    assert all(torch.equal(expected[name], found[name]) for name in found) != whole
+    assert [line["train/skipped_updates"] for line in log] == [0, int(whole), int(whole)]
+    assert log[-1]["train/left_out"] == len(bad)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [line for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
+
+
 def test_losses_that_stay_no_numbers_end_the_run_with_what_caused_them(stage, tmp_path, monkeypatch):
     bad_at(monkeypatch, range(3, 100))
-    with pytest.raises(RunError, match="2 losses in a row were not finite; the newest batch is in") as ended:
+    with pytest.raises(RunError, match="2 updates in a row had no finite loss; the newest batch is in") as ended:
         stage("sft", tmp_path, "--max_faults", 2)
     assert str(tmp_path / "checkpoint-3") in str(ended.value)
     batch = load_file(tmp_path / "faulty_batch-0.safetensors")
