@@ -3,8 +3,8 @@
 What DeepSpeed keeps for a model with P parameters in 16 bit (ZeRO, Rajbhandari et al. 2020, section 3): 2 P for the
 parameters, 2 P for their gradients, and 16 P for the optimiser (fp32 parameters, momentum, variance, and the fp32
 gradients of the step). ZeRO-1 divides the optimiser's part by the number of ranks, ZeRO-2 the gradients too, ZeRO-3
-everything. Activations were counted on what autograd really saves in transformers' Llama and OPT blocks (attention
-without stored scores).
+everything. Activations were counted on what autograd really saves in transformers' blocks (but Bloom's, their attention
+stores no scores).
 """
 
 from dataclasses import dataclass, field
@@ -68,17 +68,20 @@ def model_states(
     return States(weights, gradients, optimizer / (ranks if zero_stage >= 1 else 1), buffers, host)
 
 
-def layer_activations(shape: ModelShape, size: int = 2) -> int:
-    """Bytes that autograd keeps for one token in one block.
+def layer_activations(shape: ModelShape, tokens: int, size: int = 2) -> int:
+    """Bytes that autograd keeps for one token in one block, in a sequence of ``tokens``.
 
     Llama: the inputs of both norms and their outputs (4 h), q and the attention's output (2 a), k and v, and four
-    tensors of the gated MLP, in ``size`` bytes; both norms' fp32 copies (8 h). OPT: eight tensors of width h and one
-    of the MLP's.
+    tensors of the gated MLP, in ``size`` bytes; both norms' fp32 copies (8 h), and where q and k have norms theirs. OPT
+    and its kind: eight tensors of width h (Phi has one norm less) and those of the MLP. Bloom's attention also keeps
+    a token's scores, and an fp32 copy of them.
     """
-    h, i, attention = shape.hidden, shape.intermediate, shape.heads * shape.head_size
+    h, i, attention, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_size, shape.kv_size
+    mlp = size * shape.mlp_kept * i
     if shape.gated:
-        return size * (4 * h + 2 * attention + 2 * shape.kv_size + 4 * i) + 8 * h
-    return size * (8 * h + i)
+        norms = 8 * h + shape.qk_norm * (attention + kv) * (size + 4)
+        return size * (4 * h + 2 * attention + 2 * kv) + mlp + norms
+    return size * (6 + shape.norms) * h + mlp + shape.scores_kept * shape.heads * tokens * (size + 4)
 
 
 def activations(shape: ModelShape, sequences: int, tokens: int, checkpointing: bool, size: int = 2) -> int:
@@ -86,7 +89,7 @@ def activations(shape: ModelShape, sequences: int, tokens: int, checkpointing: b
 
     With gradient checkpointing: each block's input, and one block's activations while it is recomputed.
     """
-    count, block = sequences * tokens, layer_activations(shape, size)
+    count, block = sequences * tokens, layer_activations(shape, tokens, size)
     if checkpointing:
         return count * (shape.layers * shape.hidden * size + block)
     return count * shape.layers * block
@@ -176,6 +179,8 @@ def with_reference(need: Need, shape: ModelShape, zero_stage: int, ranks: int, s
 def ppo(
     shape: ModelShape,
     *,
+    with_critic: bool,
+    decoded_sequences: int,
     generated_sequences: int,
     trained_sequences: int,
     prompt_tokens: int,
@@ -190,13 +195,19 @@ def ppo(
     checkpointing: bool,
     size: int = 2,
 ) -> Need:
-    """Step 3: four models at once. The working memory is the largest phase's: sampling, scoring, actor's, critic's."""
+    """Step 3: four models at once, three where the algorithm has no critic (ReMax).
+
+    ``decoded_sequences`` are sampled together on a GPU, then scored ``generated_sequences`` at a time and trained on
+    ``trained_sequences`` at a time. The working memory is the largest phase's: sampling, scoring, actor's, critic's.
+    """
     counts = {
         "actor": (shape.causal_parameters, actor_stage, True),
         "critic": (shape.classifier_parameters(1), critic_stage, True),
         "reference": (shape.causal_parameters, reference_stage, False),
         "discriminator": (shape.classifier_parameters(2), reward_stage, False),
     }
+    if not with_critic:
+        del counts["critic"]
     gpu: dict[str, float] = {}
     offloaded, loading = 0.0, 0.0
     for role, (parameters, stage, trained) in counts.items():
@@ -216,10 +227,10 @@ def ppo(
     learning = activations(shape, trained_sequences, tokens, checkpointing, size)
     scored = generated_sequences * answer_tokens * shape.vocabulary
     phases = {
-        "sampling (KV cache)": kv_cache(shape, generated_sequences, tokens, size),
-        "scoring": generated_sequences * tokens * layer_activations(shape, size) + 2 * scored,
+        "sampling (KV cache)": kv_cache(shape, decoded_sequences, tokens, size),
+        "scoring": generated_sequences * tokens * layer_activations(shape, tokens, size) + 2 * scored,
         "actor's update": learning + CHOSEN_LOGITS * trained_sequences * answer_tokens * shape.vocabulary,
-        "critic's update": learning,
+        "critic's update": learning if with_critic else 0,
     }
     largest = max(phases, key=phases.__getitem__)
     gpu[f"work: {largest}"] = phases[largest]

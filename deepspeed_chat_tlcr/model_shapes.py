@@ -2,15 +2,20 @@
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What parameter counts and memory follow from; the units are features, layers, heads and tokens."""
+    """What parameter counts and memory follow from; the units are features, layers, heads and tokens.
+
+    The defaults are Llama's: RMS norms, three matrices in the MLP, no biases, rotary positions.
+    """
 
     hidden: int
     layers: int
@@ -20,11 +25,20 @@ class ModelShape:
     vocabulary: int
     head_size: int
     tied: bool = False  # the output projection is the embedding
-    gated: bool = True  # gate, up and down projections (Llama); else up and down with biases (OPT)
+    gated: bool = True  # gate, up and down projections; else up and down alone
     qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+    head_bias: bool = False  # of the output projection (Phi)
+    norms: int = 2  # in a block
+    norm_bias: bool = False  # layer norms, which have a bias; else RMS norms
     qk_norm: bool = False
-    positions: int = 0  # rows of learnt position embeddings; 0: rotary
+    embedding_norm: bool = False  # behind the embedding (Bloom)
+    final_norm: bool = True  # behind the last block
+    positions: int = 0  # rows of learnt position embeddings; 0: rotary or ALiBi
     embedding: int = 0  # width of the embedding where it is not `hidden` (OPT-350m); 0: `hidden`
+    mlp_kept: int = 4  # tensors as wide as the MLP that autograd keeps of one: by the activation function
+    scores_kept: bool = False  # whether attention stores its (T, T) scores (Bloom's does)
 
     @property
     def kv_size(self) -> int:
@@ -33,33 +47,38 @@ class ModelShape:
     @property
     def layer_parameters(self) -> int:
         """Weights of one transformer block."""
-        h, attention, kv = self.hidden, self.heads * self.head_size, self.kv_size
-        if self.gated:
-            biases = (attention + 2 * kv) * self.qkv_bias
-            norms = 2 * h + 2 * self.head_size * self.qk_norm
-            return 2 * h * attention + 2 * h * kv + biases + 3 * h * self.intermediate + norms
-        projections = 4 * (h * h + h)
-        return projections + 2 * h * self.intermediate + self.intermediate + h + 2 * 2 * h
+        h, i, attention, kv = self.hidden, self.intermediate, self.heads * self.head_size, self.kv_size
+        matrices = 2 * h * attention + 2 * h * kv + (3 if self.gated else 2) * h * i
+        biases = self.qkv_bias * (attention + 2 * kv) + self.output_bias * h
+        biases += self.mlp_bias * ((2 if self.gated else 1) * i + h)
+        return matrices + biases + self.norms * self._norm(h) + 2 * self.qk_norm * self._norm(self.head_size)
+
+    def _norm(self, width: int) -> int:
+        return width * (2 if self.norm_bias else 1)
 
     @property
     def backbone_parameters(self) -> int:
         """Everything but the output projection."""
         width = self.embedding or self.hidden
-        embeddings = self.vocabulary * width + self.positions * self.hidden
+        total = self.vocabulary * width + self.positions * self.hidden + self.layers * self.layer_parameters
         if width != self.hidden:
-            # OPT-350m: projections into and out of the blocks, and no norm behind the last one.
-            return embeddings + self.layers * self.layer_parameters + 2 * width * self.hidden
-        return embeddings + self.layers * self.layer_parameters + self.hidden * (1 if self.gated else 2)
+            total += 2 * width * self.hidden  # projections into and out of the blocks
+        return total + (self.embedding_norm + self.final_norm) * self._norm(self.hidden)
 
     @property
     def causal_parameters(self) -> int:
         """Parameters of the language model (actor, reference)."""
-        head = 0 if self.tied else self.vocabulary * self.hidden
-        return self.backbone_parameters + head
+        bias = self.vocabulary * self.head_bias
+        return self.backbone_parameters + bias + (0 if self.tied else self.vocabulary * self.hidden)
 
     def classifier_parameters(self, labels: int) -> int:
         """Parameters of the token classifier: 2 labels for the discriminator, 1 for the critic."""
         return self.backbone_parameters + labels * ((self.embedding or self.hidden) + 1)
+
+
+BIASED = {"gated": False, "qkv_bias": True, "output_bias": True, "mlp_bias": True, "norm_bias": True}
+"""Blocks as GPT-2's, OPT's, Bloom's, GPT-NeoX's and Phi's: layer norms, two matrices in the MLP, biases everywhere."""
+BLOOM = {"embedding_norm": True, "mlp_kept": 2, "scores_kept": True}
 
 
 def _llama(hidden, layers, heads, kv_heads, intermediate, vocabulary, **more) -> ModelShape:
@@ -75,20 +94,14 @@ def _llama(hidden, layers, heads, kv_heads, intermediate, vocabulary, **more) ->
     )
 
 
+def _biased(hidden, layers, heads, vocabulary, **more) -> ModelShape:
+    sizes = {"intermediate": 4 * hidden, "head_size": hidden // heads, "tied": True, **BIASED, **more}
+    return ModelShape(hidden=hidden, layers=layers, heads=heads, kv_heads=heads, vocabulary=vocabulary, **sizes)
+
+
 def _opt(hidden, layers, heads, embedding=0) -> ModelShape:
-    return ModelShape(
-        hidden=hidden,
-        layers=layers,
-        heads=heads,
-        kv_heads=heads,
-        intermediate=4 * hidden,
-        vocabulary=50272,
-        head_size=hidden // heads,
-        tied=True,
-        gated=False,
-        positions=2050,
-        embedding=embedding,
-    )
+    sizes = {"positions": 2050, "embedding": embedding, "final_norm": not embedding, "mlp_kept": 1}
+    return _biased(hidden, layers, heads, 50272, **sizes)
 
 
 KNOWN_MODELS = {
@@ -114,11 +127,15 @@ KNOWN_MODELS = {
     "opt-13b": _opt(5120, 40, 40),
     "opt-30b": _opt(7168, 48, 56),
     "opt-66b": _opt(9216, 64, 72),
+    "qwen3-8b": _llama(4096, 36, 32, 8, 12288, 151936, qk_norm=True),
+    "gemma-7b": _llama(3072, 28, 16, 16, 24576, 256000, head_size=256, tied=True),
+    "gpt2-xl": _biased(1600, 48, 25, 50257, positions=1024, mlp_kept=5),
+    "pythia-1.4b": _biased(2048, 24, 16, 50304, tied=False, mlp_kept=2),
+    "bloom-560m": _biased(1024, 24, 16, 250880, **BLOOM),
+    "bloom-7b1": _biased(4096, 30, 32, 250880, **BLOOM),
+    "phi-2": _biased(2560, 32, 32, 51200, tied=False, norms=1, head_bias=True, mlp_kept=5),
 }
 """By a part of the hub name: "meta-llama/Llama-2-7b-chat-hf" is "llama-2-7b"."""
-
-LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")
-"""The model types whose blocks this file counts as Llama's."""
 
 
 def shape_of(model: str, config: str = "") -> ModelShape:
@@ -141,40 +158,78 @@ def shape_of(model: str, config: str = "") -> ModelShape:
     )
 
 
+def _rotary(config: dict[str, Any], **more: Any) -> ModelShape:
+    """Llama's names for the sizes, which Mistral, Qwen, Gemma, Phi and GPT-NeoX share."""
+    heads = config["num_attention_heads"]
+    sizes = {
+        "hidden": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "intermediate": config["intermediate_size"],
+        "vocabulary": config["vocab_size"],
+        "head_size": config.get("head_dim") or config["hidden_size"] // heads,
+        "tied": config.get("tie_word_embeddings", False),
+    }
+    return ModelShape(**sizes | more)
+
+
+def _llama_like(config: dict[str, Any], **more: Any) -> ModelShape:
+    biased = config.get("attention_bias", False)
+    flags = {"qkv_bias": biased, "output_bias": biased, "mlp_bias": config.get("mlp_bias", False)}
+    return _rotary(config, **flags | more)
+
+
+def _plain(config: dict[str, Any], **more: Any) -> ModelShape:
+    """GPT-2's, Bloom's and OPT's kind: as many keys as queries, an MLP four times as wide, the embedding used twice."""
+
+    def first(*names: str) -> int:
+        return next((config[name] for name in names if name in config), None) or config[names[0]]
+
+    hidden = first("hidden_size", "n_embd", "n_embed")
+    heads = first("num_attention_heads", "n_head")
+    tied = config.get("tie_word_embeddings", True)
+    intermediate = {"intermediate": config.get("n_inner") or 4 * hidden}
+    layers, vocabulary = first("num_hidden_layers", "n_layer"), config["vocab_size"]
+    return _biased(hidden, layers, heads, vocabulary, **{"tied": tied} | intermediate | more)
+
+
+FAMILIES: dict[str, Callable[[dict[str, Any]], ModelShape]] = {
+    "llama": _llama_like,
+    "mistral": _rotary,
+    "qwen2": lambda config: _rotary(config, qkv_bias=True),
+    "qwen3": lambda config: _llama_like(config, qk_norm=True, mlp_bias=False),
+    "gemma": lambda config: _llama_like(config, tied=config.get("tie_word_embeddings", True), mlp_bias=False),
+    "phi": lambda config: _rotary(
+        config, **BIASED, norms=1, head_bias=True, mlp_kept=5, qk_norm=config.get("qk_layernorm", False)
+    ),
+    "gpt_neox": lambda config: _rotary(
+        config,
+        **BIASED | {"mlp_kept": 2} | dict.fromkeys(("qkv_bias", "output_bias"), config.get("attention_bias", True)),
+    ),
+    "gpt2": lambda config: _plain(config, positions=config["n_positions"], mlp_kept=5),
+    "bloom": lambda config: _plain(config, **BLOOM),
+    "opt": lambda config: _plain(
+        config,
+        intermediate=config["ffn_dim"],
+        positions=config["max_position_embeddings"] + 2,
+        embedding=config.get("word_embed_proj_dim", 0),
+        # OPT-350m has its norms behind attention and MLP, so none is left for the end.
+        final_norm=config.get("do_layer_norm_before", True) and not config.get("_remove_final_layer_norm", False),
+        mlp_kept=1,
+    ),
+}
+"""By a config's ``model_type``."""
+
+
 def _from_config(path: Path) -> ModelShape:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config["model_type"]
-        if kind == "opt":
-            return ModelShape(
-                hidden=config["hidden_size"],
-                layers=config["num_hidden_layers"],
-                heads=config["num_attention_heads"],
-                kv_heads=config["num_attention_heads"],
-                intermediate=config["ffn_dim"],
-                vocabulary=config["vocab_size"],
-                head_size=config["hidden_size"] // config["num_attention_heads"],
-                tied=config.get("tie_word_embeddings", True),
-                gated=False,
-                positions=config["max_position_embeddings"] + 2,
-                embedding=config.get("word_embed_proj_dim", 0),
-            )
-        if kind in LLAMA_LIKE:
-            heads = config["num_attention_heads"]
-            return ModelShape(
-                hidden=config["hidden_size"],
-                layers=config["num_hidden_layers"],
-                heads=heads,
-                kv_heads=config.get("num_key_value_heads") or heads,
-                intermediate=config["intermediate_size"],
-                vocabulary=config["vocab_size"],
-                head_size=config.get("head_dim") or config["hidden_size"] // heads,
-                tied=config.get("tie_word_embeddings", False),
-                qkv_bias=config.get("attention_bias", kind == "qwen2"),
-                qk_norm=kind == "qwen3",
-            )
+        if kind in FAMILIES:
+            return FAMILIES[kind](config)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: not a readable config.json ({error})") from None
     except KeyError as error:
         raise InputError(f"{path}: has no {error}, so it is not a model's config.json") from None
-    raise InputError(f"{path}: memory is estimated for {', '.join(LLAMA_LIKE)} and opt models, not for {kind!r}")
+    raise InputError(f"{path}: memory is estimated for {', '.join(FAMILIES)} models, not for {kind!r}")

@@ -115,6 +115,8 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
         elif stage == "step3":
             needs[folder] = memory.ppo(
                 shape,
+                with_critic=recipe.with_critic,
+                decoded_sequences=recipe.decoded_together,
                 generated_sequences=recipe.generation_batch_size,
                 trained_sequences=recipe.ppo_batch_size,
                 prompt_tokens=recipe.max_prompt_len,
@@ -143,7 +145,7 @@ def disk_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Disk]:
     written = {
         "step2": shape.classifier_parameters(2),
         "step2_sequence": shape.classifier_parameters(1),
-        "step3": shape.causal_parameters + shape.classifier_parameters(1),
+        "step3": shape.causal_parameters + (shape.classifier_parameters(1) if recipe.with_critic else 0),
     }
     parameters = {
         folder: written.get(stage, shape.causal_parameters)
@@ -227,10 +229,12 @@ def memory_report(recipe: Recipe, shape: ModelShape) -> str:
             training = recipe.training(ALONE[stage])
             settings[folder] = f"ZeRO-{training.zero_stage}" + ", offload" * training.offload
         elif stage == "step3":
+            critic = f"critic {recipe.critic_zero_stage}, " if recipe.with_critic else "no critic, "
+            offloaded = "actor and critic" if recipe.with_critic else "actor"
             settings[folder] = (
-                f"ZeRO actor {recipe.actor_zero_stage}, critic {recipe.critic_zero_stage}, "
+                f"ZeRO actor {recipe.actor_zero_stage}, {critic}"
                 f"reference {recipe.reference_zero_stage}, reward {recipe.reward_zero_stage}"
-            ) + ", offload of actor and critic" * recipe.ppo_offload
+            ) + f", offload of {offloaded}" * recipe.ppo_offload
     for name, need in stage_needs(recipe, shape).items():
         rows = [(label, gib(size)) for label, size in need.gpu.items() if size]
         rows.append((f"total per GPU (of {recipe.gpu_memory_gb:g})", gib(need.gpu_total)))

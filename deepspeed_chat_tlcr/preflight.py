@@ -319,7 +319,7 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
             batch = training.batch_size * training.accumulation_steps * ranks
             batches.append(("SFT", sft, batch) if stage == "step1" else ("reward", reward, batch))
         elif stage == "step3":
-            batches.append(("RL", rl, recipe.generation_batch_size * ranks))
+            batches.append(("RL", rl, recipe.generation_batch_size * recipe.generation_batches * ranks))
     for part, size, batch in batches:
         if size < batch:
             yield Problem(
@@ -330,15 +330,22 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_batches(recipe: Recipe) -> Iterator[Problem]:
+    prompts = recipe.generation_batches * recipe.generation_batch_size
+    if recipe.decode_batch_size % recipe.generation_batch_size:
+        yield Problem(
+            f"DECODE_BATCH_SIZE={recipe.decode_batch_size} is no multiple of "
+            f"GENERATION_BATCH_SIZE={recipe.generation_batch_size}",
+            "make it one, or 0 to decode the whole set of rollouts together",
+        )
     if recipe.generation_batch_size % recipe.ppo_batch_size:
         yield Problem(
             f"GENERATION_BATCH_SIZE={recipe.generation_batch_size} is no multiple of "
             f"PPO_BATCH_SIZE={recipe.ppo_batch_size}: some rollouts would be left over",
             "make it one",
         )
-    elif recipe.generation_batch_size // recipe.ppo_batch_size % recipe.ppo_accumulation_steps:
+    elif (micro_batches := prompts // recipe.ppo_batch_size) % recipe.ppo_accumulation_steps:
         yield Problem(
-            f"GENERATION_BATCH_SIZE / PPO_BATCH_SIZE = {recipe.generation_batch_size // recipe.ppo_batch_size} "
+            f"GENERATION_BATCHES x GENERATION_BATCH_SIZE / PPO_BATCH_SIZE = {micro_batches} "
             f"is no multiple of PPO_ACCUMULATION_STEPS={recipe.ppo_accumulation_steps}",
             "make it one",
         )

@@ -73,7 +73,10 @@ class Recipe:
     figa_zero_stage: int
     figa_offload: bool
     figa_gradient_checkpointing: bool
+    algo: str
     generation_batch_size: int
+    generation_batches: int
+    decode_batch_size: int
     ppo_batch_size: int
     ppo_accumulation_steps: int
     prompt_epochs: int
@@ -107,8 +110,10 @@ class Recipe:
                 continue
             if name.endswith("zero_stage") and values[name] not in (0, 1, 2, 3):
                 problems.append(f"{variable}={text}: expected 0, 1, 2 or 3")
-            if kind is int and not name.endswith("zero_stage") and values[name] < 1:
-                problems.append(f"{variable}={text}: must be at least 1")
+            if name == "algo" and text not in ("ppo", "remax"):
+                problems.append(f"{variable}={text}: expected ppo or remax")
+            if kind is int and not name.endswith("zero_stage") and values[name] < (name not in _MAY_BE_ZERO):
+                problems.append(f"{variable}={text}: must be at least {int(name not in _MAY_BE_ZERO)}")
         if len(problems) == len(fields(cls)):
             raise InputError("run this through training_scripts/run_7b.sh (or source training_scripts/recipe.sh first)")
         if problems:
@@ -140,6 +145,17 @@ class Recipe:
     def training(self, prefix: str) -> "Training":
         """The variables PREFIX_BATCH_SIZE and so on of a stage that trains one model."""
         return Training(*(getattr(self, f"{prefix}_{field.name}") for field in fields(Training)))
+
+    @property
+    def with_critic(self) -> bool:
+        """Whether step 3 trains a value function; ReMax's baseline is a greedy answer's score."""
+        return self.algo == "ppo"
+
+    @property
+    def decoded_together(self) -> int:
+        """Prompts that a device answers at a time in step 3: a set of rollouts unless DECODE_BATCH_SIZE is set."""
+        prompts = self.generation_batch_size * self.generation_batches
+        return min(prompts, self.decode_batch_size or prompts)
 
     def hosts(self) -> dict[str, int]:
         """Processes by node. Raises ``InputError`` for a missing, malformed or empty hostfile."""
@@ -180,4 +196,5 @@ def _switch(text: str) -> bool:
 
 
 _READERS = {str: str, int: int, float: float, bool: _switch}
+_MAY_BE_ZERO = ("decode_batch_size",)
 _EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}

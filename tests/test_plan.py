@@ -1,5 +1,6 @@
 """Memory, cost and disk estimates against numbers done by hand, published sizes, and DeepSpeed's own estimators."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -9,7 +10,17 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, preferences, write_jsonl
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from test_families import FAMILIES, LLAMA_LIKE, SIZES
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForTokenClassification,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PhiConfig,
+    Qwen3Config,
+)
 
 from deepspeed_chat_tlcr import memory, plan
 from deepspeed_chat_tlcr.errors import InputError
@@ -66,7 +77,10 @@ PAPER = {
     "figa_zero_stage": 3,
     "figa_offload": False,
     "figa_gradient_checkpointing": True,
+    "algo": "ppo",
     "generation_batch_size": 16,
+    "generation_batches": 1,
+    "decode_batch_size": 0,
     "ppo_batch_size": 16,
     "ppo_accumulation_steps": 1,
     "prompt_epochs": 1,
@@ -124,6 +138,13 @@ def test_small_shape_by_hand():
         ("Qwen/Qwen2.5-0.5B", 494_032_768),
         ("facebook/opt-350m", 331_196_416),
         ("facebook/opt-1.3b", 1_315_758_080),
+        ("Qwen/Qwen3-8B", 8_190_735_360),
+        ("google/gemma-7b", 8_537_680_896),
+        ("openai-community/gpt2-xl", 1_557_611_200),
+        ("EleutherAI/pythia-1.4b-deduped", 1_414_647_808),
+        ("bigscience/bloom-560m", 559_214_592),
+        ("bigscience/bloom-7b1", 7_069_016_064),
+        ("microsoft/phi-2", 2_779_683_840),
         ("AdamG012/chat-opt-1.3b-sft-deepspeed", 1_315_758_080),
     ],
 )
@@ -131,37 +152,29 @@ def test_published_parameter_counts(name, published):
     assert shape_of(name).causal_parameters == published
 
 
-@pytest.mark.parametrize(
-    ("config", "model_class"),
-    [
-        (
-            LlamaConfig(
-                hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-            ),
-            LlamaForCausalLM,
-        ),
-        (
-            OPTConfig(hidden_size=64, word_embed_proj_dim=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=4),
-            OPTForCausalLM,
-        ),
-        (
-            Qwen3Config(
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                head_dim=32,
-            ),
-            Qwen3ForCausalLM,
-        ),
-    ],
-)
-def test_counts_of_a_local_config_are_transformers_own(tmp_path, config, model_class):
-    with torch.device("meta"):
-        real = model_class(config)
+VARIANTS = {
+    "llama-biases": LlamaConfig(**LLAMA_LIKE, attention_bias=True, mlp_bias=True, vocab_size=96),
+    "qwen3-biases": Qwen3Config(**LLAMA_LIKE, attention_bias=True, vocab_size=96),
+    "gpt2-inner": GPT2Config(n_embd=16, n_layer=2, n_head=2, n_inner=24, n_positions=40, tie_word_embeddings=False),
+    "opt-350m": OPTConfig(**SIZES, ffn_dim=32, word_embed_proj_dim=8, do_layer_norm_before=False, vocab_size=96),
+    "phi-norms": PhiConfig(**SIZES, intermediate_size=32, qk_layernorm=True, num_key_value_heads=1, vocab_size=96),
+    "gpt_neox-tied": GPTNeoXConfig(**SIZES, intermediate_size=32, attention_bias=False, tie_word_embeddings=True),
+}
+CONFIGS = VARIANTS | {name: kind(vocab_size=96, **sizes) for name, (kind, sizes, _) in FAMILIES.items()}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_of_a_local_config_are_transformers_own(tmp_path, name):
+    config = CONFIGS[name]
     config.save_pretrained(tmp_path)
-    assert shape_of(str(tmp_path)).causal_parameters == real.num_parameters()
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(config)
+        classifier = AutoModelForTokenClassification.from_config(copy.deepcopy(config))  # of 2 labels
+    shape = shape_of(str(tmp_path))
+    assert shape.causal_parameters == real.num_parameters()
+    assert shape.classifier_parameters(2) == classifier.num_parameters()
+    blocks = max((m for m in real.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
+    assert shape.layer_parameters == sum(parameter.numel() for parameter in blocks[0].parameters())
 
 
 def test_unknown_model_asks_for_its_config(tmp_path):
@@ -247,21 +260,27 @@ def kept_by_autograd(model, sequences: int, tokens: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.model(input_ids=torch.ones((sequences, tokens), dtype=torch.long))
+        model.base_model(input_ids=torch.ones((sequences, tokens), dtype=torch.long))
     return sum(kept.values())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_activations_are_what_autograd_keeps(tmp_path, kind, checkpointing):
+WIDE = {
+    **{"hidden_size": 256, "n_embd": 256, "intermediate_size": 640, "ffn_dim": 640, "word_embed_proj_dim": 256},
+    **{"num_attention_heads": 4, "n_head": 4, "head_dim": 64, "num_key_value_heads": 2},
+}
+NO_DROPOUT = {"dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "checkpointing"), [*((family, False) for family in FAMILIES), ("llama", True), ("opt", True)]
+)
+def test_activations_are_what_autograd_keeps(tmp_path, family, checkpointing):
+    kind, sizes, _ = FAMILIES[family]
     # Enough blocks for what lies outside of them (the last norm, the mask) to be little.
     layers = 24 if checkpointing else 6
-    sizes = {"hidden_size": 256, "num_hidden_layers": layers, "num_attention_heads": 4, "vocab_size": 200}
-    if kind == "llama":
-        model = LlamaForCausalLM(LlamaConfig(intermediate_size=640, num_key_value_heads=2, **sizes))
-    else:
-        model = OPTForCausalLM(OPTConfig(ffn_dim=1024, word_embed_proj_dim=256, dropout=0.0, **sizes))
-    model = model.bfloat16().train()
+    wide = {name: WIDE.get(name, size) for name, size in sizes.items()} | NO_DROPOUT
+    wide |= {"n_layer" if "n_layer" in sizes else "num_hidden_layers": layers}
+    model = AutoModelForCausalLM.from_config(kind(vocab_size=200, **wide)).bfloat16().train()
     model.config.use_cache = False
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -270,14 +289,14 @@ def test_activations_are_what_autograd_keeps(tmp_path, kind, checkpointing):
     ours = memory.activations(shape, 2, 64, checkpointing)
     if checkpointing:
         # The one block that is recomputed comes later, in the backward pass.
-        ours -= 2 * 64 * memory.layer_activations(shape)
+        ours -= 2 * 64 * memory.layer_activations(shape, 64)
     assert ours == pytest.approx(kept_by_autograd(model, 2, 64), rel=0.2)
 
 
 def test_working_memory_by_hand():
     # inputs and outputs of two norms 4 h = 16, q and attention's output 8, k and v 8, MLP 40: 72 values of 2 bytes,
     # and the norms' fp32 copies, 8 h = 32
-    assert memory.layer_activations(SMALL) == 176
+    assert memory.layer_activations(SMALL, 5) == 176
     assert memory.activations(SMALL, sequences=2, tokens=5, checkpointing=False) == 2 * 5 * 3 * 176
     assert memory.activations(SMALL, sequences=2, tokens=5, checkpointing=True) == 2 * 5 * (3 * 4 * 2 + 176)
     # keys and values, 3 blocks, 4 wide, 2 bytes
@@ -291,10 +310,10 @@ def test_paper_recipe_fits_and_by_how_much():
     needs = plan.stage_needs(recipe(), KNOWN_MODELS["llama-2-7b"])
     sft = needs["step1_sft"]
     states = 6_738_415_616 * (2 + 18 / 8)
-    work = 16 * 512 * (32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"]) + 14 * 32000)
+    work = 16 * 512 * (32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"], 512) + 14 * 32000)
     assert sft.gpu_total == pytest.approx(states + 2 * 500_000_000 * 2 + work + 3 * GIB)
     # The discriminator sees two sequences for each revision.
-    per_token = 32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"])
+    per_token = 32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"], 512)
     assert needs["step2_discriminator"].gpu["activations"] == 2 * 16 * 512 * per_token
     assert all(need.gpu_total < 80 * GIB for need in needs.values())
     # One GPU without offload cannot hold 18 bytes for each of 6.7 billion parameters.
@@ -303,6 +322,29 @@ def test_paper_recipe_fits_and_by_how_much():
     # Actor's and critic's optimisers together, 16 bytes for each parameter, on one node's host.
     both = 6_738_415_616 + 6_738_415_616 - 32000 * 4096 + 4097
     assert needs["step3_ppo_tlcr"].host["offloaded"] == pytest.approx(16 * both)
+
+
+def test_remax_has_no_critic():
+    shape = KNOWN_MODELS["llama-2-7b"]
+    ppo, remax = (plan.stage_needs(recipe(algo=algo), shape)["step3_ppo_tlcr"] for algo in ("ppo", "remax"))
+    assert ppo.gpu.keys() - remax.gpu.keys() >= {"critic"}
+    # 2 bytes a parameter stay on the GPU at ZeRO-2 with offload, beside two buckets; the optimiser's 16 on the host.
+    critic = shape.classifier_parameters(1)
+    assert ppo.gpu_total - remax.gpu_total == pytest.approx(2 * critic + 2 * 500_000_000 * 2)
+    assert ppo.host["offloaded"] - remax.host["offloaded"] == pytest.approx(16 * critic)
+    disks = [plan.disk_needs(recipe(algo=algo), SMALL)["step3_ppo_tlcr"].model for algo in ("ppo", "remax")]
+    assert disks == [2 * (636 + 613), 2 * 636]
+    assert "no critic" in plan.memory_report(recipe(algo="remax"), shape)
+
+
+@pytest.mark.parametrize(("batches", "decode", "together"), [(1, 0, 16), (8, 0, 128), (8, 32, 32), (1, 32, 16)])
+def test_what_is_decoded_together_has_its_keys_and_values_in_memory(batches, decode, together):
+    step3 = recipe(generation_batches=batches, decode_batch_size=decode, ppo_batch_size=1, generation_batch_size=16)
+    # Blocks of no width but many keys: sampling is the largest phase.
+    shape = dataclasses.replace(SMALL, layers=1000)
+    work = plan.stage_needs(step3, shape)["step3_ppo_tlcr"].gpu
+    # keys and values of 1000 blocks, 4 wide, 2 bytes, for 256 + 256 tokens
+    assert work["work: sampling (KV cache)"] == 2 * 1000 * 4 * 2 * together * 512
 
 
 def test_two_nodes_share_the_host_memory(tmp_path):
@@ -400,7 +442,7 @@ def test_plan_counts_local_data(tmp_path, monkeypatch):
 
 
 def test_all_wrong_variables_are_told_at_once():
-    wrong = environment(sft_zero_stage=4, ppo_batch_size=0) | {"MASTER_PORT": "many", "PPO_OFFLOAD": "yes"}
+    wrong = environment(sft_zero_stage=4, ppo_batch_size=0, algo="grpo") | {"MASTER_PORT": "many", "PPO_OFFLOAD": "yes"}
     del wrong["MODEL"]
     with pytest.raises(InputError) as caught:
         Recipe.from_environment(wrong)
@@ -410,6 +452,7 @@ def test_all_wrong_variables_are_told_at_once():
         "PPO_BATCH_SIZE=0: must be at least 1",
         "MASTER_PORT=many: expected a whole number",
         "PPO_OFFLOAD=yes: expected 1 (on) or 0 (off)",
+        "ALGO=grpo: expected ppo or remax",
     ):
         assert expected in str(caught.value)
     with pytest.raises(InputError, match=r"run_7b\.sh"):

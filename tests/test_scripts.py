@@ -377,6 +377,7 @@ def test_preflight_lists_everything_at_once(tmp_path):
             CUDA_VISIBLE_DEVICES="",
             MASTER_PORT=taken.getsockname()[1],
             PPO_BATCH_SIZE=3,
+            DECODE_BATCH_SIZE=24,
             API_KEY_ENV="MY_KEY",
             MY_KEY="",
         )
@@ -386,6 +387,7 @@ def test_preflight_lists_everything_at_once(tmp_path):
         "no GPU was found, NUM_GPUS=8",
         "MASTER_PORT=",
         "GENERATION_BATCH_SIZE=16 is no multiple of PPO_BATCH_SIZE=3",
+        "DECODE_BATCH_SIZE=24 is no multiple of GENERATION_BATCH_SIZE=16",
         "MY_KEY, the variable with the API key",
         "no-model",
         "absent.jsonl",

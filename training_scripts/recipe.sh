@@ -96,7 +96,9 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${ALGO:=ppo}"                            # ppo, or remax: a greedy answer's score as baseline, no critic
 : "${PPO_FOLDER:=step3_ppo_tlcr}"           # sub-folder of OUTPUT
 : "${REWARD:=tlcr}"                         # terms that are summed, blanks between; step3_ppo_tlcr/main.py --help lists them
-: "${GENERATION_BATCH_SIZE:=16}"            # prompts per GPU and rollout
+: "${GENERATION_BATCH_SIZE:=16}"            # prompts per GPU that are scored at a time
+: "${GENERATION_BATCHES:=1}"                # such batches in one set of rollouts, all decoded together
+: "${DECODE_BATCH_SIZE:=0}"                 # prompts per GPU decoded at a time; 0: the whole set
 : "${PPO_BATCH_SIZE:=16}"                   # sequences per GPU and PPO micro-batch
 : "${PPO_ACCUMULATION_STEPS:=1}"
 : "${PROMPT_EPOCHS:=1}"                     # passes over the prompts

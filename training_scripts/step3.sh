@@ -43,6 +43,8 @@ command=(
   --output_dir "$OUTPUT/$PPO_FOLDER"
 )
 [[ -z $REFERENCE_MODEL ]] || command+=(--reference_model_name_or_path "$REFERENCE_MODEL")
+[[ $GENERATION_BATCHES == 1 ]] || command+=(--generation_batches "$GENERATION_BATCHES")
+[[ $DECODE_BATCH_SIZE == 0 ]] || command+=(--decode_batch_size "$DECODE_BATCH_SIZE")
 [[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --critic_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
