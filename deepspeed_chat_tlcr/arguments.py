@@ -74,14 +74,15 @@ class RunOptions:
         "", "folder for TensorBoard logs; empty: output_dir/tensorboard", better="by default beside the model"
     )
     local_rank: int = option(-1, "set by the launcher")
-    deepspeed: bool = option(False, "accepted as in DeepSpeed-Chat; training always runs on DeepSpeed")
+    deepspeed: bool = option(
+        False, "accepted as in DeepSpeed-Chat; training always runs on DeepSpeed", flags=("--deepscale",)
+    )
     deepspeed_config: str | None = option(
         None,
         "JSON file that overrides entries of the DeepSpeed config built from flags",
         better="it is read; DeepSpeed-Chat parses it only",
+        flags=("--deepscale_config",),
     )
-    deepscale: bool = option(False, "deprecated spelling of --deepspeed", "DeepSpeed is always on")
-    deepscale_config: str | None = option(None, "deprecated", "use --deepspeed_config")
 
     @property
     def precision(self) -> str:
@@ -105,7 +106,11 @@ class DataOptions:
     )
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
     data_seed: int = option(1234, "seed of the split; the same in every stage, whatever --seed is")
-    data_output_path: str = option("/tmp/data_files/", "DeepSpeed-Chat's cache", "data is memory-mapped, not copied")
+    data_output_path: str | None = option(
+        None,
+        "folder where the data's text is kept, memory-mapped; unset: in HF_DATASETS_CACHE",
+        better="named by content, so an edited file is read again; may be shared between runs and ranks",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +144,11 @@ class TrainOptions:
     compute_fp32_loss: bool = option(False, "loss in fp32", "the loss is always computed in fp32")
     add_eot_token: bool = option(False, "end responses with --eot_token instead of the tokenizer's EOS")
     eot_token: str = option("<|endoftext|>", "the token that --add_eot_token adds")
-    print_loss: bool = option(False, "print the loss of every step", "the progress bar and metrics.jsonl show it")
+    print_loss: bool = option(
+        False,
+        "print a line with the loss of every optimiser step",
+        better="once for all ranks; the progress bar and metrics.jsonl show it anyway",
+    )
 
     @property
     def dropout_rate(self) -> float | None:

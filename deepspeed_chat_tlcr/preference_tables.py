@@ -165,6 +165,6 @@ def read_table(source: Source, records: Records, tokenizer=None, cache_dir: str 
     except OSError as error:
         raise InputError(
             f"{records}: cannot be read into the cache {folder} ({error.strerror or error}); "
-            "HF_DATASETS_CACHE names another place"
+            "--data_output_path or HF_DATASETS_CACHE names another place"
         ) from None
     return Table(path)

@@ -138,13 +138,19 @@ class _Log(TrainerCallback):
 
 
 class _Bar(ProgressCallback):
-    """Progress bar that shows the newest loss beside it rather than a line per step; evaluations get a line."""
+    """Progress bar that shows the newest loss beside it; evaluations get a line, with --print_loss each step too."""
+
+    def __init__(self, print_loss: bool):
+        super().__init__()
+        self.print_loss = print_loss
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return
         if "loss" in logs:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}")
+            if self.print_loss:
+                self.training_bar.write(f"epoch {logs['epoch']:.2f}, step {state.global_step}: loss {logs['loss']:.6g}")
         measured = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
         if measured:
             left_out = ("runtime", "samples_per", "steps_per", "num_tokens", "logits/", "logps/")
@@ -275,7 +281,7 @@ def run(
     trainer.add_callback(stop)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(_Bar())
+    trainer.add_callback(_Bar(options.print_loss))
     if trainer.is_world_process_zero():
         trainer.add_callback(_Log(MetricsLog(options.output_dir, resume_step, options.tensorboard_folder)))
     begun = time.monotonic()

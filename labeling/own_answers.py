@@ -84,7 +84,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(options.policy)
     parts = {
         split: load_preferences(
-            options.data_path, "reward", split, options.data_split, options.data_seed, tokenizer=tokenizer
+            options.data_path,
+            "reward",
+            split,
+            options.data_split,
+            options.data_seed,
+            tokenizer=tokenizer,
+            cache_dir=options.data_output_path,
         )
         for split in ("train", "eval")
     }

@@ -79,14 +79,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     examples = {}
     for split in ("train", "eval"):
+        seed, cache = options.data_seed, options.data_output_path
         records = list(
-            load_preferences(
-                options.data_path, "sft", split, options.data_split, options.data_seed, False, tokenizer=tokenizer
-            )
+            load_preferences(options.data_path, "sft", split, options.data_split, seed, False, tokenizer, cache)
         )
         if options.sft_only_data_path:
             records += load_preferences(
-                options.sft_only_data_path, "all", split, "10,0,0", options.data_seed, False, tokenizer=tokenizer
+                options.sft_only_data_path, "all", split, "10,0,0", seed, False, tokenizer, cache
             )
         examples[split], summary = tokenize_chosen(records, tokenizer, options.max_seq_len, split)
         runtime.say(summary)

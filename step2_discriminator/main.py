@@ -136,7 +136,13 @@ def sequence_pairs(options: Options, tokenizer, split: str, revisions: dict[str,
         texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
     else:
         preferences = load_preferences(
-            options.data_path, "reward", split, options.data_split, options.data_seed, tokenizer=tokenizer
+            options.data_path,
+            "reward",
+            split,
+            options.data_split,
+            options.data_seed,
+            tokenizer=tokenizer,
+            cache_dir=options.data_output_path,
         )
         texts = ((p.prompt, p.chosen, p.rejected) for p in preferences)
     return text_pairs(texts, tokenizer, options.max_seq_len, split)

@@ -20,7 +20,14 @@ def load_prompts(
 ) -> list[list[int]]:
     """Token ids of the RL part's prompts that fit; the longer ones are counted and dropped."""
     preferences = load_preferences(
-        options.data_path, "rl", split, options.data_split, options.data_seed, False, tokenizer=tokenizer
+        options.data_path,
+        "rl",
+        split,
+        options.data_split,
+        options.data_seed,
+        require_rejected=False,
+        tokenizer=tokenizer,
+        cache_dir=options.data_output_path,
     )
     prompts = [tokenize_prompt(tokenizer, preference.prompt) for preference in preferences]
     kept = [prompt for prompt in prompts if len(prompt) <= options.max_prompt_seq_len]

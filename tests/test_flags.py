@@ -1,12 +1,16 @@
 """Command lines of DeepSpeed-Chat, ReMax and RLHF-TLCR parse here unchanged; docs/flags.md lists every flag."""
 
+import re
 import shlex
+from importlib import import_module
 
 import pytest
 from conftest import ROOT
 
+import step1_sft.main
 from deepspeed_chat_tlcr import flags
 from deepspeed_chat_tlcr.flags import PROGRAMS, Program, accepted
+from deepspeed_chat_tlcr.metrics import read_metrics
 
 BY_PATH = {program.path: program for program in PROGRAMS}
 
@@ -105,6 +109,10 @@ def test_flags_of_the_peers_keep_their_meaning():
         "yitingxie/rlhf-reward-datasets",
     ]
     assert chat.new_eos == "<|endoftext|>"
+    assert (chat.print_loss, chat.data_output_path) == (True, None)
+    assert parse("step1_sft/main.py", step1[3]).data_output_path == "~/data"
+    old = parse("step1_sft/main.py", "--model_name_or_path M --deepscale --deepscale_config C")
+    assert (old.deepspeed, old.deepspeed_config) == (True, "C")
     assert parse("step1_sft/main.py", step1[3]).precision == "bf16"
     assert parse("step1_sft/main.py", step1[3]).dropout_rate is None
     assert parse("step1_sft/main.py", step1[4]).dropout_rate == 0.0
@@ -130,8 +138,37 @@ def test_flags_page_is_that_of_the_declarations():
     assert page == flags.document(), "write it anew: python -m deepspeed_chat_tlcr.flags > docs/flags.md"
 
 
+def test_print_loss_and_data_output_path(tiny, tmp_path, in_process, capsys):
+    base = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--dtype", "fp32")
+    more = ("--per_device_train_batch_size", 4, "--print_loss", "--data_output_path", tmp_path / "kept")
+    in_process(step1_sft.main.main, *base, *more, "--output_dir", tmp_path / "sft")
+    printed = re.findall(r"step (\d+): loss (\S+)", capsys.readouterr().out)
+    logged = [line for line in read_metrics(tmp_path / "sft" / "metrics.jsonl") if "train/loss" in line]
+    assert [(int(step), float(loss)) for step, loss in printed] == [
+        (line["step"], pytest.approx(line["train/loss"], rel=1e-5)) for line in logged
+    ]
+    assert len(printed) == 3
+    assert len(list((tmp_path / "kept").glob("*.arrow"))) == 1
+
+
+@pytest.mark.parametrize(
+    "program", [program for program in PROGRAMS if "figa" not in program.path], ids=lambda p: p.path
+)
+def test_data_output_path_is_used_by_every_program_that_reads_data(tiny, tmp_path, in_process, program, capsys):
+    """A file where the folder should be: the one message says which flag. (FIGA reads revisions alone.)"""
+    (tmp_path / "file").touch()
+    model = ("--model_name_or_path", tiny / "model")
+    if program.path.startswith("step3"):
+        model = ("--actor_model_name_or_path", tiny / "model", "--critic_model_name_or_path", tiny / "model")
+    arguments = (*model, "--data_path", tiny / "data.jsonl", "--data_output_path", tmp_path / "file", "--dtype", "fp32")
+    with pytest.raises(SystemExit) as ended:
+        in_process(import_module(program.module).main, *arguments, "--output_dir", tmp_path / "out")
+    assert ended.value.code == 2
+    assert f"into the cache {tmp_path / 'file'}" in capsys.readouterr().err
+
+
 def test_flags_without_effect_warn_once_each(capsys):
     parse("step2_discriminator/main.py", LINES["step2_discriminator/main.py"][3])
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     named = sorted(line.split()[1] for line in warnings)
-    assert named == ["--data_output_path", "--num_padding_at_beginning", "--print_loss", "--uni_discriminator_head"]
+    assert named == ["--num_padding_at_beginning", "--uni_discriminator_head"]

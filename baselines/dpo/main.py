@@ -133,7 +133,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     pairs, data = {}, {}
     for split in ("train", "eval"):
         preferences = load_preferences(
-            options.data_path, "reward", split, options.data_split, options.data_seed, tokenizer=tokenizer
+            options.data_path,
+            "reward",
+            split,
+            options.data_split,
+            options.data_seed,
+            tokenizer=tokenizer,
+            cache_dir=options.data_output_path,
         )
         texts = ((p.prompt, p.chosen, p.rejected) for p in preferences)
         pairs[split], summary = text_pairs(texts, tokenizer, options.max_seq_len, split)
