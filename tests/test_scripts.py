@@ -295,7 +295,8 @@ def bare_machine(tmp_path):
     project, programs = tmp_path / "project", tmp_path / "bin"
     (project / "training_scripts").mkdir(parents=True)
     programs.mkdir()
-    for name in ("requirements.txt", "constraints.txt", "pyproject.toml", "training_scripts/setup.sh"):
+    scripts = (f"training_scripts/{name}.sh" for name in ("setup", "recipe", "run_7b"))
+    for name in ("requirements.txt", "constraints.txt", "pyproject.toml", *scripts):
         shutil.copy(ROOT / name, project / name)
     shutil.copytree(ROOT / "deepspeed_chat_tlcr", project / "deepspeed_chat_tlcr", ignore=shutil.ignore_patterns("__*"))
     shutil.copytree(ROOT / "labeling", project / "labeling", ignore=shutil.ignore_patterns("__*"))
@@ -303,7 +304,7 @@ def bare_machine(tmp_path):
 # Python without packages, which notes what pip was asked for instead of doing it.
 case "$1 $2" in
   "-m venv") mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" && cp "$0" "${{@: -1}}/bin/python3" ;;
-  "-m pip") echo "$PWD $*" >>"{tmp_path}/pip.txt" ;;
+  "-m pip") echo "$PWD $*" >>"{tmp_path}/pip.txt"; exit ${{PIP_ENDS_WITH:-0}} ;;
   *) exec {sys.executable} -S "$@" ;;
 esac
 """
@@ -331,6 +332,17 @@ def test_setup_installs_once_and_again_when_the_requirements_change(bare_machine
         file.write("tqdm>=4.68\n")
     assert run(setup, path=path).returncode == 0
     assert len((tmp_path / "pip.txt").read_text().splitlines()) == 2
+
+
+def test_packages_that_cannot_be_had_are_told_with_all_else_that_is_missing(bare_machine, tmp_path):
+    project, path = bare_machine
+    offline = {"PIP_ENDS_WITH": 1, "HF_ENDPOINT": "http://127.0.0.1:9", "OUTPUT": tmp_path / "out"}
+    done = run(project / "training_scripts" / "run_7b.sh", path=path, **offline)
+    assert done.returncode == 2
+    assert "the Python package torch is not installed" in done.stderr
+    assert "OPENAI_API_KEY, the variable with the API key for gpt-4-0125-preview, is not set" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: the packages cannot be installed")
+    assert not (project / ".venv" / ".installed-from").exists()
 
 
 def test_setup_uses_an_environment_that_has_the_packages():

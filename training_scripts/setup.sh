@@ -62,7 +62,12 @@ install_environment() {
   (
     cd "$project"
     "$environment/bin/python" -m pip install --disable-pip-version-check "${constraints[@]}" -e '.[dev]'
-  )
+  ) || {
+    # Where a script's preflight is known, it says at once what else stands in the way.
+    ! declare -F preflight >/dev/null || PATH=$environment/bin:$PATH PYTHONPATH=$project preflight || true
+    die "the packages cannot be installed, pip says above why; mend that (network? proxy? PIP_INDEX_URL?) or activate" \
+      "an environment that has them"
+  }
   recipe_hash >"$environment/.installed-from"
 }
 
