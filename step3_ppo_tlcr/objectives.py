@@ -6,9 +6,14 @@
 import torch
 
 
+def counted(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """``values`` where the mask counts and 0 elsewhere, whatever stands there, NaN included."""
+    return values.masked_fill(mask == 0, 0) * mask
+
+
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean over the entries the mask counts; 0 where it counts none."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    return counted(values, mask).sum() / mask.sum().clamp(min=1)
 
 
 def k1(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
@@ -26,7 +31,7 @@ def kl_penalised(
     rewards: torch.Tensor, divergence: torch.Tensor, action_mask: torch.Tensor, beta: float
 ) -> torch.Tensor:
     """r_t - beta KL_t on every action (section 4.3), for any per-action estimate of the KL. All ``(B, A)``."""
-    return (rewards - beta * divergence) * action_mask
+    return counted(rewards - beta * divergence, action_mask)
 
 
 def adapted_beta(beta: float, kl: float, target: float, sequences: int, horizon: int) -> float:
@@ -47,7 +52,7 @@ def gae(
     0: nothing past the end leaks in. ``values[b, a]`` is V of the state in which action ``a`` was chosen. Returns
     (advantages, returns = advantages + values), both ``(B, A)`` and 0 where the mask is 0.
     """
-    rewards, values = rewards * action_mask, values * action_mask
+    rewards, values = counted(rewards, action_mask), counted(values, action_mask)
     advantages = torch.zeros_like(values)
     following_value = following_advantage = torch.zeros_like(values[:, 0])
     for action in range(values.size(1) - 1, -1, -1):

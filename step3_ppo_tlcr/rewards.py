@@ -11,6 +11,7 @@ import torch
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import NEUTRAL_ZONE
+from step3_ppo_tlcr.objectives import counted
 
 
 def continuous_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
@@ -18,7 +19,7 @@ def continuous_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -
 
     ``positive_probs`` is D, ``(B, A)`` in [0, 1]; returns ``(B, A)`` in [-1, 1], zero where the mask is 0.
     """
-    return (2 * positive_probs - 1) * action_mask
+    return counted(2 * positive_probs - 1, action_mask)
 
 
 def fixed_reward(

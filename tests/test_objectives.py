@@ -277,3 +277,19 @@ def test_end_scores_and_pair_losses():
         torch.tensor([[1, 1, 1]]),
     )
     assert loss.item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_what_stands_behind_the_end_never_counts(garbage):
+    torch.manual_seed(0)
+    probs, rewards, values, logprobs, old = (torch.rand(4, 4) for _ in range(5))
+    spoil = [x.masked_fill(MASK == 0, garbage) for x in (probs, rewards, values, logprobs, old)]
+
+    def everything(probs, rewards, values, logprobs, old):
+        penalised = kl_penalised(continuous_reward(probs, MASK), k1(logprobs, old), MASK, 0.1)
+        advantages, returns = gae(rewards, values, MASK, 0.9, 0.8)
+        losses = policy_loss(logprobs, old, advantages, MASK, 0.2), value_loss(values, values, returns, MASK, 0.2)
+        return fixed_reward(probs, MASK), penalised, advantages, returns, *losses
+
+    for clean, spoilt in zip(everything(probs, rewards, values, logprobs, old), everything(*spoil), strict=True):
+        torch.testing.assert_close(spoilt, clean, rtol=0, atol=0)
