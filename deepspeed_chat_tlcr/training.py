@@ -90,6 +90,20 @@ class LengthGroupedSampler(Sampler[int]):
         return iter([index for batch in shuffled for index in batches[batch]] + last)
 
 
+class _Epochs(TrainerCallback):
+    """Tells the sampler its epoch before every one.
+
+    Accelerate does so through two wrappers only, and on several ranks a resumed epoch has three: it would be another
+    epoch's order.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class StageMixin(FaultTolerant):
     """This library's optimiser, length-grouped batches and checkpoints for transformers' Trainer and its kind."""
 
@@ -110,11 +124,13 @@ class StageMixin(FaultTolerant):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args
-        return LengthGroupedSampler(
+        sampler = LengthGroupedSampler(
             self.train_lengths,
             args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
             args.seed,
         )
+        self.add_callback(_Epochs(sampler))
+        return sampler
 
 
 class StageTrainer(StageMixin, Trainer):

@@ -160,6 +160,7 @@ def test_data_output_path_is_used_by_every_program_that_reads_data(tiny, tmp_pat
     model = ("--model_name_or_path", tiny / "model")
     if program.path.startswith("step3"):
         model = ("--actor_model_name_or_path", tiny / "model", "--critic_model_name_or_path", tiny / "model")
+        model = (*model, "--reward", "random")
     arguments = (*model, "--data_path", tiny / "data.jsonl", "--data_output_path", tmp_path / "file", "--dtype", "fp32")
     with pytest.raises(SystemExit) as ended:
         in_process(import_module(program.module).main, *arguments, "--output_dir", tmp_path / "out")

@@ -215,7 +215,7 @@ def test_an_update_whose_loss_is_no_number_is_left_out(stage, tmp_path, monkeypa
     assert all(bool(torch.isfinite(tensor).all()) for tensor in weights)
 
 
-@pytest.mark.parametrize(("zero_stage", "bad"), [(0, {3}), (2, {3}), (2, {2, 5}), (2, {2, 3})], ids=str)
+@pytest.mark.parametrize(("zero_stage", "bad"), [(0, {3}), (2, {3}), (2, {1, 2}), (2, {2, 3})], ids=str)
 def test_an_update_uses_its_finite_micro_batches_only(stage, tmp_path, monkeypatch, zero_stage, bad):
     """Two micro-batches an update. Left out, one weighs as if its loss were zero, wherever it stands in its update."""
     compute = StageTrainer.compute_loss
