@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,20 +56,23 @@ def measure(own: argparse.Namespace, rest: list[str], folder: Path) -> dict:
     if options.rollout_name != "continuous":  # which has no minimum length; an untrained model hardly ends by itself
         options = replace(options, min_answer_seq_len=options.max_answer_seq_len)
     check(options)
-    runtime = runtimes.start(options.precision, options.seed)
-    tokenizer = load_tokenizer(options.actor_model_name_or_path, options.new_eos)
     with contextlib.redirect_stdout(sys.stderr):  # only the result goes to standard output
+        runtime = runtimes.start(options.precision, options.seed)
+        tokenizer = load_tokenizer(options.actor_model_name_or_path, options.new_eos)
         prompts = load_prompts(options, tokenizer, runtime)
     require_a_set(prompts, options, runtime)
     trainer = build(options, runtime, tokenizer, prompts, reward_specs(options))
-    lines = []
+    lines, walls, processor = [], [], []
     for step, chosen in sets_by_step(prompts, options, runtime):
+        begun, begun_processor = time.monotonic(), time.process_time()
         lines.append(trainer.step(chosen))
+        walls.append(time.monotonic() - begun)
+        processor.append(time.process_time() - begun_processor)
         if step == own.warmup + own.iterations:
             break
     measured = lines[own.warmup :]
     phases = {name: statistics.median(line[f"seconds/{name}"] for line in measured) for name in trainer.seconds}
-    totals = [sum(line[f"seconds/{name}"] for name in phases) for line in measured]
+    totals = walls[own.warmup :]  # what lies between the phases, metrics and all, included
     samples = set_size(options, runtime)
     return {
         "model_parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trainer.models.actor.module.parameters()),
@@ -83,6 +87,8 @@ def measure(own: argparse.Namespace, rest: list[str], folder: Path) -> dict:
         "iterations": len(measured),
         "seconds": {name: round(value, 3) for name, value in phases.items()},
         "seconds_per_iteration": round(statistics.median(totals), 3),
+        "seconds_by_iteration": [round(seconds, 3) for seconds in totals],
+        "processor_seconds_per_iteration": round(statistics.median(processor[own.warmup :]), 3),
         "samples_per_second": round(samples / statistics.median(totals), 3),
         "tokens_per_second": {
             name: round(statistics.median(line[f"throughput/{name}_tokens_per_second"] for line in measured), 1)
