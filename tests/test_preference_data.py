@@ -692,7 +692,7 @@ BAD_FILES = [
     ("data.json", b'"text"', "data.json:1: expected a JSON object, found str"),
     ("data.parquet", b"PAR1 but not really", "data.parquet: not a readable Parquet file"),
     ("data.jsonl.gz", GOOD, "data.jsonl.gz: not a complete gzip file"),
-    ("data.json.gz", gzip.compress(GOOD * 99)[:-20], "data.json.gz: not a complete gzip file"),
+    ("data.json.gz", gzip.compress(GOOD * 99, mtime=0)[:-20], "data.json.gz: not a complete gzip file"),
     ("data.csv", GOOD, "data.csv: unknown kind of file; known are .jsonl, .jsonl.gz, .json, .json.gz, .parquet"),
     (
         "stanfordnlp/SHP.jsonl",
