@@ -20,7 +20,7 @@ from testbed.study.analysis import band, best_of_curve, interval, paired_differe
 from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags, in_order
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
-from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, grid
+from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
 from testbed.study.options import PAPER, SENSITIVITY, Options
 from testbed.study.results import chosen_settings
 
@@ -139,21 +139,21 @@ def test_another_condition_changes_what_depends_on_it_and_nothing_else():
 # ---- choices ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_grid_is_the_same_cross_for_every_method():
-    rates = [1e-4, 1e-3]
-    full = grid("tlcr", rates, [0.3], [2.0], PAPER)
-    assert full == grid("ppo_seq", rates, [0.3], [2.0], PAPER)
-    assert [(s.learning_rate, s.kl, s.reward_scale) for s in full] == [
+def test_the_grid_is_the_same_for_every_method():
+    rates, best = [1e-4, 1e-3], Setting(learning_rate=1e-3)
+    assert learning_rates("tlcr", rates, PAPER) == learning_rates("ppo_seq", rates, PAPER)
+    assert [(s.learning_rate, s.kl, s.reward_scale) for s in learning_rates("tlcr", rates, PAPER)] == [
         (1e-4, 0.1, 1.0),
         (1e-3, 0.1, 1.0),
-        (1e-4, 0.3, 1.0),
+    ]
+    assert [(s.learning_rate, s.kl, s.reward_scale) for s in penalties("tlcr", [0.01, 0.3], [2.0], best)] == [
+        (1e-3, 0.01, 1.0),
         (1e-3, 0.3, 1.0),
-        (1e-4, 0.1, 2.0),
         (1e-3, 0.1, 2.0),
     ]
-    assert len(grid("dpo", rates, [0.3], [2.0], PAPER)) == 4
-    assert len(grid("figa", rates, [0.3], [2.0], PAPER)) == 2
-    assert grid("sft", rates, [0.3], [2.0], PAPER) == [PAPER]
+    assert len(penalties("dpo", [0.3], [2.0], best)) == 1
+    assert penalties("figa", [0.3], [2.0], best) == []
+    assert learning_rates("sft", rates, PAPER) == [PAPER]
 
 
 def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_of_all():

@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import parse
@@ -18,7 +17,18 @@ from deepspeed_chat_tlcr.saving import require_writable, write_json
 from testbed.study import results as tables
 from testbed.study import schedule
 from testbed.study.artefacts import Output, Step, Store, in_order
-from testbed.study.methods import METHODS, NO_REWARD, STANDARD, Artefacts, Condition, Scale, Setting, World, grid
+from testbed.study.methods import (
+    METHODS,
+    NO_REWARD,
+    STANDARD,
+    Artefacts,
+    Condition,
+    Scale,
+    Setting,
+    World,
+    learning_rates,
+    penalties,
+)
 from testbed.study.options import (
     PAPER,
     SENSITIVITY,
@@ -32,6 +42,8 @@ from testbed.study.pages import write_study_page
 from testbed.study.results import Run
 
 EXIT_RESUMABLE = 3
+Trial = tuple[str, Setting, Step]
+"""Method, setting, and the measure of what came of them."""
 SEQUENCE = {"ppo_synthetic", "ppo_seq", "remax"}
 
 
@@ -66,32 +78,41 @@ class Study:
 
     # ---- the grid ----
 
-    @cached_property
-    def trials(self) -> list[tuple[str, Setting, Step]]:
-        """(method, setting, its measure on validation prompts at temperature 1), all on the grid's own world."""
+    def trials(self) -> list[Trial]:
+        """What the grid has to run, on its own world: learning rates, then penalties at the best one of them.
+
+        The second round of a method is here as soon as its first is finished.
+        """
+        found = []
+        for method in self.methods:
+            first = [self.trial(method, one) for one in learning_rates(method, self.options.learning_rates, PAPER)]
+            found += first
+            if all(self.store.is_done(measured) for _, _, measured in first):
+                chosen = tables.chosen_settings([self.finished(trial) for trial in first], PAPER)[method]["paper"]
+                second = penalties(method, self.options.kls, self.options.reward_scales, Setting(**chosen))
+                found += [self.trial(method, one) for one in second]
+        return found
+
+    def trial(self, method: str, setting: Setting) -> Trial:
+        """A policy measured on validation prompts at temperature 1."""
         made = self.artefacts(self.options.grid_seed)
-        options = self.options
-        return [
-            (method, setting, made.measured(METHODS[method](made, setting), "validation", temperatures=[1.0]))
-            for method in self.methods
-            for setting in grid(method, options.learning_rates, options.kls, options.reward_scales, PAPER)
-        ]
+        return method, setting, made.measured(METHODS[method](made, setting), "validation", temperatures=[1.0])
+
+    def finished(self, trial: Trial) -> dict:
+        method, setting, measured = trial
+        kept = self.store.results(measured)
+        measures = {name: kept[name] for name in ("true_score", "response_length", "kl")}
+        return {"method": method, "setting": asdict(setting), **measures}
 
     def finished_trials(self) -> list[dict]:
-        found = []
-        for method, setting, measured in self.trials:
-            if self.store.is_done(measured):
-                kept = self.store.results(measured)
-                measures = {name: kept[name] for name in ("true_score", "response_length", "kl")}
-                found.append({"method": method, "setting": asdict(setting), **measures})
-        return found
+        return [self.finished(trial) for trial in self.trials() if self.store.is_done(trial[2])]
 
     def settings(self) -> dict[str, dict[str, Setting]]:
         """By method: the settings to report, "paper" and, where the grid is finished for the method, "best"."""
-        done = self.finished_trials()
+        done, trials = self.finished_trials(), self.trials()
         found = {}
         for method in self.methods:
-            expected = sum(trial[0] == method for trial in self.trials)
+            expected = sum(trial[0] == method for trial in trials)
             mine = [trial for trial in done if trial["method"] == method]
             chosen = tables.chosen_settings(mine, PAPER)[method] if len(mine) == expected else {"paper": asdict(PAPER)}
             found[method] = {variant: Setting(**setting) for variant, setting in chosen.items()}
@@ -141,7 +162,7 @@ class Study:
         return {
             "world": {**asdict(self.world), **asdict(STANDARD), "seeds": self.seeds},
             "scale": asdict(self.scale),
-            "grid": {"seed": self.options.grid_seed, "trials": trials, "of": len(self.trials)},
+            "grid": {"seed": self.options.grid_seed, "trials": trials, "of": len(self.trials())},
             "settings": {name: {v: asdict(s) for v, s in chosen.items()} for name, chosen in settings.items()},
             "judges": tables.judges(self.store, list(self.judges())),
             "tables": {variant: tables.table(records, self.methods, variant) for variant in variants},
@@ -160,7 +181,7 @@ class Study:
 def wanted(study: Study, stage: str) -> list[Step]:
     """The steps that a stage is for."""
     if stage == "grid":
-        return [measured for _, _, measured in study.trials]
+        return [measured for _, _, measured in study.trials()]
     if stage == "report":
         return []
     runs = study.runs() if stage == "study" else study.sensitivity_runs()
@@ -200,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     try:
         outcome = schedule.run(study.store, steps, options.jobs, options.stage)
+        if options.stage == "grid":  # whose second round depends on the first
+            outcome = schedule.run(study.store, wanted(study, "grid"), options.jobs, "grid, penalties")
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", flush=True)
         return EXIT_RESUMABLE

@@ -46,8 +46,10 @@ class Options:
 
     grid_seed: int = option(0, "the world that settings are chosen on; none of --seeds")
     learning_rates: list[float] = option([1e-4, 3e-4, 1e-3], "the grid's learning rates, the same for every method")
-    kls: list[float] = option([0.03, 0.3], "the grid's KL coefficients (DPO: beta) besides 0.1")
-    reward_scales: list[float] = option([0.3, 3.0], "the grid's reward scales besides 1")
+    kls: list[float] = option([0.01, 0.03, 0.3], "the grid's KL coefficients (DPO: beta) besides 0.1")
+    reward_scales: list[float] = option(
+        [], "the grid's reward scales besides 1; a KL coefficient of 0.01 is a scale of 10 at 0.1, so none by default"
+    )
 
     preferences: str | None = option(None, "another world: its pairs, JSON lines of prompt, chosen, rejected")
     revisions: str | None = option(None, "another world: revisions.jsonl of its pairs")
@@ -86,7 +88,10 @@ def chosen_scale(texts: Sequence[str]) -> Scale:
             changes[name] = kinds[name](value)
         except ValueError:
             raise InputError(f"--scale {text}: {value!r} is not a number") from None
-        if changes[name] < 0 or (name not in ("judge_weight_decay",) and changes[name] == 0):
+        if isinstance(changes[name], str):
+            if changes[name] not in ("fp32", "bf16"):
+                raise InputError(f"--scale {text}: must be fp32 or bf16")
+        elif changes[name] < 0 or (name not in ("judge_weight_decay",) and changes[name] == 0):
             raise InputError(f"--scale {text}: must be above 0")
     return replace(Scale(), **changes)
 
