@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import torch
+
 from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.saving import require_writable, write_json
@@ -219,6 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Small models gain nothing from two threads or a GPU; the jobs side by side do.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # OpenMP has read the variable already; two jobs of two threads each would mostly wait for each other's turn.
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         outcome = schedule.run(study.store, steps, options.jobs, options.stage)
         if options.stage == "grid":  # whose second round depends on the first
