@@ -13,6 +13,7 @@ import torch.distributed
 import transformers
 from deepspeed.accelerator import get_accelerator
 
+from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.operators import load_operator
 
@@ -62,6 +63,7 @@ def start(dtype: str, seed: int) -> Runtime:
         accelerator.set_device(local_rank)
     else:
         load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
+        attention.install()
     deepspeed.init_distributed()
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:

@@ -1,0 +1,98 @@
+"""Attention in 16 bits on a CPU: plain products a few rows at a time, in the place of SDPA's kernel.
+
+That kernel keeps no scores either, but on a CPU its backward pass takes up to four times as long as the products that
+make it up. Here they are computed for so few rows at once that the scores stay in the processor's cache, and once more
+in the backward pass.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+SCORES_AT_ONCE = 1 << 19
+QUERIES_AT_ONCE = 128
+"""So many that the products stay large, and the scores with their gradients in a few megabytes of cache."""
+
+
+def install() -> None:
+    """Let transformers' ``sdpa`` compute by this module what it can."""
+    AttentionInterface.register("sdpa", attention)
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' ``sdpa_attention_forward``: query ``(B, H, T, D)`` to ``(B, T, H, D)``.
+
+    A single query, dropout, 32 bits, another device, a mask of numbers or none at all go to SDPA.
+    """
+    plain = attention_mask is not None and attention_mask.dtype == torch.bool and kwargs.get("position_bias") is None
+    short = query.element_size() == 2 and query.device.type == "cpu"
+    if not (plain and short) or dropout or query.size(2) == 1 or kwargs.get("cache") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = (repeat_kv(states, groups) for states in (key, value))
+    scale = query.size(-1) ** -0.5 if scaling is None else scaling
+    states = (one.contiguous() for one in (query, key, value))  # strided views make 16-bit products slow
+    mask = attention_mask.expand(len(query), 1, -1, -1)
+    return _Attention.apply(*states, mask, scale).transpose(1, 2).contiguous(), None
+
+
+class _Attention(torch.autograd.Function):
+    """softmax(scale * q k^T) v under a mask; saves what came in and nothing else."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale):
+        ctx.save_for_backward(query, key, value, mask)
+        ctx.scale = scale
+        attended = query.new_zeros(*query.shape[:3], value.size(-1))
+        for rows, queries, keys in _blocks(query, mask):
+            weights = _weights(query[rows, :, queries], key[rows, :, keys], mask[rows, :, queries, keys], scale)
+            attended[rows, :, queries] = weights @ value[rows, :, keys]
+        return attended
+
+    @staticmethod
+    def backward(ctx, gradient):
+        query, key, value, mask = ctx.saved_tensors
+        found = tuple(map(torch.zeros_like, (query, key, value)))
+        gradient = gradient.contiguous()
+        for rows, queries, keys in _blocks(query, mask):
+            one_query, its_keys, its_values = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
+            weights = _weights(one_query, its_keys, mask[rows, :, queries, keys], ctx.scale)
+            upstream = gradient[rows, :, queries]
+            of_weights = upstream @ its_values.transpose(-1, -2)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            of_query, of_key, of_value = found
+            of_query[rows, :, queries] = of_scores @ its_keys
+            of_key[rows, :, keys] += of_scores.transpose(-1, -2) @ one_query
+            of_value[rows, :, keys] += weights.transpose(-1, -2) @ upstream
+        return *found, None, None
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention weights ``(b, H, t, s)``; a query to which all of these keys are hidden attends to all alike."""
+    # Adding to all heads at once is several times as fast as filling each one's scores.
+    hidden = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
+    return ((query * scale) @ key.transpose(-1, -2)).add_(hidden).softmax(-1)
+
+
+def _blocks(query: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Rows of the batch, queries, and the keys that any of these sees: what is hidden from all costs nothing."""
+    batch, heads, length, _ = query.shape
+    at_once = max(1, SCORES_AT_ONCE // (heads * min(length, QUERIES_AT_ONCE) * mask.size(-1)))
+    for row in range(0, batch, at_once):
+        for first in range(0, length, QUERIES_AT_ONCE):
+            rows, queries = slice(row, row + at_once), slice(first, first + QUERIES_AT_ONCE)
+            seen = mask[rows, :, queries].flatten(0, 2).any(0).nonzero()
+            if len(seen):
+                yield rows, queries, slice(int(seen[0]), int(seen[-1]) + 1)

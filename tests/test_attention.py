@@ -1,0 +1,89 @@
+"""16-bit attention on a CPU against plain arithmetic in double precision."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from deepspeed_chat_tlcr import attention as ours
+
+SCALE = 0.3
+
+
+def inputs(
+    batch: int, heads: int, key_heads: int, length: int
+) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Query, key, value ``(B, H, T, 8)``, a causal mask with another number of hidden keys on each row, upstream."""
+    torch.manual_seed(length)
+    states = [torch.randn(batch, n, length, 8).bfloat16() for n in (heads, key_heads, key_heads)]
+    mask = torch.ones(length, length, dtype=torch.bool).tril().repeat(batch, 1, 1, 1)
+    upstream = torch.randn(batch, length, heads, 8).bfloat16()
+    for row in range(batch):  # padding on the left: its queries see nothing, and nothing depends on them
+        mask[row, :, :, : 5 * row] = False
+        upstream[row, : 5 * row] = 0
+    return states, mask, upstream
+
+
+def by_hand(query, key, value, mask):
+    groups = query.size(1) // key.size(1)
+    key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    scores = (SCALE * query @ key.transpose(-1, -2)).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2)
+
+
+def with_gradients(function, states, dtype, upstream):
+    leaves = [one.detach().clone().to(dtype).requires_grad_() for one in states]
+    attended = function(*leaves)
+    attended.backward(upstream.to(dtype))
+    seen = (upstream != 0).any(-1, keepdim=True)  # what a padding query says is nobody's business
+    return [attended.detach().double() * seen, *(one.grad.double() for one in leaves)]
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "length"), [(2, 2, 20), (4, 2, 300), (1, 1, 129)])
+def test_values_and_gradients_are_those_of_plain_arithmetic(heads, key_heads, length, monkeypatch):
+    monkeypatch.setattr(ours, "SCORES_AT_ONCE", heads * 128 * length * 2)  # two of the three rows at once
+    states, mask, upstream = inputs(3, heads, key_heads, length)
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads // key_heads
+    expected = with_gradients(lambda *s: by_hand(*s, mask), states, torch.float64, upstream)
+    found = with_gradients(
+        lambda *s: ours.attention(module, *s, mask, scaling=SCALE)[0], states, torch.bfloat16, upstream
+    )
+    theirs = with_gradients(
+        lambda *s: sdpa_attention_forward(module, *s, mask, scaling=SCALE)[0], states, torch.bfloat16, upstream
+    )
+    for right, one, other in zip(expected, found, theirs, strict=True):
+        error, usual = ((x - right).abs().max().item() for x in (one, other))
+        assert error <= 3 * usual + 0.01 * right.abs().max().item()
+
+
+def test_a_model_computes_with_it(tiny, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ours, "_blocks", lambda *args, plain=ours._blocks: (calls.append(1), plain(*args))[1])
+    model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.bfloat16, attn_implementation="sdpa")
+    ids = torch.randint(3, 60, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        ours.install()
+        try:
+            after = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        finally:
+            ours.AttentionInterface.register("sdpa", sdpa_attention_forward)
+    assert len(calls) == model.config.num_hidden_layers
+    torch.testing.assert_close(after, before, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("change", ["fp32", "no mask", "one query"])
+def test_what_it_does_not_do_is_left_to_sdpa(change, monkeypatch):
+    monkeypatch.setattr(ours, "_blocks", lambda *args: pytest.fail("computed here"))
+    states, mask, _ = inputs(2, 1, 1, 6)
+    if change == "fp32":
+        states = [one.float() for one in states]
+    if change == "one query":
+        states[0], mask = states[0][:, :, -1:], mask[:, :, -1:]
+    given = None if change == "no mask" else mask
+    attended, _ = ours.attention(torch.nn.Module(), *states, given, scaling=SCALE)
+    expected, _ = sdpa_attention_forward(torch.nn.Module(), *states, given, scaling=SCALE)
+    torch.testing.assert_close(attended, expected, equal_nan=True)
