@@ -1,6 +1,8 @@
 """Where a stage runs: ranks, device, precision, seeds."""
 
 import atexit
+import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -16,6 +18,8 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.operators import load_operator
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -64,6 +68,7 @@ def start(dtype: str, seed: int) -> Runtime:
     else:
         load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
         attention.install()
+        return_large_blocks()
     deepspeed.init_distributed()
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:
@@ -76,6 +81,15 @@ def start(dtype: str, seed: int) -> Runtime:
         else torch.device("cpu"),
         dtype=resolved,
     )
+
+
+def return_large_blocks() -> None:
+    """Have glibc give freed blocks of 4 MiB and more back to the system: activations, which live for one pass.
+
+    Left to itself it raises this threshold up to 32 MiB and keeps most of what a step has freed.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
 
 
 class Preemption:
