@@ -8,8 +8,8 @@ by the judge in both orders. With --annotators_config the package alpaca_eval (p
 """
 
 import csv
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +24,7 @@ from evaluation.judging import JudgeOptions, Verdicts, judge_all, message_id
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt, read_verdict
 from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, answers_folder, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
-from evaluation.report import refresh_report
+from evaluation.report import conclude
 from evaluation.results import save_results
 from evaluation.stats import head_to_head
 
@@ -39,6 +39,9 @@ class AlpacaOptions:
     judge_prompts: str | None = option(None, "file of FastChat's form with the prompt pair-v2; unset: our own words")
     annotators_config: str | None = option(None, "the package alpaca_eval judges too: its annotator's name or folder")
     reference_outputs: str | None = option(None, "the package's reference answers; unset: the first model's")
+    length_controlled: bool = option(
+        False, "the package's length-controlled win rates too: for AlpacaEval's own prompts in their order"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,21 +110,23 @@ def package_command() -> list[str]:
 
 def judge_by_package(outputs: Mapping[str, Path], options: AlpacaOptions, folder: Path) -> list[dict]:
     """The package's win rates of every model against the reference, from its leaderboard.csv."""
-    reference = options.reference_outputs or str(next(iter(outputs.values())))
+    reference = absolute(options.reference_outputs or next(iter(outputs.values())))
     rows = []
     for name, path in outputs.items():
-        if str(path) == reference:
+        if absolute(path) == reference:
             continue
-        where = folder / "package" / name
+        where = (folder / "package" / name).resolve()
         where.mkdir(parents=True, exist_ok=True)
         arguments = {
-            "model_outputs": path,
+            "model_outputs": absolute(path),
             "reference_outputs": reference,
-            "annotators_config": options.annotators_config,
+            "annotators_config": absolute(options.annotators_config),
             "name": name,
             "output_path": where,
             "precomputed_leaderboard": None,
-            "fn_metric": "get_winrate",
+            "fn_metric": "get_length_controlled_winrate" if options.length_controlled else "get_winrate",
+            # Or it writes the weights of its length model into its own installation.
+            "metric_kwargs": {"save_weights_dir": None} if options.length_controlled else None,
             "sort_by": "win_rate",
             "is_overwrite_leaderboard": True,
             "caching_path": where / "cache.json",
@@ -131,21 +136,37 @@ def judge_by_package(outputs: Mapping[str, Path], options: AlpacaOptions, folder
         done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
         boards = sorted(where.rglob("leaderboard.csv"))
         if done.returncode or not boards:
-            raise InputError(f"alpaca_eval failed on {name}: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
-        rows.append(leaderboard_row(boards[0], name, reference))
+            last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
+            raise InputError(f"alpaca_eval failed on {name}: {last[0]}")
+        rows.append({**leaderboard_row(boards[0], name, reference), "usd": package_cost(boards[0].parent)})
     return rows
+
+
+def absolute(path: str | Path) -> str:
+    """The package runs in a folder of its own. What is no path here is a name that the package knows."""
+    return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
 def leaderboard_row(path: Path, name: str, reference: str) -> dict:
     with path.open(newline="", encoding="utf-8") as file:
         row = next(line for line in csv.DictReader(file) if line[""] == name)
+    controlled = row.get("length_controlled_winrate")
     return {
         "model": name,
         "reference": Path(reference).stem,
         "win_rate": float(row["win_rate"]) / 100,
         "standard_error": float(row["standard_error"]) / 100,
         "items": int(float(row["n_total"])),
+        "length_controlled": float(controlled) / 100 if controlled else None,
     }
+
+
+def package_cost(folder: Path) -> float | None:
+    """US$ of the annotations as the package counts them; None where it knows no price."""
+    annotations = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    prices = [record.get("preference_price_per_example") for record in annotations]
+    known = [price for price in prices if price is not None]
+    return sum(known) if known else None
 
 
 # ---- the part --------------------------------------------------------------------------------------------------------
@@ -170,10 +191,11 @@ def run(options: Options) -> str | None:
     results: dict = {"questions": len(questions), "models": list(models), "judge": options.judge, "usd": None}
     results |= {"head_to_head": [], "package": [], "stopped": None, "annotators_config": options.annotators_config}
     if options.judge and len(models) > 1:
-        slug = re.sub(r"[^\w.+-]", "_", options.judge)
-        found, verdicts = compare(questions, replies, prompt, folder / "judge" / slug, options)
+        found, verdicts = compare(questions, replies, prompt, folder, options)
         results |= {"head_to_head": found, "usd": verdicts.usd, "stopped": verdicts.stopped}
     if options.annotators_config:
+        if options.max_cost_usd is not None:
+            print("note: --max_cost_usd does not hold for what the package alpaca_eval spends", flush=True)
         results["package"] = judge_by_package(outputs, options, folder)
     if not results["head_to_head"] and not results["package"]:
         print(
@@ -193,17 +215,14 @@ def show(results: dict) -> None:
         rate = f"{row['win_rate']:.1%} ({low:.1%} to {high:.1%})"
         print(f"{row['model']} against {row['against']}: {rate}; {counts}; {bias}")
     for row in results["package"]:
-        print(f"{row['model']} against {row['reference']}, by alpaca_eval: {row['win_rate']:.1%}")
+        controlled = "" if row["length_controlled"] is None else f", length-controlled {row['length_controlled']:.1%}"
+        print(f"{row['model']} against {row['reference']}, by alpaca_eval: {row['win_rate']:.1%}{controlled}")
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv)
-    stopped = run(options)
-    refresh_report(options.out)
-    if stopped:
-        print(f"stopped early ({stopped}); the same command continues", flush=True)
-    return 3 if stopped else 0
+    return conclude(options.out, run(options))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from evaluation.sections import fold, nan, sample_of
 
 
 def facts(results: dict) -> list:
-    return ["D of tokens of held-out revisions", results["tokens"], None, None]
+    return ["D of tokens of held-out revisions", f"{results['tokens']:,} tokens", None, None]
 
 
 def chapter(results: dict) -> Html:
@@ -59,7 +59,7 @@ def chapter(results: dict) -> Html:
 
 
 def share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else "—"
+    return f"{100 * part / whole:.1f} %" if whole else "—"
 
 
 def reliability(calibration: dict) -> Html:

@@ -1,12 +1,13 @@
 """Verdicts of an external model: labelling's client, journal, retries and cost cap, and no verdict is paid for twice.
 
 A verdict belongs to the exact messages it was asked with, by their hash. So models may be added, and a part started
-again after a kill; what was judged before is not asked again.
+again after a kill; what was judged before is not asked again. The cost cap holds for all that is judged into one --out.
 """
 
 import asyncio
 import hashlib
 import json
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -59,24 +60,25 @@ def message_id(messages: list[dict]) -> str:
     return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24]
 
 
+def file_name(judge: str) -> str:
+    """A judge's name as files and folders have it."""
+    return re.sub(r"[^\w.+-]", "_", judge)
+
+
 def judge_all(
-    folder: Path,
+    part: Path,
     questions: Mapping[str, list[dict]],
     read: Callable[[str], dict],
     options: JudgeOptions,
-    settings: dict | None = None,
 ) -> Verdicts:
-    """Ask for every verdict that is not in ``folder`` yet.
+    """Ask for every verdict that is not in ``part/judge/NAME`` yet; ``part`` is OUT/PART.
 
     ``questions``: messages by ``message_id``. ``read`` turns a judge's text into what is stored of it, or raises
     ``Unusable``, and the question is asked again. Raises ``InputError`` where the folder belongs to another judge.
     """
     check_endpoint(options)
-    settings = {
-        "judge": options.judge,
-        "temperature": options.judge_temperature,
-        **(settings or {}),
-    }
+    folder = part / "judge" / file_name(options.judge)
+    settings = {"judge": options.judge, "temperature": options.judge_temperature}
     with RunFolder(folder, results="verdicts.jsonl") as run:
         run.bind(settings)
         state = run.read_state()
@@ -95,6 +97,17 @@ def judge_all(
         usd = None if known_price(options, options.judge) is None else state.usd + state.usd_lost
         failed = len(wanted & set(as_ids(state.failures)) - by_id.keys())
         return Verdicts({id: by_id[id] for id in wanted if id in by_id}, failed, usd, stopped)
+
+
+def spent_elsewhere(folder: Path) -> float:
+    """US$ that the other judges' folders OUT/PART/judge/NAME beside ``folder`` have cost: the cap is on their sum."""
+    spent = 0.0
+    for other in sorted(folder.parents[2].glob("*/judge/*")):
+        if other != folder and other.is_dir():
+            with RunFolder(other, results="verdicts.jsonl") as run:
+                state = run.read_state()
+            spent += state.usd + state.usd_lost
+    return spent
 
 
 def as_ids(ids: np.ndarray) -> list[str]:
@@ -144,7 +157,8 @@ def dispatch(
 
         return ChatRequest(id, messages, accept)
 
-    account = Account(price, options.max_cost_usd, state.usd, state.usd_lost)
+    cap = None if options.max_cost_usd is None else options.max_cost_usd - spent_elsewhere(run.path)
+    account = Account(price, cap, state.usd, state.usd_lost)
     about = {"base_url": endpoint.shown_url}
     asked = len(state.results) + len(state.failures) + len(missing)
     before = Totals(

@@ -22,7 +22,7 @@ from evaluation.judging import JudgeOptions
 from evaluation.pairwise import read_pair_prompt
 from evaluation.policies import PolicyOptions, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
-from evaluation.report import refresh_report
+from evaluation.report import conclude
 from labeling.asking import check_endpoint
 
 
@@ -114,10 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"---- {step.name} ----", flush=True)
         if reason := step.run(options):
             stopped.append(f"{step.name}: {reason}")
-    refresh_report(options.out)
-    if stopped:
-        print(f"stopped early ({'; '.join(stopped)}); the same command continues", flush=True)
-    return 3 if stopped else 0
+    return conclude(options.out, "; ".join(stopped))
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import numpy as np
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_jsonl
-from evaluation.judging import JudgeOptions, Verdicts, judge_all, message_id
+from evaluation.judging import JudgeOptions, Verdicts, file_name, judge_all, message_id
 from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, parse_models
-from evaluation.report import refresh_report
+from evaluation.report import conclude
 from evaluation.results import save_results
 from evaluation.stats import bootstrap_interval
 from labeling.endpoint import Unusable
@@ -144,8 +144,7 @@ def judge(bench: Bench, replies: Replies, folder: Path, options: JudgeOptions) -
     asked = requests(bench, replies)
     ids = {key: message_id(messages) for key, messages in asked.items()}
     questions = {ids[key]: messages for key, messages in asked.items()}
-    slug = re.sub(r"[^\w.+-]", "_", options.judge)
-    verdicts = judge_all(folder / "judge" / slug, questions, read_rating, options)
+    verdicts = judge_all(folder, questions, read_rating, options)
     lines, ratings = [], {}
     for key, messages in asked.items():
         name, place, turn = key
@@ -164,7 +163,7 @@ def judge(bench: Bench, replies: Replies, folder: Path, options: JudgeOptions) -
             }
             lines.append(json.dumps(record) + "\n")
     (folder / "model_judgment").mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "model_judgment" / f"{slug}_single.jsonl", lines)
+    replace_file(folder / "model_judgment" / f"{file_name(options.judge)}_single.jsonl", lines)
     return ratings, verdicts
 
 
@@ -245,11 +244,7 @@ def show(results: dict) -> None:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv)
-    stopped = run(options)
-    refresh_report(options.out)
-    if stopped:
-        print(f"stopped early ({stopped}); the same command continues", flush=True)
-    return 3 if stopped else 0
+    return conclude(options.out, run(options))
 
 
 if __name__ == "__main__":

@@ -77,6 +77,14 @@ def refresh_report(out: str | Path) -> Path:
     return page
 
 
+def conclude(out: str | Path, stopped: str | None) -> int:
+    """Draw the report after judged parts. Exit code: 3 where a judge ``stopped`` early, for that reason; else 0."""
+    refresh_report(out)
+    if stopped:
+        print(f"stopped early ({stopped}); the same command continues", flush=True)
+    return 3 if stopped else 0
+
+
 def overview(found: dict[str, dict | None]) -> Html:
     rows = []
     for part in PARTS:
@@ -84,6 +92,8 @@ def overview(found: dict[str, dict | None]) -> Html:
         rows.append([part.heading, *(part.facts(results) if results else ["missing: not run", None, None, None])])
     missing = [part.heading for part in PARTS if not found[part.folder]]
     words = f"Missing: {', '.join(missing)}." if missing else "Every part was run."
+    if spent := [row[-1] for row in rows if row[-1]]:
+        words += f" Together US$ {sum(spent):,.2f}, calls without an answer taken at the most they can have cost."
     note = "“—”: does not apply or is not known. The paper’s numbers are Llama-2-7B’s on full-hh-rlhf, judged by GPT-4."
     table = table_html(["part", "measured", "items", "judge", "US$"], rows)
     return join([table, paragraph(f"{words} {note}", "note")])

@@ -30,13 +30,18 @@ def headline(found: Mapping[str, dict | None]) -> list[tuple[str, str]]:
     items = []
     if bench := found.get("mt_bench"):
         name, row = max(bench["models"].items(), key=lambda entry: entry[1]["overall"] or 0)
-        items.append((number(row["overall"]), f"MT-Bench, {name}: the best of {len(bench['models'])}"))
+        rank = f", the highest of {len(bench['models'])}" if len(bench["models"]) > 1 else ""
+        items.append(
+            (number(row["overall"]), f"MT-Bench, {name}{rank} (95 %: {interval(row['intervals']['overall'])})")
+        )
     if (alpaca := found.get("alpaca_eval")) and alpaca["head_to_head"]:
         row = alpaca["head_to_head"][0]
-        items.append((f"{number(percent(row['win_rate']), 0)} %", f"{row['model']} preferred to {row['against']}"))
+        words = f"{row['model']} preferred to {row['against']} (95 %: {interval(row['interval'], 0, percent=True)})"
+        items.append((f"{number(percent(row['win_rate']), 0)} %", words))
     if votes := found.get("human"):
         name, part = max(((n, p) for n, p in votes["shares"].items() if n != "tie"), key=lambda entry: entry[1])
-        items.append((f"{number(percent(part), 0)} %", f"of people’s votes for {name}"))
+        words = f"of people’s votes for {name} (95 %: {interval(votes['intervals'][name], 0, percent=True)})"
+        items.append((f"{number(percent(part), 0)} %", words))
     if judge := found.get("discriminator"):
         guess = number(judge["majority_accuracy"])
         words = f"discriminator’s accuracy on edited tokens (majority guess {guess})"
@@ -49,7 +54,8 @@ def interval(pair, digits: int = 2, percent: bool = False) -> str:
     if not pair or pair[0] is None:
         return "—"
     scale = 100 if percent else 1
-    return f"{pair[0] * scale:.{digits}f} to {pair[1] * scale:.{digits}f}".replace("-", "−")
+    low, high = (number(edge * scale, digits) for edge in pair)
+    return f"{low}\u00a0to\u00a0{high}"
 
 
 def missing_note(results: dict) -> Html:
@@ -69,7 +75,12 @@ def missing_note(results: dict) -> Html:
 
 
 def mt_bench_facts(results: dict) -> list:
-    return ["ratings 1 to 10 of two-turn answers", results["questions"], results["judge"], results["usd"]]
+    return [
+        "ratings 1 to 10 of two-turn answers",
+        f"{results['questions']:,} questions",
+        results["judge"],
+        results["usd"],
+    ]
 
 
 def mt_bench(results: dict) -> Html:
@@ -113,7 +124,9 @@ def mt_bench(results: dict) -> Html:
 
 def alpaca_eval_facts(results: dict) -> list:
     judges = [name for name in (results["judge"], results["annotators_config"]) if name]
-    return ["win rates, two answers to one prompt", results["questions"], ", ".join(judges), results["usd"]]
+    spent = [usd for usd in (results["usd"], *(row.get("usd") for row in results["package"])) if usd is not None]
+    items = f"{results['questions']:,} prompts"
+    return ["win rates, two answers to one prompt", items, ", ".join(judges), sum(spent) if spent else None]
 
 
 def alpaca_eval(results: dict) -> Html:
@@ -147,12 +160,7 @@ def alpaca_eval(results: dict) -> Html:
         ]
         parts += [table_html(header, table, digits=1), paragraph(note, "note")]
     if package := results["package"]:
-        table = [
-            [row["model"], row["reference"], percent(row["win_rate"]), percent(row["standard_error"]), row["items"]]
-            for row in package
-        ]
-        header = ["alpaca_eval’s own", "against", "win rate, %", "standard error", "items"]
-        parts.append(table_html(header, table, f"Judged by the package with {results['annotators_config']}.", 1))
+        parts.append(package_table(package, results["annotators_config"]))
     published = {
         method: {"TLCR preferred, %": row["TLCR preferred, %"]}
         for method, row in PUBLISHED.items()
@@ -160,6 +168,22 @@ def alpaca_eval(results: dict) -> Html:
     }
     paper = paper_table("Figure 4: against", published)
     return join([*parts, columns(chart, paper) if chart else paper])
+
+
+def package_table(rows: list[dict], judge: str) -> Html:
+    """What the package alpaca_eval says; length-controlled rates where it was asked for them."""
+    header = ["alpaca_eval’s own", "against", "win rate, %", "standard error", "length-controlled, %", "items", "US$"]
+    table = [
+        [
+            row["model"],
+            row["reference"],
+            *(percent(row.get(key)) for key in ("win_rate", "standard_error", "length_controlled")),
+            row["items"],
+            None if row.get("usd") is None else number(row["usd"]),
+        ]
+        for row in rows
+    ]
+    return table_html(header, table, f"Judged by the package with {judge}.", 1)
 
 
 def percent(value: float | None) -> float | None:
@@ -170,7 +194,7 @@ def percent(value: float | None) -> float | None:
 
 
 def human_facts(results: dict) -> list:
-    return [f"votes of {results['annotators']} people", results["items"], "people", None]
+    return [f"votes of {results['annotators']} people", f"{results['items']:,} items", "people", None]
 
 
 def human(results: dict) -> Html:
@@ -209,7 +233,7 @@ def human(results: dict) -> Html:
 
 
 def side_by_side_facts(results: dict) -> list:
-    return [f"answers of {len(results['models'])} models", len(results["samples"]), None, None]
+    return [f"answers of {len(results['models'])} models", f"{len(results['samples']):,} prompts", None, None]
 
 
 def side_by_side(results: dict) -> Html:
@@ -229,7 +253,7 @@ def side_by_side(results: dict) -> Html:
 def reward_scores_facts(results: dict) -> list:
     return [
         f"answers of {len(results['models'])} models under {len(results['rewards'])} rewards",
-        results["prompts"],
+        f"{results['prompts']:,} prompts",
         None,
         None,
     ]
@@ -248,7 +272,7 @@ def reward_scores(results: dict) -> Html:
     header = ["model", "length, tokens", "end themselves"]
     header += [words for one in rewards for words in (f"{one}: sum", "per token")]
     rows = [
-        [name, row["response_length"], f"{row['ended']:.0%}"]
+        [name, row["response_length"], f"{100 * row['ended']:.0f} %"]
         + [row["rewards"][one][key] for one in rewards for key in ("sum", "per_token")]
         for name, row in models.items()
     ]
@@ -282,7 +306,7 @@ def paper_table(where: str, published: Mapping[str, Mapping[str, float]], digits
 def curves_facts(results: dict) -> list:
     return [
         f"{len(results['charts'])} metrics of {len(results['runs'])} runs",
-        max(results["runs"].values()),
+        f"{max(results['runs'].values()):,} steps",
         None,
         None,
     ]

@@ -169,3 +169,27 @@ def test_the_script_takes_a_file_of_variables(tmp_path):
     done = subprocess.run(["bash", str(script), "/nowhere"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert "RUN_FOLDER | CONFIG_FILE" in done.stderr
+
+
+def test_one_cost_cap_holds_for_all_judged_parts_together(tiny, tmp_path):
+    """100 tokens in and 10 out are US$ 0.0013: MT-Bench's 8 ratings take most of the cap, the pairs get the rest."""
+    other = other_model(tmp_path / "other", tiny)
+    write_jsonl(tmp_path / "prompts.jsonl", [{"instruction": f"Tell me of {n} cats."} for n in range(8)])
+    cap = 0.025
+    arguments = [
+        *("--models", f"sft={tiny / 'model'}", f"tlcr={other}", "--out", str(tmp_path / "out"), "--dtype", "fp32"),
+        *("--mt_bench_dir", str(write_bench(tmp_path / "fastchat")), "--prompts", str(tmp_path / "prompts.jsonl")),
+        *("--judge", "gpt-4-0125-preview", "--judge_max_tokens", "50", "--concurrency", "1"),
+        *("--max_new_tokens", "8", "--max_answer_seq_len", "8"),
+    ]
+    with judging(lambda prompt, asked: "[[A]]" if "Answer A" in prompt else "[[5]]") as (judge, url):
+        arguments += ["--base_url", url]
+        assert evaluation.main([*arguments, "--max_cost_usd", str(cap)]) == 3
+        bench, pairs = (load_results(tmp_path / "out", part) for part in ("mt_bench", "alpaca_eval"))
+        assert (bench["missing"], bench["stopped"], pairs["stopped"]) == (0, None, "cost cap")
+        assert bench["usd"] == pytest.approx(16 * 0.0013)
+        assert 0.0013 * judge.paid.total() == pytest.approx(bench["usd"] + pairs["usd"])
+        assert bench["usd"] + pairs["usd"] <= cap
+        assert f"Together US$ {bench['usd'] + pairs['usd']:.2f}" in texts_of(tmp_path / "out" / "report.html")
+        assert evaluation.main(arguments) == 0
+        assert set(judge.paid.values()) == {1}

@@ -13,6 +13,7 @@ RIGHT, TOP, BOTTOM = 8, 10, 36
 MOST_POINTS = 400  # per line: more cannot be told apart on a screen
 HOVER_COLUMNS = 80
 FEW_POINTS = 12
+WIDEST_BAR = 64
 # Series also differ in their dashes, for print and for the colour-blind; colours are the style sheet's --s0 … --s7.
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
 
@@ -121,14 +122,14 @@ def bar_chart(
         return missing_chart(title, "nothing recorded")
     plot = _Plot(0, len(groups), ticks(min(0, *values), max(0, *values)))
     body = [plot.frame("", y_label, [])]
-    room = 0.76 / len(series)
+    room = min(0.76 / len(series), WIDEST_BAR / (plot.x(1) - plot.x(0)))
     for place, group in enumerate(groups):
         body.append(plot.group_label(place + 0.5, group, len(groups)))
         for index, (name, row) in enumerate(series.items()):
             value = row[place]
             if value is None or not math.isfinite(value):
                 continue
-            left = place + 0.12 + index * room
+            left = place + 0.5 + (index - len(series) / 2) * room
             interval = intervals.get(name, [None] * len(groups))[place]
             words = [f"{group}", f"{name}: {short(value)}"]
             words += [f"interval {short(interval[0])} to {short(interval[1])}"] if interval else []

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -81,14 +82,19 @@ def number(value: object, digits: int = 2) -> str:
         return "—"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
+    return (f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}").replace("-", "−")
+
+
+def is_number(cell: object) -> bool:
+    """A number, or a string that spells one: "84.1 %"."""
+    return isinstance(cell, int | float) or bool(isinstance(cell, str) and re.fullmatch(r"[+−-]?\d[\d.,]*( ?%)?", cell))
 
 
 def table_html(
     header: Sequence[object], rows: Sequence[Sequence[object]], caption: object = "", digits: int = 2
 ) -> Html:
     """A table whose first column names the row. A column with a number in it is aligned right; None is "—"."""
-    numeric = [any(isinstance(row[column], int | float) for row in rows) for column in range(len(header))]
+    numeric = [any(is_number(row[column]) for row in rows) for column in range(len(header))]
 
     def cell(tag: str, value: object, column: int, scope: str) -> Html:
         kind = ' class="num"' if numeric[column] and column else ""
