@@ -26,7 +26,7 @@ from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_a
 from evaluation.prompts import PromptOptions, read_prompts
 from evaluation.report import conclude
 from evaluation.results import save_results
-from evaluation.stats import head_to_head
+from evaluation.stats import head_to_head, longer_preferred
 
 EQUAL = "equal answers"
 Replies = dict[str, dict[int | str, Reply]]
@@ -88,10 +88,11 @@ def compare(
     said = {EQUAL: "tie", **{id: line["verdict"] for id, line in verdicts.by_id.items()}}
     records = []
     for (one, other), both in ids.items():
-        judged = [(said[a], said[b]) for a, b in both if a in said and b in said]
-        records.append(
-            {"model": one, "against": other, **head_to_head(judged).as_dict(), "missing": len(both) - len(judged)}
-        )
+        kept = [(q, said[a], said[b]) for q, (a, b) in zip(questions, both, strict=True) if a in said and b in said]
+        judged = [(first, second) for _, first, second in kept]
+        lengths = [tuple(len(replies[name][q.id].turns[0].strip()) for name in (one, other)) for q, *_ in kept]
+        bias = {"longer_preferred": longer_preferred(judged, lengths), "missing": len(both) - len(judged)}
+        records.append({"model": one, "against": other, **head_to_head(judged).as_dict(), **bias})
     return records, verdicts
 
 

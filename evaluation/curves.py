@@ -56,16 +56,24 @@ def read_runs(entries: Sequence[str]) -> dict[str, list[dict]]:
             raise InputError(f"--runs {entry}: {file} is not a metrics.jsonl ({error})") from None
         if not runs[name]:
             raise InputError(f"--runs {entry}: no lines in {file}")
+        for number, line in enumerate(runs[name], 1):
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                raise InputError(f"--runs {entry}: {file}:{number} has no step, as lines of a metrics.jsonl do")
     if not runs:
         raise InputError("--runs is missing: NAME=PATH of one run or more")
     return runs
+
+
+def as_number(value: object) -> float:
+    """NaN for what was not measured (null), or is no number."""
+    return value if isinstance(value, int | float) else math.nan
 
 
 def series_of(runs: dict[str, list[dict]], key: str) -> list[Series]:
     """One line for each run that has the metric; gaps where it was not measured."""
     lines = []
     for name, log in runs.items():
-        points = [(line["step"], math.nan if line[key] is None else line[key]) for line in log if key in line]
+        points = [(line["step"], as_number(line[key])) for line in log if key in line]
         if points:
             lines.append(Series(name, *map(list, zip(*points, strict=True))))
     return lines

@@ -22,7 +22,16 @@ from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_jsonl
 from evaluation.judging import JudgeOptions, Verdicts, file_name, judge_all, message_id
-from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, parse_models
+from evaluation.policies import (
+    Policy,
+    PolicyOptions,
+    Question,
+    Reply,
+    answer_all,
+    is_text,
+    parse_models,
+    read_replies,
+)
 from evaluation.report import conclude
 from evaluation.results import save_results
 from evaluation.stats import bootstrap_interval
@@ -93,23 +102,42 @@ def read_bench(mt_bench_dir: str | None, judge: str | None = None) -> Bench:
     if not mt_bench_dir:
         raise InputError("--mt_bench_dir is missing: FastChat's checkout (github.com/lm-sys/FastChat), or its data")
     folder = Path(mt_bench_dir)
-    questions = []
-    path = find(folder, "question.jsonl")
-    for line, record in read_jsonl(path):
-        turns = record.get("turns")
-        if "question_id" not in record or not isinstance(turns, list) or len(turns) not in (1, 2):
-            raise InputError(f"{path}:{line}: expected question_id, category and one or two turns")
-        questions.append({"category": "", **record})
+    questions = read_questions(find(folder, "question.jsonl"))
     path = find(folder, "judge_prompts.jsonl")
     prompts = {record.get("name"): record for _, record in read_jsonl(path)}
     if absent := [name for name in PROMPTS if name not in prompts]:
         raise InputError(f"{path}: no judge prompt {', '.join(absent)}")
-    path = find(folder, *([f"reference_answer/{judge}.jsonl"] if judge else []), "reference_answer/gpt-4.jsonl")
-    references = {record["question_id"]: record["choices"][0]["turns"] for _, record in read_jsonl(path)}
-    need = [q["question_id"] for q in questions if q["category"] in NEEDS_REFERENCE]
-    if absent := [id for id in need if id not in references]:
-        raise InputError(f"{path}: no reference answer to question {absent[0]} ({len(absent)} missing)")
-    return Bench(questions, prompts, references)
+    own = [f"reference_answer/{judge}.jsonl"] if judge else []
+    references_path = find(folder, *own, "reference_answer/gpt-4.jsonl")
+    references = {id: reply.turns for id, reply in read_replies(references_path)}
+    bench = Bench(questions, prompts, references)
+    for question in questions:
+        id, turns = question["question_id"], question["turns"]
+        if question["category"] in NEEDS_REFERENCE and len(references.get(id, ())) < len(turns):
+            raise InputError(f"{references_path}: no reference answer to each turn of question {id}")
+        for turn in range(1, len(turns) + 1):
+            try:
+                bench.messages(question, [""] * len(turns), turn)
+            except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
+                name = bench.prompt_name(question, turn)
+                raise InputError(f"{path}: the prompt {name} does not fit question {id} ({error!r})") from None
+    return bench
+
+
+def read_questions(path: Path) -> list[dict]:
+    """FastChat's ``question.jsonl``. Raises ``InputError`` naming the line."""
+    questions: dict[int | str, dict] = {}
+    for line, record in read_jsonl(path):
+        id, category, turns = record.get("question_id"), record.get("category", ""), record.get("turns")
+        fits = isinstance(id, int | str) and isinstance(category, str) and isinstance(turns, list)
+        if not fits or len(turns) not in (1, 2) or not all(map(is_text, turns)):
+            raise InputError(f"{path}:{line}: expected question_id, category and one or two turns, which are texts")
+        if id in questions:
+            raise InputError(f"{path}:{line}: question_id {id} is there twice")
+        questions[id] = {**record, "category": category}
+    if not questions:
+        raise InputError(f"{path}: no questions")
+    return list(questions.values())
 
 
 def read_rating(text: str) -> dict:

@@ -25,6 +25,8 @@ from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from labeling.journal import cut_torn_line
 
+LEAST = {"max_new_tokens": 1, "max_answer_seq_len": 1, "generation_batch_size": 1, "scoring_batch_size": 1}
+LEAST |= {"judge_max_tokens": 1, "shown": 1, "prompt_count": 0, "temperature": 0}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -33,6 +35,12 @@ class OutOptions:
     """output"""
 
     out: str = option(MISSING, "folder for answers, verdicts, results and report.html; an earlier run continues")
+
+    def __post_init__(self):
+        """Raises ``InputError`` for a number of any part's options that is too small."""
+        for name, least in LEAST.items():
+            if not getattr(self, name, least) >= least:
+                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,11 @@ def parse_models(entries: Sequence[str], least: int = 1) -> dict[str, str]:
     if len(models) < least:
         raise InputError(f"--models: name at least {least} as NAME=FOLDER")
     return models
+
+
+def is_text(value: object) -> bool:
+    """A string that can be written: JSON can spell half of a surrogate pair, which is not text."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode() == value
 
 
 def device() -> torch.device:

@@ -9,7 +9,7 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.record_files import has_known_suffix, place, read_records
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import Question
+from evaluation.policies import Question, is_text
 
 FIELDS = ("instruction", "prompt")
 
@@ -66,6 +66,8 @@ def prompts_of_file(path: str, temperature: float) -> list[Question]:
         if field is None:
             raise InputError(f"--prompts {place(path, position)}: no text in 'instruction' or 'prompt'")
         text = record[field]
+        if not is_text(text):
+            raise InputError(f"--prompts {place(path, position)}: half of a surrogate pair, not text")
         questions.append(Question(prompt_id(text), [text], temperature, raw=field == "prompt"))
     if not questions:
         raise InputError(f"--prompts {path}: no records")

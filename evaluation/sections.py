@@ -140,11 +140,12 @@ def alpaca_eval(results: dict) -> Html:
         ranges = {"preferred": [whisker([percent(edge) for edge in row["interval"]]) for row in own]}
         chart = bar_chart([row["against"] for row in own], rates, f"{last} preferred to", "% of prompts", ranges)
         header = ["head to head", "win rate, %", "95 % interval", "wins", "ties", "losses", "p"]
-        header += ["first shown preferred, %", "orders disagree", "left out"]
+        header += ["first shown preferred, %", "longer preferred, %", "orders disagree", "left out"]
         note = (
             f"{results['questions']} prompts, each pair of answers judged in both orders by {results['judge']}. A win: "
             "preferred in one order and not beaten in the other; ties count half; Wilson intervals, exact sign test. "
-            "First shown preferred: 50 % is no position bias; where the orders disagree the item is a tie."
+            "First shown preferred: 50 % is no position bias; where the orders disagree the item is a tie. Longer "
+            "preferred: of the verdicts, the share for the answer of more characters; far from 50 %, length may decide."
         )
         table = [
             [
@@ -154,6 +155,7 @@ def alpaca_eval(results: dict) -> Html:
                 *(row[key] for key in ("wins", "ties", "losses")),
                 number(row["p_value"], 3),
                 percent(row["first_shown_preferred"]),
+                percent(row.get("longer_preferred")),
                 *(row[key] for key in ("inconsistent", "missing")),
             ]
             for row in rows

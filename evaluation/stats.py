@@ -108,6 +108,20 @@ def head_to_head(verdicts: Sequence[tuple[str, str]]) -> HeadToHead:
     )
 
 
+def longer_preferred(verdicts: Sequence[tuple[str, str]], lengths: Sequence[tuple[int, int]]) -> float:
+    """Length bias: of the verdicts that prefer one of two answers, the share that prefers the longer one; 0.5 is none.
+
+    ``verdicts`` as for ``head_to_head``; ``lengths``: the first model's answer and the other's, where they are equal
+    nothing is counted. NaN where nothing is left.
+    """
+    longer = []
+    for (one, other), (mine, theirs) in zip(verdicts, lengths, strict=True):
+        if mine != theirs:
+            longer += [(one == "first") == (mine > theirs)] * (one != "tie")
+            longer += [(other == "second") == (mine > theirs)] * (other != "tie")
+    return sum(longer) / len(longer) if longer else math.nan
+
+
 def fleiss_kappa(counts: np.ndarray) -> float:
     """Agreement of annotators beyond chance (Fleiss 1971). ``counts`` ``(N, K)``: how many chose answer k of item n.
 

@@ -14,7 +14,7 @@ from scipy import stats
 
 from evaluation import alpaca_eval
 from evaluation.pairwise import PairPrompt, read_pair_prompt, read_verdict
-from evaluation.stats import head_to_head, wilson_interval
+from evaluation.stats import head_to_head, longer_preferred, wilson_interval
 from labeling.endpoint import Unusable
 
 INSTRUCTIONS = [{"instruction": f"Say {number} things of the sea."} for number in range(12)]
@@ -60,6 +60,7 @@ def test_a_judge_that_always_prefers_the_first_is_all_bias_and_no_verdict(models
     assert (row["model"], row["against"], row["items"]) == ("tlcr", "sft", 12)
     assert row["win_rate"] == 0.5
     assert row["first_shown_preferred"] == 1
+    assert row["longer_preferred"] == 0.5
     sft, tlcr = outputs(tmp_path)
     differ = sum(a != b for a, b in zip(sft, tlcr, strict=True))
     assert (row["wins"], row["ties"], row["losses"], row["inconsistent"]) == (0, 12, 0, differ)
@@ -82,6 +83,7 @@ def test_a_judge_that_prefers_the_longer_has_no_bias_and_its_win_rate_is_known(m
     assert row["win_rate"] == pytest.approx((wins + ties / 2) / 12)
     assert row["inconsistent"] == 0
     assert row["first_shown_preferred"] == 0.5
+    assert row["longer_preferred"] == 1
     assert "tlcr against sft" in texts_of(tmp_path / "out" / "report.html")
 
 
@@ -103,6 +105,8 @@ def test_head_to_head_done_by_hand():
     assert row.first_shown_preferred == pytest.approx(4 / 6)
     assert row.p_value == 1.0  # two against one
     assert math.isnan(head_to_head([]).win_rate)
+    verdicts, lengths = [("first", "tie"), ("second", "second"), ("first", "first")], [(3, 2), (1, 5), (4, 4)]
+    assert longer_preferred(verdicts, lengths) == pytest.approx(2 / 3)  # longer; longer and shorter; equal: left out
 
 
 @pytest.mark.parametrize(("wins", "count"), [(0, 10), (3, 10), (50, 100), (10, 10), (1, 1)])
@@ -125,12 +129,14 @@ def test_verdicts_and_prompts_are_read(tmp_path):
 
 
 def test_wrong_input_and_a_missing_package_are_refused(models, tmp_path, capsys, monkeypatch):
+    half = write_jsonl(tmp_path / "half.jsonl", [{"instruction": "half \ud800"}])
     pairs = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "\n\nHuman: Hi\n\nAssistant:"}])
     monkeypatch.setattr(shutil, "which", lambda name: None)
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     for options, words in [
         (["--prompts", str(pairs), "--annotators_config", "x"], "needs the package alpaca_eval"),
         (["--prompts", "/no.jsonl"], "no such .jsonl"),
+        (["--prompts", str(half)], "half.jsonl:1: half of a surrogate pair"),
         (["--prompts", str(pairs), "--judge_prompts", str(pairs)], "no prompt named pair-v2"),
     ]:
         with pytest.raises(SystemExit):
@@ -162,10 +168,30 @@ def test_the_package_judges_our_files(models, tmp_path, monkeypatch):
     with judging(longer) as (judge, url):
         monkeypatch.setenv("OPENAI_BASE_URL", url)
         monkeypatch.setenv("OPENAI_API_KEY", "none")
-        assert compare(models, tmp_path, None, "--annotators_config", str(config)) == 0
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setenv("HF_HUB_CACHE", str(made_up_difficulties(tmp_path / "hub")))
+        monkeypatch.chdir(tmp_path)  # every path as a user may give it: relative
+        options = ["--annotators_config", config.name, "--length_controlled"]
+        assert compare(models, Path(), None, *options) == 0
     pairs = list(zip(*outputs(tmp_path), strict=True))
     assert judge.asked.total() == sum(a != b for a, b in pairs)
     longer_ones, equal = sum(len(b) > len(a) for a, b in pairs), sum(len(b) == len(a) for a, b in pairs)
     (row,) = results_of(tmp_path)["package"]
     assert (row["model"], row["reference"], row["items"]) == ("tlcr", "sft", 12)
     assert longer_ones / 12 <= row["win_rate"] <= (longer_ones + equal) / 12
+    # Length explains this judge wholly, so without it the rate is nearer to a half.
+    assert abs(row["length_controlled"] - 0.5) <= abs(row["win_rate"] - 0.5) + 0.05
+    assert row["usd"] >= 0
+    assert "length-controlled, %" in texts_of(tmp_path / "out" / "report.html")
+
+
+def made_up_difficulties(cache: Path) -> Path:
+    """A hub cache with a stand-in for the data that the package's length model starts from."""
+    folder, commit = cache / "datasets--tatsu-lab--alpaca_eval", "0" * 40
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    lines = ["model,index,preference,std_delta_len,instruction_difficulty,not_gamed_baseline"]
+    lines += [f"{m},{i},{0.5 + 0.01 * (i % 7)},{i % 5 - 2},{i % 3 - 1},False" for m in "ab" for i in range(40)]
+    (folder / "snapshots" / commit / "df_gamed.csv").write_text("\n".join(lines) + "\n")
+    return cache

@@ -11,13 +11,14 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import byte_level_tokenizer, shared
+from conftest import byte_level_tokenizer, shared, write_jsonl
 from evaluation_helpers import QUESTIONS, expected_rating, other_model, read_lines, texts_of, write_bench
 from judge_server import judging
 from labeling_helpers import fault_server
 from tokenizers import processors
 from transformers import GenerationConfig
 
+from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import mt_bench
 from evaluation.policies import Policy, PolicyOptions, Question, prompt_ids, prompt_text
@@ -227,6 +228,39 @@ def test_wrong_input_is_said_before_a_model_loads(tmp_path, capsys):
         with pytest.raises(SystemExit):
             bench(models, folder, tmp_path / "out")
         assert words in capsys.readouterr().err
+
+
+QUESTION = {"question_id": 101, "category": "math", "turns": ["One?", "Two?"]}
+REFERENCE = {"question_id": 101, "choices": [{"turns": ["1"]}]}
+
+
+@pytest.mark.parametrize(
+    ("file", "lines", "words"),
+    [
+        ("question.jsonl", [], "no questions"),
+        ("question.jsonl", [QUESTION, QUESTION], "question.jsonl:2: question_id 101 is there twice"),
+        ("question.jsonl", [QUESTION | {"turns": ["One?", 2]}], "question.jsonl:1: expected"),
+        ("question.jsonl", [QUESTION | {"turns": ["half \ud800"]}], "question.jsonl:1: expected"),
+        ("question.jsonl", [QUESTION | {"category": ["math"]}], "question.jsonl:1: expected"),
+        ("reference_answer/gpt-4.jsonl", [REFERENCE], "no reference answer to each turn of question 101"),
+        ("reference_answer/gpt-4.jsonl", [REFERENCE | {"choices": []}], "gpt-4.jsonl:1: not an answer"),
+        ("../judge_prompts.jsonl", [{"name": name} for name in mt_bench.PROMPTS], "does not fit question 81"),
+    ],
+)
+def test_a_bench_that_does_not_fit_is_refused_before_a_model_loads(tmp_path, file, lines, words):
+    folder = write_bench(tmp_path)
+    write_jsonl(folder / "mt_bench" / file, lines)
+    with pytest.raises(InputError, match=words):
+        mt_bench.read_bench(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("max_new_tokens", 0), ("generation_batch_size", 0), ("judge_max_tokens", 0), ("max_new_tokens", -1)],
+)
+def test_numbers_that_are_too_small_are_refused(name, value):
+    with pytest.raises(InputError, match=f"--{name} {value}: must be at least 1"):
+        mt_bench.Options(out="x", **{name: value})
 
 
 @pytest.mark.parametrize(

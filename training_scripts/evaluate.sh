@@ -40,7 +40,7 @@ PROMPTS=${PROMPTS:-}                 # AlpacaEval's instructions, or your own
 MT_BENCH_DIR=${MT_BENCH_DIR:-}       # a checkout of FastChat, or its llm_judge/data
 JUDGE=${JUDGE:-}                     # the judging model; unset: nothing is judged, nothing is paid
 JUDGE_BASE_URL=${JUDGE_BASE_URL:-}   # its address; unset: OpenAI
-MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for each judged part
+MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for all judged parts together
 OUT=${OUT:-output/evaluation}
 
 # shellcheck source=training_scripts/setup.sh
