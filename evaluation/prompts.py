@@ -56,7 +56,11 @@ def read_prompts(options: PromptOptions, model: str) -> list[Question]:
     return once[: options.prompt_count or None]
 
 
-def prompts_of_file(path: str, temperature: float) -> list[Question]:
+def prompts_of_file(path: str, temperature: float, for_models: bool = True) -> list[Question]:
+    """A file's prompts. ``for_models``: they will be tokenized, which half of a surrogate pair cannot be.
+
+    Raises ``InputError`` naming file and record.
+    """
     file = Path(path)
     if not file.is_file() or not has_known_suffix(file):
         raise InputError(f"--prompts {path}: no such .jsonl, .json or .parquet file")
@@ -66,7 +70,7 @@ def prompts_of_file(path: str, temperature: float) -> list[Question]:
         if field is None:
             raise InputError(f"--prompts {place(path, position)}: no text in 'instruction' or 'prompt'")
         text = record[field]
-        if not is_text(text):
+        if for_models and not is_text(text):
             raise InputError(f"--prompts {place(path, position)}: half of a surrogate pair, not text")
         questions.append(Question(prompt_id(text), [text], temperature, raw=field == "prompt"))
     if not questions:

@@ -62,7 +62,7 @@ def read_items(options: Options) -> list[Item]:
     if not 2 <= len(models) <= MOST_MODELS:
         raise InputError(f"--answers: {len(models)} models; a vote needs 2 to {MOST_MODELS}")
     items = []
-    for question in prompts_of_file(options.prompts, 1.0):
+    for question in prompts_of_file(options.prompts, 1.0, for_models=False):
         if all(question.id in given for given in models.values()):
             answers = {name: given[question.id].turns[0].strip() for name, given in models.items()}
             prompt = question.turns[0].strip().removesuffix(ASSISTANT.strip()).rstrip()
