@@ -20,7 +20,7 @@ import baselines.figa.main
 import step1_sft.main
 import step2_discriminator.main
 from deepspeed_chat_tlcr import faults
-from deepspeed_chat_tlcr.errors import InputError, RunError
+from deepspeed_chat_tlcr.errors import InputError, RunError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import MetricsLog, read_metrics
 from deepspeed_chat_tlcr.training import StageTrainer
 
@@ -290,3 +290,23 @@ def test_losses_that_stay_no_numbers_end_the_run_with_what_caused_them(stage, tm
     assert batch["input_ids"].shape == batch["labels"].shape
     assert len(batch["input_ids"]) == 4
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+
+
+def test_a_lost_rank_ends_the_others_with_a_message(monkeypatch, capsys):
+    """What PyTorch raises in a collective of Gloo when the process at the other end was killed."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+    @exits_cleanly
+    def main(message):
+        raise RuntimeError(message)
+
+    with pytest.raises(SystemExit) as ended:
+        main("[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: another rank is gone")
+    with pytest.raises(RuntimeError, match="something else"):
+        main("something else")
