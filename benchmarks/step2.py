@@ -10,6 +10,7 @@ revision: the time depends on lengths alone. Takes step2_discriminator/main.py's
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -17,9 +18,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch.utils.data import RandomSampler
@@ -141,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20, help="measured optimiser steps of each way")
     parser.add_argument("--warmup", type=int, default=2, help="steps before the clock starts, at least 1")
     own, rest = parser.parse_known_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
+    # Only the result goes to standard output.
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         options = parse_args([*rest, "--output_dir", folder])
         runtime = runtimes.start(options.precision, options.seed)
         tokenizer = load_tokenizer(options.model_name_or_path)

@@ -16,6 +16,7 @@ here, the flag parses and one warning says why.
 import argparse
 import json
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class RunOptions:
     save_total_limit: int = option(1, "how many resumable checkpoints are kept")
     resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")
     max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
-    report_to: list[str] = option([], "further trackers of transformers' Trainer, such as wandb")
+    report_to: list[str] = option([], "further trackers that get every number of metrics.jsonl, such as wandb")
     enable_tensorboard: bool = option(
         False, "write TensorBoard logs", better="every number of metrics.jsonl, not the loss alone"
     )
@@ -254,7 +255,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 def announce(options: Any, folder: str | Path) -> None:
     """Print the resolved options and save them as ``run_options.json`` before a model loads (rank 0 calls this)."""
     settings = asdict(options)
-    print("options: " + " ".join(f"{key}={value}" for key, value in settings.items()), flush=True)
+    shown = "options: " + " ".join(f"{key}={value}" for key, value in settings.items())
+    print(textwrap.fill(shown, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False), flush=True)
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)

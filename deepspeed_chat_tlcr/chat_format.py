@@ -61,8 +61,14 @@ def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return AutoModelForTokenClassification._model_mapping[type(config)]
 
 
-def to_chat_critic(state_dict: dict[str, torch.Tensor], model: PreTrainedModel, head: str) -> dict[str, torch.Tensor]:
-    """A token classifier's state dict under DeepSpeed-Chat's names. Raises ``InputError`` for what it cannot hold."""
+def to_chat_critic(
+    state_dict: dict[str, torch.Tensor], model: PreTrainedModel, head: str, tokens: int
+) -> dict[str, torch.Tensor]:
+    """A token classifier's state dict under DeepSpeed-Chat's names. Raises ``InputError`` for what it cannot hold.
+
+    DeepSpeed-Chat's step 3 makes the embedding fit ``tokens``, the tokenizer's, up to a multiple of 8 before it loads a
+    critic: rows for no token are added (zero) or left out.
+    """
     if model.config.num_labels != 1:
         raise InputError("--save_format deepspeed_chat: it has no token discriminators; keep --save_format huggingface")
     bias = state_dict.get(f"{head}.bias")
@@ -74,7 +80,12 @@ def to_chat_critic(state_dict: dict[str, torch.Tensor], model: PreTrainedModel, 
         for key, tensor in state_dict.items()
         if key.startswith(backbone)
     }
-    return renamed | {_HEAD: state_dict[f"{head}.weight"]}
+    embedding = next(name for name, part in model.base_model.named_modules() if part is model.get_input_embeddings())
+    rows = renamed[f"{_BACKBONE_PREFIXES[0]}{embedding}.weight"]
+    fitted = rows.new_zeros(-(-tokens // 8) * 8, rows.size(1))
+    kept = min(len(rows), len(fitted))
+    fitted[:kept] = rows[:kept]
+    return renamed | {f"{_BACKBONE_PREFIXES[0]}{embedding}.weight": fitted, _HEAD: state_dict[f"{head}.weight"]}
 
 
 def write_chat_folder(
@@ -95,6 +106,8 @@ def write_chat_folder(
         # Where chat.py looks for the tokenizer; it stops where the key is missing.
         "_name_or_path": str(folder.resolve()),
     }
+    if not model.can_generate():
+        config["vocab_size"] = -(-len(tokenizer) // 8) * 8  # as to_chat_critic has fitted the embedding
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
@@ -106,7 +119,7 @@ def write_chat_folder(
 def _old_config(config: dict[str, Any]) -> dict[str, Any]:
     """A config with the names that transformers 4 knows beside those of transformers 5."""
     config = dict(config)
-    if "dtype" in config:
+    if config.get("dtype") is not None:
         config["torch_dtype"] = str(config["dtype"]).removeprefix("torch.")
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:

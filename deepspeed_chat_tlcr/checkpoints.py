@@ -100,6 +100,7 @@ class Checkpoints:
         """Delete all checkpoints, when the stage is finished and its models are saved."""
         if self.rank == 0:
             for path in self.folder.glob("step-*"):
+                (path / _STATE).unlink(missing_ok=True)  # half deleted it must not be taken for whole
                 shutil.rmtree(path)
         torch.distributed.barrier()
 

@@ -25,7 +25,7 @@ class SaveError(RunError):
 def exits_cleanly(main: Callable) -> Callable:
     """Wrap an entry point: an ``InputError`` becomes one line on stderr and exit code 2, without a traceback.
 
-    A ``RunError`` or a full disk: one line and exit code 1.
+    A ``RunError``, a full disk or a lost rank: one message and exit code 1.
     """
 
     @functools.wraps(main)
@@ -41,6 +41,12 @@ def exits_cleanly(main: Callable) -> Callable:
             print(f"error: {error}", file=sys.stderr, flush=True)
             # At once: exit handlers would wait for ranks that are waiting for this one.
             os._exit(EXIT_RUN)
+        except RuntimeError as error:
+            if not _lost_a_rank(error):
+                raise
+            print("error: another rank is gone; its own message, if any, stands above", file=sys.stderr)
+            print("checkpoints so far are whole: the same command continues", file=sys.stderr, flush=True)
+            os._exit(EXIT_RUN)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
@@ -49,6 +55,13 @@ def exits_cleanly(main: Callable) -> Callable:
             os._exit(EXIT_RUN)
 
     return wrapped
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because a process at its other end died."""
+    # NCCL's errors have a class of their own, Gloo's are known by their text.
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "DistError" in kinds or "gloo/transport" in str(error)
 
 
 def cannot_load(what: str, path: str | Path, error: Exception) -> InputError:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from deepspeed_chat_tlcr.checkpoints import changed_settings
@@ -107,6 +107,13 @@ class FaultTolerant:
             "bf16 or fp32, or look for what is wrong with this batch"
         )
 
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Part of resuming. Where SIGTERM came between an epoch's last step and its evaluation, that is made up for."""
+        super()._load_rng_state(checkpoint)
+        history = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
+        if checkpoint and ends_epoch(self.args, self.state) and not any("eval_loss" in entry for entry in history):
+            self.evaluate()
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Logs of a step that was skipped say so instead of 0."""
         if "loss" in logs:
@@ -159,6 +166,30 @@ def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoi
             "many ranks, or start anew with --resume never"
         )
     return changed_settings(saved["options"], asdict(options), _HARMLESS)
+
+
+def ends_epoch(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether an evaluation belongs behind this step because it is its epoch's last."""
+    return args.eval_strategy == "epoch" and bool(state.epoch) and state.epoch == int(state.epoch)
+
+
+class SaveAfterEvaluation(TrainerCallback):
+    """A checkpoint of an epoch's last step waits for the epoch's evaluation.
+
+    Without it, what continues from there would lack that measurement and have other random numbers than a run which
+    was never interrupted. Add it before ``StopOnRequest``, whose checkpoint does not wait.
+    """
+
+    def __init__(self):
+        self.waiting = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save and ends_epoch(args, state):
+            self.waiting, control.should_save = True, False
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.waiting:
+            self.waiting, control.should_save = False, True
 
 
 class StopOnRequest(TrainerCallback):

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,16 @@ NEUTRAL_ZONE = 0.6
 
 
 class StepLines:
-    """A file of JSON lines that each bear a ``step``. ``resume_step`` drops those that a killed run wrote after the
-    checkpoint it now continues from."""
+    """A file of JSON lines that each bear a ``step``. ``resume_step``: that of the checkpoint which the run continues
+    from; what a killed run wrote after it goes. 0: the run starts anew, and so does the file."""
 
     def __init__(self, path: str | Path, resume_step: int = 0):
         self.path = Path(path)
-        kept = [line for line in _whole_lines(self.path) if json.loads(line)["step"] <= resume_step]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        before = _whole_lines(self.path) if resume_step else []  # a step 0 may have been measured, and will be again
+        kept = [line for line in before if json.loads(line)["step"] <= resume_step]
+        part = self.path.with_name(self.path.name + ".part")  # killed meanwhile, the run has lost nothing
+        part.write_text("".join(kept), encoding="utf-8")
+        part.replace(self.path)
 
     def write(self, *records: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -46,7 +51,8 @@ class MetricsLog:
     ):
         self.board = SummaryWriter(tensorboard, purge_step=resume_step + 1) if tensorboard else None
         self.lines = StepLines(Path(folder) / "metrics.jsonl", resume_step)
-        self.trackers = [_tracker(name, folder, settings or {}) for name in report_to if name != "none"]
+        resumed = resume_step > 0
+        self.trackers = [_tracker(name, Path(folder), settings or {}, resumed) for name in report_to if name != "none"]
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         # JSON has no NaN; null says "not measured" to every reader.
@@ -76,18 +82,28 @@ def require_trackers(names: Sequence[str]) -> None:
             raise InputError(f"--report_to {name}: its package is not installed; pip install {name}")
 
 
-def _tracker(name: str, folder: str | Path, settings: dict[str, Any]) -> Any:
+def _tracker(name: str, folder: Path, settings: dict[str, Any], resumed: bool) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # accelerate's trackers write from the main process only, and ask it which that is
     kind = LOGGER_TYPE_TO_CLASS[name]
-    run = Path(folder).resolve().name
-    tracker = kind(run, logging_dir=str(folder)) if kind.requires_logging_directory else kind(run)
+    run = folder.resolve().name
+    if name == "wandb":  # a resumed run goes on in the same curves
+        run_id = _wandb_id(folder / "wandb_id.txt", resumed)
+        tracker = kind(os.environ.get("WANDB_PROJECT", run), name=run, id=run_id, resume="allow")
+    else:
+        tracker = kind(run, logging_dir=str(folder)) if kind.requires_logging_directory else kind(run)
     if hasattr(tracker, "start"):
         tracker.start()
     tracker.store_init_configuration({key: value for key, value in settings.items() if _plain(value)})
     return tracker
+
+
+def _wandb_id(file: Path, resumed: bool) -> str:
+    if not (resumed and file.is_file()):
+        file.write_text(secrets.token_hex(4), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def _plain(value: Any) -> bool:
@@ -95,15 +111,15 @@ def _plain(value: Any) -> bool:
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """All whole lines of a ``metrics.jsonl``."""
+    """All whole lines of a ``metrics.jsonl`` or another file of JSON lines."""
     return [json.loads(line) for line in _whole_lines(Path(path))]
 
 
 def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
+    # As bytes: a killed run's last line may end within a character, and str.splitlines() ends lines at U+2028 too.
+    return [line.decode("utf-8") + "\n" for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 def token_metrics(positive_probs: np.ndarray, targets: np.ndarray) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Model loading: strict about keys, the same under ZeRO-3, Hugging Face classes throughout.
 
 Discriminator = token classifier with 2 labels (0 negative, 1 positive). Critic and sequence reward model = the same
-class with 1 label.
+class with 1 label. A sequence classifier with 1 label, as other libraries save reward models, is read as such: its
+score is its head's value at the last token.
 """
 
 import contextlib
@@ -32,6 +33,7 @@ from deepspeed_chat_tlcr.errors import InputError, cannot_load
 NEGATIVE, POSITIVE = 0, 1
 TOKEN_LABELS = {NEGATIVE: "NEGATIVE", POSITIVE: "POSITIVE"}
 _HEAD_NAMES = ("score", "classifier")
+_OF_TOKENS, _OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
 
 
 class OPTForTokenClassification(OPTPreTrainedModel):
@@ -120,19 +122,20 @@ def load_token_classifier(
     new_head: bool = False,
     zero_head: bool = False,
 ) -> PreTrainedModel:
-    """Load a discriminator (2 labels), critic or sequence reward model (1 label).
+    """Load a discriminator (2 labels), critic or sequence reward model (1 label; also a sequence classifier).
 
     ``new_head``: start from a causal LM or from a classifier with another head: the backbone's keys must all be
     there, the head is initialised anew (``zero_head``: to zero, so that a critic's first values are 0). Otherwise
     every key must fit. Raises ``InputError`` naming missing or unexpected keys, or a head of another size.
     """
     config = load_config(path, dropout)
-    from_chat = is_chat_critic(path)
-    saved_labels = 1 if from_chat else _labels_of(config)
+    from_chat, of_sequences = is_chat_critic(path), _kind(config).endswith(_OF_SEQUENCES)
     if not new_head:
-        require_trained_head(path, config, num_labels, saved_labels)
+        require_trained_head(path, config, num_labels, 1 if from_chat else _labels_of(config))
+    head_size = config.num_labels if of_sequences or _kind(config).endswith(_OF_TOKENS) else None
+    head_size = 1 if from_chat else head_size
     config.use_cache = False
-    config.num_labels = num_labels if saved_labels is None else saved_labels
+    config.num_labels = num_labels if head_size is None else head_size
     # A reward must not be noisy: without this, transformers falls back to a dropout of 0.1 before the head.
     config.classifier_dropout = 0.0
     source = {"auto_class": AutoModelForTokenClassification, "path": path}
@@ -140,16 +143,21 @@ def load_token_classifier(
         # By its own class and without a path: that is how transformers builds a model from a state dict.
         weights = critic_state_dict(path, config, _head_name(config))
         source = {"auto_class": classifier_class(config), "path": None, "state_dict": weights}
+    elif of_sequences:
+        source["key_mapping"] = {r"^score\.": f"{_head_name(config)}."}
     with partitioned_loading(ds_config):
         model, info = _from_pretrained(**source, config=config, dtype=dtype)
-    head_is_missing = new_head and saved_labels is None
+    head_is_missing = new_head and head_size is None
+    lacking = f"{head_of(model)[0]}.{'' if head_is_missing else 'bias'}"
     _require_keys(
         path,
         info,
-        missing=(f"{head_of(model)[0]}.",) if head_is_missing else (),
+        missing=(lacking,) if head_is_missing or of_sequences else (),
         unexpected=("lm_head.", "embed_out.") if head_is_missing else (),
     )
-    if model.config.num_labels != num_labels:
+    if of_sequences:
+        _zero_head_bias(model)
+    if model.config.num_labels != num_labels or (of_sequences and new_head):
         _replace_head(model, num_labels, ds_config)
     if num_labels == 2:
         model.config.id2label = dict(TOKEN_LABELS)
@@ -173,10 +181,16 @@ def _replace_head(model: PreTrainedModel, num_labels: int, ds_config: dict[str, 
 def _fill_head(model: PreTrainedModel, std: float) -> None:
     """Head weights from a normal distribution, biases 0; works on partitioned parameters."""
     head = head_of(model)[1]
-    with deepspeed.zero.GatheredParameters(list(head.parameters()), modifier_rank=0), torch.no_grad():
+    with deepspeed.zero.GatheredParameters([head.weight], modifier_rank=0), torch.no_grad():
         head.weight.normal_(0.0, std) if std else head.weight.zero_()
-        if head.bias is not None:
-            head.bias.zero_()
+    _zero_head_bias(model)
+
+
+def _zero_head_bias(model: PreTrainedModel) -> None:
+    bias = head_of(model)[1].bias
+    if bias is not None:
+        with deepspeed.zero.GatheredParameters([bias], modifier_rank=0), torch.no_grad():
+            bias.zero_()
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -203,7 +217,7 @@ def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
 
 def require_trained_head(path: str, config: PretrainedConfig, num_labels: int, saved_labels: int | None) -> None:
     """Refuse a checkpoint that is not a token classifier with ``num_labels`` labels, saying what it is."""
-    kind = (config.architectures or ["unknown"])[0]
+    kind = _kind(config)
     wanted = "discriminator (2 labels)" if num_labels == 2 else "reward model or critic (1 label)"
     if saved_labels is None:
         raise InputError(f"{path!r} is a {kind}, not a trained {wanted}; train one with step2_discriminator/main.py")
@@ -212,7 +226,10 @@ def require_trained_head(path: str, config: PretrainedConfig, num_labels: int, s
 
 
 def label_count(path: str) -> int | None:
-    """Labels of a token classifier's checkpoint, 1 for DeepSpeed-Chat's critics; None for another kind of model."""
+    """Labels of a token classifier, 1 for DeepSpeed-Chat's critics and sequence classifiers with one label.
+
+    None for another kind of model.
+    """
     return 1 if is_chat_critic(path) else _labels_of(load_config(path))
 
 
@@ -235,8 +252,13 @@ def freeze_head_bias(model: PreTrainedModel) -> None:
 
 
 def _labels_of(config: PretrainedConfig) -> int | None:
-    kind = (config.architectures or ["unknown"])[0]
-    return config.num_labels if kind.endswith("ForTokenClassification") else None
+    # The classes of a sequence classifier are no classes of tokens; its one score is a value like any other.
+    of_use = _kind(config).endswith(_OF_TOKENS) or (_kind(config).endswith(_OF_SEQUENCES) and config.num_labels == 1)
+    return config.num_labels if of_use else None
+
+
+def _kind(config: PretrainedConfig) -> str:
+    return (config.architectures or ["unknown"])[0]
 
 
 def _from_pretrained(auto_class: type, path: str | None, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

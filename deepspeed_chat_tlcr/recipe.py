@@ -136,6 +136,10 @@ class Recipe:
             raise InputError(f"STAGES: there is no stage {unknown[0]!r}; known: {' '.join(folders)}")
         return {stage: folders[stage] for stage in self.stages.split()}
 
+    def is_complete(self, stage: str) -> bool:
+        """Whether a stage has written its results, the last thing that it does."""
+        return (Path(self.output) / stage / "results.json").is_file()
+
     @property
     def labels_here(self) -> bool:
         """Whether the run asks an external model, rather than using revisions that it was given."""

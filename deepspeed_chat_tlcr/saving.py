@@ -46,7 +46,7 @@ def save_model(
         state_dict = merge_lora(state_dict, model)
         if save_format == "deepspeed_chat":
             if not model.can_generate():
-                state_dict = to_chat_critic(state_dict, model, head_of(model)[0])
+                state_dict = to_chat_critic(state_dict, model, head_of(model)[0], len(tokenizer))
             write_chat_folder(model, state_dict, tokenizer, folder)
         else:
             model.save_pretrained(folder, state_dict=state_dict)

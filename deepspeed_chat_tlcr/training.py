@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.faults import (
     SETTINGS,
     FaultTolerant,
+    SaveAfterEvaluation,
     StopOnRequest,
     changes_since,
     clear_half_checkpoints,
     newest_checkpoint,
 )
-from deepspeed_chat_tlcr.metrics import MetricsLog
+from deepspeed_chat_tlcr.metrics import MetricsLog, require_trackers
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import save_model, write_json
@@ -143,6 +145,9 @@ class _Log(TrainerCallback):
     def __init__(self, log: MetricsLog):
         self.log = log
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.log.close()
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
@@ -175,7 +180,11 @@ class _Bar(ProgressCallback):
 
 
 def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
-    """The DeepSpeed config of a stage that trains one model."""
+    """The DeepSpeed config of a stage that trains one model.
+
+    Raises ``InputError`` for a tracker of ``--report_to`` that is not there, before anything loads.
+    """
+    require_trackers(options.report_to)
     return build_config(
         dtype=runtime.dtype,
         zero_stage=options.zero_stage,
@@ -231,7 +240,7 @@ def training_arguments(
         seed=options.seed,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=options.report_to or "none",
+        report_to="none",  # MetricsLog tells the trackers, under the names of metrics.jsonl
         eval_strategy="epoch",
         save_strategy="steps" if by_step else "epoch",
         save_steps=options.save_interval if by_step else 500,
@@ -294,12 +303,16 @@ def run(
     options = trainer.stage
     checkpoint, resume_step = _checkpoint_to_resume(trainer)
     stop = StopOnRequest()
+    trainer.add_callback(SaveAfterEvaluation())
     trainer.add_callback(stop)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar(options.print_loss))
     if trainer.is_world_process_zero():
-        trainer.add_callback(_Log(MetricsLog(options.output_dir, resume_step, options.tensorboard_folder)))
+        log = MetricsLog(
+            options.output_dir, resume_step, options.tensorboard_folder, options.report_to, settings=asdict(options)
+        )
+        trainer.add_callback(_Log(log))
     begun = time.monotonic()
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.stopped:
@@ -319,6 +332,7 @@ def run(
         write_json(Path(options.output_dir) / "results.json", results)
         for pattern in filter(None, ("checkpoint-*", scratch)):
             for path in Path(options.output_dir).glob(pattern):
+                (path / SETTINGS).unlink(missing_ok=True)  # half deleted it must not be taken for whole
                 shutil.rmtree(path)
     torch.distributed.barrier()
     return results

@@ -131,20 +131,25 @@ def text_pairs(texts: Iterable[tuple[str, str, str]], tokenizer, max_length: int
     return pairs, f"{what}: {len(pairs)} pairs, {dropped} dropped (prompt too long), {cut} responses cut"
 
 
+def preference_pairs(options, tokenizer, split: str) -> tuple[list[Pair], str]:
+    """The reward part's (chosen, rejected) pairs, by any stage's data options, and one sentence on them."""
+    preferences = load_preferences(
+        options.data_path,
+        "reward",
+        split,
+        options.data_split,
+        options.data_seed,
+        tokenizer=tokenizer,
+        cache_dir=options.data_output_path,
+    )
+    texts = ((p.prompt, p.chosen, p.rejected) for p in preferences)
+    return text_pairs(texts, tokenizer, options.max_seq_len, split)
+
+
 def sequence_pairs(options: Options, tokenizer, split: str, revisions: dict[str, list[Revision]] | None):
-    if revisions is not None:
-        texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
-    else:
-        preferences = load_preferences(
-            options.data_path,
-            "reward",
-            split,
-            options.data_split,
-            options.data_seed,
-            tokenizer=tokenizer,
-            cache_dir=options.data_output_path,
-        )
-        texts = ((p.prompt, p.chosen, p.rejected) for p in preferences)
+    if revisions is None:
+        return preference_pairs(options, tokenizer, split)
+    texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
     return text_pairs(texts, tokenizer, options.max_seq_len, split)
 
 

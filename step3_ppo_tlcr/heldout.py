@@ -1,6 +1,5 @@
 """Held-out prompts, answered by the policy greedily and sampled: measures, and a page of samples by step."""
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -11,7 +10,7 @@ from transformers import set_seed
 
 from deepspeed_chat_tlcr.checkpoints import generator_states, restore_generators
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.metrics import StepLines
+from deepspeed_chat_tlcr.metrics import StepLines, read_metrics
 from deepspeed_chat_tlcr.pictures import Sample, TokenScores, join, legend_html, sample_html, token_strings, write_page
 from deepspeed_chat_tlcr.runtime import Runtime
 from step3_ppo_tlcr.averages import Averages
@@ -105,7 +104,7 @@ class HeldOut:
 
 def write_samples(lines: Path, page: Path) -> None:
     """The page of samples from ``samples.jsonl``: one section per prompt, its answers by step as heat-maps."""
-    records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+    records = read_metrics(lines)
     records.sort(key=lambda record: (record["prompt"], record["step"]))
     sections = []
     for number, (prompt, answers) in enumerate(groupby(records, key=lambda record: record["prompt"]), 1):

@@ -67,7 +67,9 @@ class RolloutOptions:
         "batching; hybrid, DeepSpeed's hybrid engine",
     )
     per_device_generation_batch_size: int = option(16, "prompts per device and generation batch")
-    generation_batches: int = option(1, "generation batches per set of rollouts")
+    generation_batches: int = option(
+        1, "generation batches per set of rollouts; a set is larger where --gradient_accumulation_steps needs more"
+    )
     decode_batch_size: int = option(0, "prompts decoded at a time on a device; 0: all generation batches together")
     max_prompt_seq_len: int = option(
         256,
@@ -239,7 +241,18 @@ class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOption
     @property
     def micro_batches(self) -> int:
         """Training micro-batches in one set of rollouts, per device."""
-        return self.generation_batches * self.per_device_generation_batch_size // self.per_device_training_batch_size
+        return self.rollout_batches * self.per_device_generation_batch_size // self.per_device_training_batch_size
+
+    @property
+    def rollout_batches(self) -> int:
+        """Generation batches in one set of rollouts: ``--generation_batches``, or as many as an optimiser step needs.
+
+        DeepSpeed-Chat accumulates gradients over several sets. The policy stands still meanwhile, so one larger set is
+        the same.
+        """
+        generated = self.generation_batches * self.per_device_generation_batch_size
+        needed = self.gradient_accumulation_steps * self.per_device_training_batch_size
+        return self.generation_batches * max(1, needed // generated if needed % generated == 0 else 1)
 
     @property
     def on_policy(self) -> bool:
@@ -318,6 +331,6 @@ def _check_sizes(options: Options) -> None:
         raise InputError(
             f"{options.micro_batches} micro-batches in a set of rollouts (--generation_batches "
             f"{options.generation_batches} x --per_device_generation_batch_size {generation} / "
-            f"--per_device_training_batch_size {training}) are no multiple of --gradient_accumulation_steps "
-            f"{options.gradient_accumulation_steps}"
+            f"--per_device_training_batch_size {training}) are neither a multiple nor a divisor of "
+            f"--gradient_accumulation_steps {options.gradient_accumulation_steps}"
         )

@@ -38,7 +38,7 @@ def load_prompts(
 
 def set_size(options: "Options", runtime: Runtime) -> int:
     """Prompts of one set of rollouts, over all ranks."""
-    return options.per_device_generation_batch_size * options.generation_batches * runtime.world_size
+    return options.per_device_generation_batch_size * options.rollout_batches * runtime.world_size
 
 
 def require_a_set(prompts: Sequence[list[int]], options: "Options", runtime: Runtime) -> None:

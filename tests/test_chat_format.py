@@ -1,5 +1,6 @@
 """DeepSpeed-Chat's folders: its critics load, and what --save_format deepspeed_chat writes is such a folder."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -7,11 +8,13 @@ import shutil
 import deepspeed
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import byte_level_tokenizer, write_jsonl
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     AutoTokenizer,
     GPTNeoXConfig,
     LlamaConfig,
@@ -22,6 +25,7 @@ from transformers import (
 import step1_sft.main
 import step2_discriminator.main
 import step3_ppo_tlcr.main
+from deepspeed_chat_tlcr.chat_format import to_chat_critic, write_chat_folder
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.models import label_count, load_causal_lm, load_token_classifier
@@ -141,6 +145,48 @@ def test_saved_as_deepspeed_chat_reads_it(chat_run):
         backbone.load_state_dict({key.removeprefix("rwtransformer."): t for key, t in weights.items()}, strict=True)
         with torch.no_grad():
             assert torch.allclose(values_of(path), backbone(IDS).last_hidden_state @ head[0], atol=1e-6)
+
+
+def test_vocabulary_that_is_no_multiple_of_8(tmp_path):
+    """GPT-2's 50257, say. DeepSpeed-Chat's step 3 resizes the critic's embedding first, and then loads strictly."""
+    tokenizer = byte_level_tokenizer(["a cat"], vocab_size=259)
+    assert len(tokenizer) % 8
+    set_seed(0)
+    config = LlamaConfig(**SIZES | {"vocab_size": len(tokenizer)}, intermediate_size=32, num_labels=1)
+    model = AutoModelForTokenClassification.from_config(config).eval()
+    write_chat_folder(
+        model, to_chat_critic(model.state_dict(), model, "score", len(tokenizer)), tokenizer, tmp_path / "c"
+    )
+    backbone = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path / "c"))
+    backbone.resize_token_embeddings(-(-len(tokenizer) // 8) * 8)
+    weights = torch.load(tmp_path / "c" / "pytorch_model.bin", weights_only=True)
+    head = weights.pop("v_head.weight")
+    backbone.load_state_dict({key.removeprefix("rwtransformer."): t for key, t in weights.items()}, strict=True)
+    with torch.no_grad():
+        expected = model(IDS).logits.squeeze(-1)
+        assert torch.allclose(backbone.eval()(IDS).last_hidden_state @ head[0], expected, atol=1e-6)
+    assert torch.allclose(values_of(tmp_path / "c"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("labels", [1, 3])
+def test_reward_models_saved_as_sequence_classifiers_load(tmp_path, family, labels):
+    """As TRL and others save them: the score of a text is the head's value at its last token."""
+    set_seed(0)
+    config = copy.deepcopy(FAMILIES[family])
+    config.num_labels, config.pad_token_id = labels, 0
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "rm")
+    # Whatever head it has is no discriminator's: step 2 starts from the backbone.
+    assert load_token_classifier(str(tmp_path / "rm"), 2, torch.float32, new_head=True)(IDS).logits.shape == (2, 10, 2)
+    if labels == 3:
+        assert label_count(str(tmp_path / "rm")) is None
+        with pytest.raises(InputError, match="ForSequenceClassification, not a trained reward model"):
+            values_of(tmp_path / "rm")
+        return
+    assert label_count(str(tmp_path / "rm")) == 1
+    with torch.no_grad():
+        assert torch.allclose(values_of(tmp_path / "rm")[:, -1], model(IDS).logits[:, 0], atol=1e-6)
 
 
 def test_what_the_format_cannot_hold_is_refused_before_training(tiny, tmp_path, in_process, capsys):

@@ -20,7 +20,7 @@ import baselines.figa.main
 import step1_sft.main
 import step2_discriminator.main
 from deepspeed_chat_tlcr import faults
-from deepspeed_chat_tlcr.errors import InputError, RunError
+from deepspeed_chat_tlcr.errors import InputError, RunError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import MetricsLog, read_metrics
 from deepspeed_chat_tlcr.training import StageTrainer
 
@@ -94,6 +94,19 @@ def test_a_killed_stage_ends_where_the_uninterrupted_one_ends(stage, tmp_path, m
     require_same_end(tmp_path / "whole", tmp_path / "half")
 
 
+def test_killed_after_the_checkpoint_of_an_epochs_end(stage, tmp_path, monkeypatch):
+    """Its evaluation draws random numbers, and dropout is on: the checkpoint must stand behind it."""
+    more = ("--save_interval", 3)  # 3 steps an epoch
+    stage("sft", tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, kill)
+        with pytest.raises(Killed):
+            stage("sft", tmp_path / "half", *more)
+    assert faults.newest_checkpoint(tmp_path / "half").name == "checkpoint-3"
+    stage("sft", tmp_path / "half", *more)
+    require_same_end(tmp_path / "whole", tmp_path / "half")
+
+
 def test_two_killed_ranks_end_where_the_uninterrupted_ones_end(tiny, tmp_path):
     """Steps 1 and 2 at ZeRO-2, whose optimiser states are divided among the ranks; one rank cannot take them over."""
     common = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--dtype", "fp32")
@@ -144,13 +157,17 @@ def test_killed_while_it_saves(stage, tmp_path, monkeypatch):
     require_same_end(tmp_path / "whole", tmp_path / "half")
 
 
-def test_sigterm_saves_and_says_how_to_go_on(stage, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("step", [2, 3])
+def test_sigterm_saves_and_says_how_to_go_on(stage, tmp_path, monkeypatch, capsys, step):
     stage("sft", tmp_path / "whole")
     with monkeypatch.context() as patch:
-        at_step(patch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
         stage("sft", tmp_path / "half")
-    # The signal comes while step 3 is logged, so it is step 4's end that heeds it.
-    assert "stopped by SIGTERM after step 4 of 6, all saved; resume with the same command" in capsys.readouterr().out
+    # The signal comes while a step is logged, so it is the next one's end that heeds it; step 3 ends an epoch.
+    assert (
+        f"stopped by SIGTERM after step {step + 1} of 6, all saved; resume with the same command"
+        in capsys.readouterr().out
+    )
     assert not (tmp_path / "half" / "results.json").exists()
     stage("sft", tmp_path / "half")
     require_same_end(tmp_path / "whole", tmp_path / "half")
@@ -171,6 +188,22 @@ def test_sigterm_ends_the_program_with_status_0(tiny, tmp_path):
         assert running.wait(timeout=60) == 0
     assert "resume with the same command" in (tmp_path / "log.txt").read_text()
     assert faults.newest_checkpoint(tmp_path) is not None
+
+
+def test_trackers_that_are_not_there_are_refused_before_anything_loads(stage, tmp_path):
+    for name, words in (("wandbb", "unknown; known: "), ("aim", "not installed")):
+        with pytest.raises(InputError, match=words):
+            stage("sft", tmp_path, "--report_to", name, "--model_name_or_path", "nowhere")
+
+
+def test_trackers_get_the_numbers_of_the_log(stage, tmp_path):
+    """TensorBoard through --report_to, as wandb would: the same names and steps as in metrics.jsonl."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    stage("sft", tmp_path, "--report_to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / tmp_path.name)).Reload()
+    logged = {line["step"]: line["train/loss"] for line in log_of(tmp_path)}
+    assert {event.step: pytest.approx(event.value) for event in events.Scalars("train/loss")} == logged
 
 
 def test_resuming_otherwise_says_what_changed(stage, tmp_path, monkeypatch, capsys):
@@ -257,3 +290,23 @@ def test_losses_that_stay_no_numbers_end_the_run_with_what_caused_them(stage, tm
     assert batch["input_ids"].shape == batch["labels"].shape
     assert len(batch["input_ids"]) == 4
     AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+
+
+def test_a_lost_rank_ends_the_others_with_a_message(monkeypatch, capsys):
+    """What PyTorch raises in a collective of Gloo when the process at the other end was killed."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+    @exits_cleanly
+    def main(message):
+        raise RuntimeError(message)
+
+    with pytest.raises(SystemExit) as ended:
+        main("[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("error: another rank is gone")
+    with pytest.raises(RuntimeError, match="something else"):
+        main("something else")

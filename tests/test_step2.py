@@ -7,7 +7,7 @@ import pytest
 from conftest import byte_level_tokenizer
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.metrics import MetricsLog, auroc, read_metrics, token_metrics
+from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines, auroc, read_metrics, token_metrics
 from deepspeed_chat_tlcr.records import Preference, Revision
 from step1_sft.main import tokenize_chosen
 from step2_discriminator.main import text_pairs, token_pairs
@@ -91,12 +91,22 @@ def test_auroc_against_all_pairs_with_ties():
     assert math.isnan(auroc(positive, negative[:0]))
 
 
+def test_lines_of_a_run_that_starts_anew(tmp_path):
+    """Killed before its first checkpoint, it has measured step 0, and will again. Answers may hold line separators."""
+    answer = {"step": 0, "tokens": ["a\u2028b\x85c"]}
+    StepLines(tmp_path / "samples.jsonl").write(answer)
+    lines = StepLines(tmp_path / "samples.jsonl")
+    lines.write(answer, answer | {"step": 1})
+    StepLines(tmp_path / "samples.jsonl", resume_step=1).write({"step": 2})
+    assert read_metrics(tmp_path / "samples.jsonl") == [answer, answer | {"step": 1}, {"step": 2}]
+
+
 def test_metrics_log_drops_what_a_killed_run_wrote_after_its_checkpoint(tmp_path):
     log = MetricsLog(tmp_path)
     for step in (1, 2, 3):
         log.write(step, {"train/loss": float(step), "train/nan": math.nan})
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "train/lo')  # killed while writing
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write('{"step": 4, "train/lösß'.encode()[:-1])  # killed while writing, within a character
     MetricsLog(tmp_path, resume_step=2).write(3, {"train/loss": 30.0})
     assert read_metrics(tmp_path / "metrics.jsonl") == [
         {"step": 1, "train/loss": 1.0, "train/nan": None},

@@ -502,6 +502,15 @@ def test_scripts_of_the_peers_parse_unchanged(line, expected):
     assert {name: getattr(options, name) for name in expected} == expected
 
 
+def test_gradients_accumulate_over_several_sets_of_rollouts(run):
+    """As in DeepSpeed-Chat's run_1.3b.sh for one GPU: 2 micro-batches an update, 1 in a generation batch."""
+    more = ("--per_device_generation_batch_size", 2, "--per_device_training_batch_size", 2, "--test_stop_step", 2)
+    accumulated = run("accumulated", *more, "--gradient_accumulation_steps", 2)
+    named = run("named", *more, "--gradient_accumulation_steps", 2, "--generation_batches", 2)
+    assert without_clock(accumulated) == without_clock(named)
+    assert [line["policy/updates"] for line in accumulated] == [1.0, 1.0]
+
+
 def test_options_that_cannot_work_together_are_refused(run, capsys):
     for more, words in (
         (("--inference_tp_size", 2), "--actor_zero_stage 3"),

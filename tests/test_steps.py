@@ -342,7 +342,10 @@ def test_bad_input_of_step_3(tiny, trained, tmp_path, capsys):
         (("--reward", "tlcr@much"), "'much' after @ is not a number"),
         (("--reward", "python:nowhere:nothing"), "python:nowhere:nothing"),
         (("--per_device_training_batch_size", 3), "no multiple"),
-        (("--gradient_accumulation_steps", 2), "--gradient_accumulation_steps 2"),
+        (
+            ("--per_device_training_batch_size", 2, "--gradient_accumulation_steps", 3),
+            "--gradient_accumulation_steps 3",
+        ),
         (("--max_prompt_seq_len", 3), "do not fill one set of rollouts"),
         ((critic, other, "--reward", "random"), "differ"),
         (("--reward", f"tlcr:{foreign}"), f"({foreign})"),

@@ -16,12 +16,11 @@ from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
-from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from deepspeed_chat_tlcr.training import StageMixin, prepare_model, require_batch, run, stage_config, training_arguments
-from step2_discriminator.main import Pair, text_pairs
+from step2_discriminator.main import Pair, preference_pairs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,17 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     pairs, data = {}, {}
     for split in ("train", "eval"):
-        preferences = load_preferences(
-            options.data_path,
-            "reward",
-            split,
-            options.data_split,
-            options.data_seed,
-            tokenizer=tokenizer,
-            cache_dir=options.data_output_path,
-        )
-        texts = ((p.prompt, p.chosen, p.rejected) for p in preferences)
-        pairs[split], summary = text_pairs(texts, tokenizer, options.max_seq_len, split)
+        pairs[split], summary = preference_pairs(options, tokenizer, split)
         data[split] = on_disk(rows(pairs[split]), Path(options.output_dir) / f"pairs-{split}", runtime)
         runtime.say(summary)
     require_batch(options, runtime, len(pairs["train"]))
