@@ -22,7 +22,8 @@ from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
 from testbed.study.options import PAPER, SENSITIVITY, Options
-from testbed.study.results import chosen_settings
+from testbed.study.pages import write_study_page
+from testbed.study.results import DECODINGS, chosen_settings, comparisons, table
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -251,6 +252,46 @@ def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
     assert curve["response_length"] == [5.0, 5.0]
 
 
+# ---- the page ----
+
+
+def run_of(method: str, seed: int, score: float) -> dict:
+    """One finished run as it stands in results.json, two test prompts and two updates."""
+    decodings = {name: {"true_score": score, "scores": [score, score]} for name in DECODINGS}
+    curve = {"true_score": [1.0, score], "response_length": [9.0, 8.0], "kl": [0.0, 1.0], "perplexity": [2.0, 2.0]}
+    told = {"response_length": 8.0, "eos_rate": 1.0, "kl": 1.5, "seconds": 20.0, "generated_tokens": 41234}
+    told |= {"best_true_score_in_training": 6.5, "last_true_score_in_training": 6.25}
+    return {"method": method, "variant": "paper", "seed": seed, "decodings": decodings, "curve": curve, **told}
+
+
+def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
+    methods = ["sft", "ppo_seq", "tlcr", "tlcr_positive_only", "dpo"]
+    runs = [run_of(method, seed, 3.0 + at + seed) for at, method in enumerate(methods[:4]) for seed in (1, 2)]
+    levels = {"1/4": None, "all": table(runs, ["tlcr"], "paper")["tlcr"]}
+    results = {
+        "world": {"scorer": "python:a:b", "seeds": [1, 2]},
+        "scale": {"pairs": 100},
+        "settings": {method: {"paper": vars(PAPER)} for method in methods},
+        "grid": {"seed": 0, "of": 7, "trials": []},
+        "judges": [],
+        "tables": {"paper": table(runs, methods, "paper")},
+        "comparisons": {"paper": comparisons(runs, methods, "paper")},
+        "sensitivity": {"labelled pairs": levels, "neutral weight": levels | {"1/4": levels["all"]}},
+        "runs": runs,
+    }
+    text = write_study_page(tmp_path / "study.html", results).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    for part in ("5.50 ± 0.71", "6.50 ± 0.00", "6.25 ± 0.00", "41,234 ± 0", "+1.00 [+1.00, +1.00]"):
+        assert f"<td>{part}</td>" in text  # score of PPO_seq, best, last, tokens, TLCR - PPO_seq
+    for title in ("Table 1: KL to SFT", "Figure 7: response length", "Figure 6: sequence reward", "against KL to SFT"):
+        assert title in text
+    assert "Figure 7, not run: negative only." in text
+    assert "Controls: " not in text
+    assert "Controls, not run: released code, random reward." in text
+    assert "No finished run: DPO." in text
+    assert "Not run (--stage sensitivity): labelled pairs." in text
+    assert "Neutral weight" in text
+
+
 # ---- a whole one -----------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +322,8 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
     assert len(runs["tlcr"]["curve"]["true_score"]) == 2
     assert runs["sft"]["kl"] == 0
     assert found["comparisons"]["paper"]["T=1"]["differences"]["tlcr - sft"]["unit"] == "prompt"
+    assert "reviser noise" not in found["sensitivity"], "its revisions are given"
+    assert "reviser_noise" not in found["world"]
     assert "<html" in (tmp_path / "out" / "study.html").read_text()[:200]
 
     plan = subprocess.run([*command, "--plan"], env=environment, cwd=tmp_path, capture_output=True, text=True)

@@ -12,8 +12,11 @@ from testbed.study.scoring import TESTBED, load_scorer
 PAPER = Setting()
 """The study's settings before any grid: the paper's KL coefficient, rewards as they are."""
 
+NOISE = "reviser noise"
+"""The question that only the testbed's own reviser can be asked."""
+
 SENSITIVITY: dict[str, dict[str, tuple[Condition, Setting, str]]] = {
-    "reviser noise": {f"{noise:.0%}": (Condition(noise=noise), PAPER, "tlcr") for noise in (0.0, 0.03, 0.1, 0.25)},
+    NOISE: {f"{noise:.0%}": (Condition(noise=noise), PAPER, "tlcr") for noise in (0.0, 0.03, 0.1, 0.25)},
     "labelled pairs": {f"1/{n}" if n > 1 else "all": (Condition(one_of=n), PAPER, "tlcr") for n in (1, 4, 16)},
     "KL coefficient": {f"{kl:g}": (Condition(), Setting(kl=kl), "tlcr") for kl in (0.01, 0.1, 1.0)},
     "neutral weight": {f"{w:g}": (Condition(neutral_weight=w), PAPER, "tlcr") for w in (0.0, 0.25, 1.0)},
