@@ -255,6 +255,25 @@ preflight() {
   [[ $PLAN == 1 ]] || python3 -m deepspeed_chat_tlcr.preflight ${MADE_HERE:+--without_inputs}
 }
 
+# With PLAN=1 of several methods, each of which would plan what it shares with those before: takes from STAGES what the
+# file PLANNED says is planned already, and adds the rest to it.
+without_planned() {
+  [[ $PLAN == 1 && -n ${PLANNED:-} ]] || return 0
+  local stage made left=()
+  for stage in $STAGES; do
+    made="$OUTPUT $stage"
+    [[ $stage != step2_sequence ]] || made+=" $SEQUENCE_FOLDER"
+    [[ $stage != step3 ]] || made+=" $PPO_FOLDER"
+    if grep -qxF "$made" "$PLANNED"; then
+      echo "# $stage: planned above, made once"
+    else
+      left+=("$stage")
+      echo "$made" >>"$PLANNED"
+    fi
+  done
+  STAGES=${left[*]}
+}
+
 # The run's STAGES, in order. What you bring yourself (SFT_MODEL, REVISIONS, DISCRIMINATOR_MODEL) is not made again.
 train() {
   local stage
