@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import external_world
 import numpy as np
@@ -76,20 +77,26 @@ def test_a_failed_step_stops_only_what_needs_it_and_nothing_is_made_twice(tmp_pa
         schedule.require(outcome, store)
     assert "bad ended with status 3: the reason" in capsys.readouterr().out
 
+    (store.folder(bad) / "checkpoint").touch()
     stopper.unlink()
     assert schedule.run(store, [last, good], jobs=2, title="test").done == 4
     assert store.results(last)["--model"] == str(store.folder(bad))
-    runs = [len((store.folder(step) / "ran.txt").read_text().splitlines()) for step in (base, bad, good, last)]
-    assert runs == [1, 2, 1, 1]
+    assert [len(ran(store, step).read_text().splitlines()) for step in (base, bad, good, last)] == [1, 2, 1, 1]
+    assert not (store.folder(bad) / "checkpoint").exists(), "half a run's files would be mixed with the next one's"
+
+
+def ran(store: Store, step: Step) -> Path:
+    """Where study_steps.py notes each time that it ran."""
+    return store.folder(step).with_name(f"{store.folder(step).name}.ran")
 
 
 def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_path):
     """This process gets the signal while its first step sleeps."""
     slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
-    ran = store.folder(slow) / "ran.txt"
+    note = ran(store, slow)
 
     def terminate_once_it_runs() -> None:
-        while not (ran.exists() and ran.read_text()):
+        while not (note.exists() and note.read_text()):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -97,7 +104,7 @@ def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_p
     with pytest.raises(KeyboardInterrupt):
         schedule.run(store, [slow], jobs=1, title="test")
     with pytest.raises(ProcessLookupError):
-        os.kill(int(ran.read_text().split()[1]), 0)
+        os.kill(int(note.read_text().split()[1]), 0)
     assert not store.is_done(slow)
 
 

@@ -168,14 +168,17 @@ show_command() {
   printf '%s\n' "$line"
 }
 
-# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs, nor the
-# address of a labelling endpoint, whose model is an option of its own.
+# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs; nor a labelling
+# endpoint's address and key, whose model is an option of its own; nor how much it may cost, which grows as it goes on.
 settings_of() {
   while [[ $1 != *.py ]]; do shift; done
   local word shown words=() skip=''
   for word in "$@"; do
-    [[ $word == --base_url || -n $skip ]] || words+=("$word")
-    [[ $word == --base_url ]] && skip=1 || skip=''
+    case $skip$word in
+      skip* | --yes) skip='' ;;
+      --base_url | --api_key_env | --max_cost_usd) skip=skip ;;
+      *) words+=("$word") ;;
+    esac
   done
   shown=$(show_command "${words[@]}")
   shown=${shown//"$OUTPUT"/OUTPUT}
