@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import external_world
@@ -22,7 +23,7 @@ from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags,
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
-from testbed.study.options import PAPER, SENSITIVITY, Options
+from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world
 from testbed.study.pages import write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, table
 
@@ -189,6 +190,12 @@ def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_
         ({"preferences": "pairs.jsonl"}, "also needs --revisions, --scorer"),
         ({"scorer": "python:no_such_module:score"}, "No module named 'no_such_module'"),
         ({"scorer": "score"}, "expected python:package.module:function"),
+        ({"scorer": "python:math:pi"}, "not a callable object; expected a function of prompt, response, ended"),
+        ({"scorer": "python:math:sqrt"}, "too many positional arguments; expected a function of prompt"),
+        (
+            {"preferences": "absent.jsonl", "revisions": "r.jsonl", "scorer": "python:external_world:score"},
+            "absent.jsonl: no such file or folder",
+        ),
     ],
 )
 def test_bad_choices_are_named(options, message, capsys):
@@ -197,6 +204,25 @@ def test_bad_choices_are_named(options, message, capsys):
         main(["--output_dir", "out", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def fails(prompt: str, response: str, ended: bool) -> float:
+    raise KeyError(prompt)
+
+
+def test_another_world_is_read_before_anything_is_trained(tmp_path):
+    pairs, revisions = external_world.write(tmp_path, 20)
+    given = {"preferences": str(pairs), "revisions": str(revisions), "scorer": "python:external_world:score"}
+    options = Options(output_dir=str(tmp_path / "out"), **given)
+    assert chosen_world(options) == World(**given)
+    with pytest.raises(InputError, match=r"--scorer python:test_study:fails: KeyError for the first pair"):
+        chosen_world(replace(options, scorer="python:test_study:fails"))
+    for path, key in ((revisions, "modified"), (pairs, "chosen")):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:2], lines[2].replace(f'"{key}"', '"other"'), *lines[3:]]))
+        with pytest.raises(InputError, match=rf"{path.name}:3: no '{key}'"):
+            chosen_world(options)
+        path.write_text("\n".join(lines))
 
 
 def test_sensitivity_varies_one_thing_at_a_time(tmp_path):
