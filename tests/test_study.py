@@ -127,6 +127,21 @@ def test_methods_share_what_they_can_and_see_no_truth():
         assert [part.name for part in term.parts if isinstance(part, Inverse)] == ["sequence_reward_sd"]
 
 
+def test_what_knows_the_truth_is_the_world_and_its_reviser_alone():
+    """The seed of the testbed's facts, a foreign scorer, a foreign world's files: nothing that trains has them."""
+    foreign = World(preferences="/w/pairs.jsonl", revisions="/w/revisions.jsonl", scorer="python:secret:score")
+    for world, makers in (
+        (World(), {"testbed/main.py", "testbed/study/label.py"}),
+        (foreign, {"testbed/study/parts.py", "testbed/study/label.py"}),
+    ):
+        made = Artefacts(world, Scale(), seed=1)
+        steps = in_order(method(made, Setting()).step for method in METHODS.values())
+        words = {step: " ".join(map(str, step.arguments)) for step in steps}
+        own = {step: " ".join(word for word in step.arguments if isinstance(word, str)) for step in steps}
+        assert {step.program for step in steps if "world_seed" in own[step] or "/w/" in own[step]} == makers
+        assert not any("secret" in text for text in words.values())
+
+
 def test_every_rl_method_gets_the_same_prompts_answers_and_updates():
     made = Artefacts(World(), Scale(updates=10, rl_batch=8), seed=1)
     for name in set(METHODS) - {"sft", "dpo", "figa"}:
