@@ -204,7 +204,7 @@ def ppo(
         "actor": (shape.causal_parameters, actor_stage, True),
         "critic": (shape.classifier_parameters(1), critic_stage, True),
         "reference": (shape.causal_parameters, reference_stage, False),
-        "discriminator": (shape.classifier_parameters(2), reward_stage, False),
+        "reward model": (shape.classifier_parameters(2), reward_stage, False),
     }
     if not with_critic:
         del counts["critic"]

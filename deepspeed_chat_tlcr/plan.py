@@ -255,24 +255,26 @@ def disk_report(recipe: Recipe, shape: ModelShape) -> str:
     )
 
 
-@exits_cleanly
-def main() -> None:
-    recipe = Recipe.from_environment()
-    texts = find_texts(recipe)
-    hosts = recipe.hosts()
-    ranks = f"{recipe.world_size} process(es) on {len(hosts)} node(s), {recipe.dtype}"
-    sections = [labelling_report(recipe, texts)] if recipe.labels_here else []
-    sections.append(steps_report(recipe, texts))
+def training_reports(recipe: Recipe, texts: Texts | str) -> list[str]:
+    """Steps, memory and disk of the stages that train."""
+    sections = [steps_report(recipe, texts)]
     try:
         shape = shape_of(recipe.model, recipe.model_config)
     except InputError as error:
         unknown = "the run makes its own model, a small one" if recipe.made_here else error
-        sections.append(f"Memory and disk: {unknown}")
-    else:
-        sections.append(
-            f"{recipe.model}: {shape.causal_parameters:,} parameters; {ranks}. What follows is estimated, not measured."
-        )
-        sections += [memory_report(recipe, shape), disk_report(recipe, shape)]
+        return [*sections, f"Memory and disk: {unknown}"]
+    ranks = f"{recipe.world_size} process(es) on {len(recipe.hosts())} node(s), {recipe.dtype}"
+    told = f"{recipe.model}: {shape.causal_parameters:,} parameters; {ranks}. What follows is estimated, not measured."
+    return [*sections, told, memory_report(recipe, shape), disk_report(recipe, shape)]
+
+
+@exits_cleanly
+def main() -> None:
+    recipe = Recipe.from_environment()
+    texts = find_texts(recipe)
+    sections = [labelling_report(recipe, texts)] if recipe.labels_here else []
+    if set(recipe.folders()) - {"label"}:
+        sections += training_reports(recipe, texts)
     print("\n\n".join(sections))
 
 

@@ -18,7 +18,7 @@ from deepspeed_chat_tlcr.saving import write_json
 from evaluation.results import load_results
 
 PPO_MEASURES = ("reward/per_token", "policy/kl", "rollout/response_length")
-"""What is kept of a round's last update; the KL is to the policy that the round started from."""
+"""What is kept of a round's last update; the KL is to the SFT model, as in every round."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +47,12 @@ def labels(folder: Path) -> dict[str, float]:
     }
 
 
+def paid(folder: Path) -> float | None:
+    """US dollars for a round's labels, those of its held-out answers included; None where a price is not known."""
+    runs = [read_json(part / "labeling" / "run.json") for part in (folder, folder / "held_out")]
+    return None if any(run.get("usd") is None for run in runs) else sum(run["usd"] for run in runs)
+
+
 def judged(folder: Path) -> dict[str, float]:
     """The discriminator on the held-out answers of a round."""
     found = load_results(folder, "discriminator")
@@ -64,10 +70,8 @@ def round_of(folder: Path, before: dict[str, float]) -> dict:
         "label_shift": {name: now[name] - before[name] for name in now},
         "discriminator_before": judged(folder / "before"),
         "discriminator_after": judged(folder / "after"),
-        "ppo": {
-            name: ppo[name] for name in ("reward/per_token", "policy/kl", "rollout/response_length") if name in ppo
-        },
-        "labelling_usd": read_json(folder / "labeling" / "run.json").get("usd"),
+        "ppo": {name: ppo[name] for name in PPO_MEASURES if name in ppo},
+        "labelling_usd": paid(folder),
     }
 
 

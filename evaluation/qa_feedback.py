@@ -168,7 +168,8 @@ class ReportOptions:
     """Measure a finished run on its held-out prompts; print a table, write RUN_DIR/results.json."""
 
     run_dir: str = option(MISSING, "OUTPUT of run_qa_feedback.sh")
-    answers: int = option(4, "sampled answers to each held-out prompt, by SFT and by TLCR")
+    more_methods: list[str] = option([], "other methods that were run beside TLCR, from RUN_DIR/step3_METHOD/actor")
+    answers: int = option(4, "sampled answers to each held-out prompt, by each policy")
     max_answer_seq_len: int = option(128, "longest answer, tokens")
     seed: int = option(1234, "seed of the sampled answers")
 
@@ -245,6 +246,16 @@ def pipeline_difference(folder: Path, discriminator: PreTrainedModel, text: str)
     return (own - torch.tensor(found)).abs().max().item()
 
 
+def policy_folders(run: Path, more_methods: Sequence[str]) -> dict[str, Path]:
+    """Where the policy of SFT and of each method is. Raises ``InputError`` for one that has not finished."""
+    folders = {"sft": run / "step1_sft", "tlcr": run / "step3_ppo_tlcr" / "actor"}
+    folders |= {method: run / f"step3_{method}" / "actor" for method in more_methods}
+    for method, folder in folders.items():
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not there: {method} has not finished in {run}")
+    return folders
+
+
 def read_results(run: Path) -> dict[str, dict]:
     """What the stages have written. Raises ``InputError`` for one that has not finished."""
     names = {
@@ -273,8 +284,8 @@ def report(argv: Sequence[str]) -> None:
     prompts = [tokenize_prompt(tokenizer, prompt) for prompt in dict.fromkeys(r.prompt for r in held_out)]
 
     # The way any user would load them: transformers' own classes, nothing of ours.
-    sft = AutoModelForCausalLM.from_pretrained(run / "step1_sft").float()
-    tlcr = AutoModelForCausalLM.from_pretrained(run / "step3_ppo_tlcr" / "actor").float()
+    folders = policy_folders(run, options.more_methods)
+    policies = {name: AutoModelForCausalLM.from_pretrained(folder).float() for name, folder in folders.items()}
     folder = run / "step2_discriminator"
     discriminator = load_token_classifier(str(folder), 2, torch.float32).eval()
     difference = pipeline_difference(folder, discriminator, held_out[0].prompt + held_out[0].rejected)
@@ -288,9 +299,12 @@ def report(argv: Sequence[str]) -> None:
         "agreement_with_people": stages["audit"]["agreement_with_people"],
         "discriminator": {**judge, "pipeline_difference": difference},
         **{
-            name: summary(sample(model, sft, discriminator, tokenizer, prompts, options, name), options.answers)
-            for name, model in (("sft", sft), ("tlcr", tlcr))
+            name: summary(
+                sample(model, policies["sft"], discriminator, tokenizer, prompts, options, name), options.answers
+            )
+            for name, model in policies.items()
         },
+        "methods": list(policies),
         "ppo": {"updates": len(log), "first": log[0], "last": log[-1]},
         "parameters": stages["data"]["parameters"],
         "seconds": {name: stages[name]["seconds"] for name in ("labeling", "base", "sft", "discriminator", "ppo")},
@@ -317,22 +331,23 @@ def show(results: dict) -> None:
     table.add_row("  accuracy on edited tokens", f"{judge['edited_accuracy']:.3f}")
     table.add_row("  always the commoner label", f"{judge['majority_accuracy']:.3f}")
     table.add_row("  AUROC, positive against negative tokens", f"{judge['auroc']:.3f}")
-    for name, title in (("sft", "SFT"), ("tlcr", "TLCR")):
+    for name in results["methods"]:
         row = results[name]
         table.add_section()
-        table.add_row(f"{title}, {row['answers']} answers to those prompts")
+        table.add_row(f"{TITLES.get(name, name)}, {row['answers']} answers to those prompts")
         reward, error = row["reward_per_token"], row["reward_per_token_standard_error"]
         table.add_row("  reward per token, 2D - 1", f"{reward:+.3f} ± {error:.3f}")
         table.add_row("  response length, tokens", f"{row['response_length']:.1f}")
         table.add_row("  answers that end themselves", f"{row['eos_rate']:.2f}")
         table.add_row("  KL to SFT, nats per response", f"{row['kl']:.2f}")
     table.add_section()
-    table.add_row("PPO on the other prompts, by update", f"1 -> {ppo['updates']}")
+    table.add_row("TLCR's PPO on the other prompts, by update", f"1 -> {ppo['updates']}")
     for key in SHOWN:
         table.add_row(f"  {key}", " -> ".join(f"{ppo[when][key]:.3f}" for when in ("first", "last")))
     Console().print(table)
 
 
+TITLES = {"sft": "SFT", "tlcr": "TLCR"}
 COMMANDS = {"prepare": prepare, "report": report}
 
 

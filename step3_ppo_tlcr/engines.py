@@ -17,8 +17,9 @@ from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causa
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
+from step3_ppo_tlcr.objectives import counted
 from step3_ppo_tlcr.records import Rollout, at_actions, before_actions
-from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, sequence_reward
+from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, names_of, sequence_reward
 from step3_ppo_tlcr.rollout import hybrid_possible
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class RewardSum:
         runtime: Runtime,
     ):
         self.specs, self.tokenizer, self.clip = specs, tokenizer, options.clip_reward_value
+        self.names = names_of(specs)
         self.fixed = {"positive": options.fixed_positive_reward, "negative": options.fixed_negative_reward}
         self.models: dict[str, DeepSpeedEngine | PreTrainedModel] = {}
         self.functions = {spec.path: load_function(spec.path) for spec in specs if spec.name == "python"}
@@ -143,13 +145,13 @@ class RewardSum:
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """``(B, A)`` rewards before the KL penalty, and each term's unweighted ``(B, A)`` by name."""
+        """``(B, A)`` rewards before the KL penalty, and each term's unweighted ``(B, A)`` by ``names_of`` it."""
         scored: dict[str, torch.Tensor] = {}
         total = torch.zeros(rollout.action_mask.shape, device=rollout.action_mask.device)
         terms = {}
-        for spec in self.specs:
+        for name, spec in zip(self.names, self.specs, strict=True):
             term = self._term(spec, rollout, scored)
-            terms[spec.name] = term
+            terms[name] = term
             total = total + spec.weight * term
         return total, terms
 
@@ -160,7 +162,7 @@ class RewardSum:
             if not isinstance(term, torch.Tensor) or term.shape != mask.shape:
                 found = tuple(term.shape) if isinstance(term, torch.Tensor) else type(term).__name__
                 raise InputError(f"--reward python:{spec.path} returned {found}, expected a tensor {tuple(mask.shape)}")
-            return term.to(mask.device, torch.float32) * mask
+            return counted(term.to(mask.device, torch.float32), mask)
         reward = REWARDS[spec.name]
         if spec.path is None:
             return reward.function(mask, mask)

@@ -4,6 +4,7 @@ Everything is ``(B, A)``: entry ``[b, a]`` speaks about the token that the polic
 """
 
 import importlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def released_code_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor
     The second soft-max makes r = tanh((2D - 1) / 2); each reward lands one action late: the first action gets 0,
     the last action its predecessor's, and the EOS's own is lost.
     """
-    twice = torch.tanh((2 * positive_probs - 1) / 2) * action_mask
+    twice = counted(torch.tanh((2 * positive_probs - 1) / 2), action_mask)
     late = torch.zeros_like(twice)
     late[:, 1:] = twice[:, :-1]
     return late * action_mask
@@ -66,7 +67,7 @@ def sequence_reward(scores: torch.Tensor, action_mask: torch.Tensor, clip: float
     ``scores`` ``(B, A)``: the reward model's value at each response token, of which only the last counts; it is
     clamped to +-``clip`` as DeepSpeed-Chat does. Rows without an action stay 0.
     """
-    return scores.clamp(-clip, clip) * last_action(action_mask)
+    return counted(scores.clamp(-clip, clip), last_action(action_mask))
 
 
 def random_reward(scores: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
@@ -140,6 +141,16 @@ def parse_rewards(texts: Sequence[str], default_path: str | None) -> list[Reward
     if not texts:
         raise InputError(f"--reward is empty; known rewards: {', '.join([*REWARDS, 'python'])}")
     return [parse_reward(text, default_path) for text in texts]
+
+
+def names_of(specs: Sequence[RewardSpec]) -> list[str]:
+    """What each term is called in the metrics: its name, numbered from its second use on (sequence, sequence_2)."""
+    seen: Counter[str] = Counter()
+    names = []
+    for spec in specs:
+        seen[spec.name] += 1
+        names.append(spec.name if seen[spec.name] == 1 else f"{spec.name}_{seen[spec.name]}")
+    return names
 
 
 def load_function(path: str) -> Callable:

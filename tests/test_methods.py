@@ -91,5 +91,10 @@ def test_table_pays_for_labels_once():
     words = planned(plan)["seed-2/step2_discriminator"]
     assert words[words.index("--revisions") + 1] == "out/labeling/revisions.jsonl"
     assert words[words.index("--seed") + 1] == "2"
-    ablations = run("run_ablations.sh", "out", PLAN=1, SEEDS="1").stdout
+    assert plan.count("Optimiser steps") == 2, "the labels alone train nothing"
+    ablations = run("run_ablations.sh", "out", PLAN=1, SEEDS="1", METHODS="tlcr tlcr_fixed random").stdout
     assert {"seed-1/step3_tlcr_fixed", "seed-1/step3_random"} <= set(planned(ablations))
+    for shared in ("step1", "step2"):  # planned, priced and counted once, for all three
+        assert ablations.count(f"{shared}: planned above, made once") == 2
+    assert ablations.count("Memory of step1_sft ") == 1
+    assert ablations.count("Memory of step3_") == 3

@@ -289,7 +289,8 @@ def test_what_stands_behind_the_end_never_counts(garbage):
         penalised = kl_penalised(continuous_reward(probs, MASK), k1(logprobs, old), MASK, 0.1)
         advantages, returns = gae(rewards, values, MASK, 0.9, 0.8)
         losses = policy_loss(logprobs, old, advantages, MASK, 0.2), value_loss(values, values, returns, MASK, 0.2)
-        return fixed_reward(probs, MASK), penalised, advantages, returns, *losses
+        named = [reward(probs, MASK) for reward in (fixed_reward, released_code_reward, sequence_reward)]
+        return *named, penalised, advantages, returns, *losses
 
     for clean, spoilt in zip(everything(probs, rewards, values, logprobs, old), everything(*spoil), strict=True):
         torch.testing.assert_close(spoilt, clean, rtol=0, atol=0)

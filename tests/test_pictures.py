@@ -38,6 +38,7 @@ from deepspeed_chat_tlcr.pictures import (
     line_chart,
     long_text,
     page,
+    point_chart,
     radar_chart,
     sample_html,
     shorten,
@@ -473,6 +474,30 @@ def test_bars_stand_on_zero_with_heights_in_proportion():
     assert high2 == pytest.approx(2 * high1, abs=0.2)
     assert high_b == pytest.approx(high1, abs=0.2)
     assert top_b == pytest.approx(top1 + high1, abs=0.2)
+
+
+def test_points_stand_where_their_numbers_say_and_their_names_do_not_cover_each_other():
+    points = [("a", 0.0, 1.0), ("b", 10.0, 5.0), ("c", 10.0, 5.0), ("d", math.nan, 2.0)]
+    svg = svg_of(point_chart(points, "t", intervals=[None, (4.0, 6.0), None, None]))
+    dots = [(float(dot.get("cx")), float(dot.get("cy"))) for dot in svg.findall(".//{*}circle")]
+    assert len(dots) == 3, "d has no place"
+    assert dots[0] == dots[1], "highest first: b and c are the same"
+    assert dots[0][0] > dots[2][0]
+    assert dots[0][1] < dots[2][1], "down is less"
+    names = {text.text: float(text.get("y")) for text in svg.findall(".//{*}text") if text.text in ("a", "b", "c")}
+    assert names["c"] == names["b"] + 12
+
+
+def test_names_under_bars_are_turned_all_alike_or_not_at_all():
+    def turns(groups: list[str]) -> set[str]:
+        svg = svg_of(bar_chart(groups, {"a": [1.0] * len(groups)}, "t"))
+        found = [text.get("transform", "") for text in svg.findall(".//{*}text") if text.text in groups]
+        assert len(found) == len(groups)
+        return {word.partition("rotate")[2] for word in found}
+
+    assert turns(["SFT", "TLCR"]) == {""}
+    assert turns(["SFT", "PPO_synthetic", "x", "y", "z", "w"]) == {"(-28)"}
+    assert turns([f"name {number}" for number in range(20)]) == {"(-50)"}
 
 
 def test_histogram_counts():

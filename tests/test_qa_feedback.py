@@ -28,6 +28,8 @@ TINY = {
     "MAX_PROMPT_LEN": 256,
     "ANSWERS": 2,
     "MAX_SEQ_LEN": 256,
+    "MORE_METHODS": "ppo_seq",
+    "SEQUENCE_EPOCHS": 1,
 }
 
 FORKS = """
@@ -74,7 +76,7 @@ def finished(tmp_path_factory) -> Path:
     stages = [program.split("/")[0] for program, *_ in commands]
     assert stages == [
         *("labeling", "evaluation", "labeling", "step1_sft", "step1_sft"),
-        *("step2_discriminator", "step3_ppo_tlcr", "evaluation"),
+        *("step2_discriminator", "step3_ppo_tlcr", "step2_discriminator", "step3_ppo_tlcr", "evaluation"),
     ]
     return folder / "run"
 
@@ -94,13 +96,24 @@ def test_the_report_holds_what_the_chain_was_run_for(finished):
     assert 0 < judge["edited_accuracy"] < 1
     assert 0.5 <= judge["majority_accuracy"] < 1
     assert judge["pipeline_difference"] < 1e-3
-    for name in ("sft", "tlcr"):
+    for name in ("sft", "tlcr", "ppo_seq"):
         assert found[name]["answers"] == 16
         assert -1 < found[name]["reward_per_token"] < 1
         assert 1 <= found[name]["response_length"] <= 24
     assert found["sft"]["kl"] == 0
-    assert found["tlcr"]["kl"] != 0
+    assert 0 not in (found["tlcr"]["kl"], found["ppo_seq"]["kl"])
+    assert found["tlcr"]["kl"] != found["ppo_seq"]["kl"], "two policies"
+    judged = json.loads((finished / "step2_sequence" / "results.json").read_text())
+    assert 0 <= judged["eval/pair_accuracy"] <= 1
     assert found["ppo"]["updates"] == 2  # 32 prompts, 16 at a time
+
+
+def test_a_method_that_is_none_is_named(tmp_path):
+    script = ["bash", str(ROOT / "training_scripts" / "run_qa_feedback.sh"), str(tmp_path)]
+    environment = os.environ | {"PLAN": "1", "MORE_METHODS": "grpo"}
+    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert 'MORE_METHODS: "grpo" is none of ppo_seq' in done.stderr
 
 
 def test_no_stage_saw_a_held_out_prompt(finished):

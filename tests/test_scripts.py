@@ -260,6 +260,19 @@ def test_finished_stage_is_skipped_and_other_settings_are_refused(launcher, tmp_
     assert len((launcher / "calls.txt").read_text().splitlines()) == 1
 
 
+def test_finished_labelling_stays_so_when_a_later_one_needs_more_money(launcher, tmp_path):
+    """run_iterated.sh labels in every round: a larger LABEL_MAX_USD, or another key, changes none of the old labels."""
+    folder, path = tmp_path / "labeling", path_with(launcher)
+    assert run("label.sh", path=path, OUTPUT=tmp_path, DATA=str(tmp_path / "absent.jsonl")).returncode == 2
+    (folder / "run.json").write_text('{"complete": true}')
+    more = {"LABEL_MAX_USD": 2000, "LABEL_BASE_URL": "http://127.0.0.1:1/v1", "API_KEY_ENV": "OTHER_KEY"}
+    same = {"OUTPUT": tmp_path, "DATA": str(tmp_path / "absent.jsonl")}
+    assert f"{folder}: complete, skipped" in run("label.sh", path=path, **same, **more).stdout
+    assert "complete, skipped" in run("label.sh", path=path, **same, LABEL_MAX_USD="").stdout, "it asks"
+    refused = run("label.sh", path=path, **same, LABEL_MODEL="other")
+    assert (refused.returncode, "was made with other settings" in refused.stderr) == (2, True)
+
+
 def test_labelling_is_skipped_only_when_complete(tmp_path):
     folder = tmp_path / "labeling"
     folder.mkdir()

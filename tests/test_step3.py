@@ -138,6 +138,27 @@ def test_a_greedy_baseline_of_the_same_answer_leaves_the_kl_penalty_alone(run):
     assert lines[0]["policy/return"] == pytest.approx(0.0, abs=1e-5)
 
 
+def test_two_rewards_are_summed_as_token_by_token_arithmetic_sums_them(run, world, tmp_path, monkeypatch):
+    """D of every token from its own prefix, the reward model's value at the end: tlcr @ 1 + sequence @ 0.2."""
+    saved = tmp_path / "rollout.pt"
+    body = (
+        f"if calls == 1: torch.save([rollout.input_ids, rollout.attention_mask, rollout.action_mask], {str(saved)!r})"
+    )
+    keep = own_reward(tmp_path, monkeypatch, f"{body}\nreturn plain")
+    terms = (f"tlcr:{world / 'disc'}", f"sequence:{world / 'rm'}@0.2", f"{keep}@0")
+    line = run("sum", "--reward", *terms, "--test_stop_step", 1)[0]
+
+    disc, rm = (AutoModelForTokenClassification.from_pretrained(world / name) for name in ("disc", "rm"))
+    totals = []
+    for ids, attention, actions in zip(*torch.load(saved), strict=True):
+        text, length = ids[attention > 0], int(actions.sum())
+        with torch.no_grad():
+            probs = [disc(text[None, : at + 1]).logits[0, -1].softmax(-1)[1] for at in range(len(text))][-length:]
+            score = rm(text[None]).logits[0, -1, 0]
+        totals.append(sum(2 * float(prob) - 1 for prob in probs) + 0.2 * min(max(float(score), -5), 5))
+    assert line["reward/per_sequence"] == pytest.approx(sum(totals) / len(totals), abs=1e-4)
+
+
 # Rollouts
 
 

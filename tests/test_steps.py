@@ -113,12 +113,14 @@ def test_ppo_writes_metrics_of_every_update_and_loadable_models(trained):
 
 def test_rewards_by_name_are_summed_with_weights(tiny, trained, tmp_path, monkeypatch):
     (tmp_path / "own_reward.py").write_text(
-        "def per_token(rollout, tokenizer):\n    return 0.25 * rollout.action_mask.float()\n"
+        "import math\n\ndef per_token(rollout, tokenizer):\n    mask = rollout.action_mask.float()\n"
+        "    return (0.25 * mask).masked_fill(mask == 0, math.nan)  # what stands behind the end never counts\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     weights = {
         "tlcr": 0.5,
         "sequence": 0.25,
+        "sequence_2": 0.0625,
         "random": 0.125,
         "tlcr_fixed": 1.0,
         "tlcr_positive_only": 1.0,
@@ -126,12 +128,13 @@ def test_rewards_by_name_are_summed_with_weights(tiny, trained, tmp_path, monkey
         "tlcr_released_code": 2.0,
         "python": 4.0,
     }
-    paths = {"sequence": f":{trained / 'rm'}", "python": ":own_reward:per_token"}
-    terms = [f"{name}{paths.get(name, '')}@{weight}" for name, weight in weights.items()]
+    paths = {"sequence": f":{trained / 'rm'}", "sequence_2": f":{trained / 'rm'}", "python": ":own_reward:per_token"}
+    terms = [f"{name.removesuffix('_2')}{paths.get(name, '')}@{weight}" for name, weight in weights.items()]
     step3(tiny, tmp_path / "ppo", trained / "sft", trained / "disc", "--reward", *terms)
     line = read_metrics(tmp_path / "ppo" / "metrics.jsonl")[0]
     total = sum(weight * line[f"reward/{name}"] for name, weight in weights.items())
     assert line["reward/per_sequence"] == pytest.approx(total, rel=1e-4)
+    assert line["reward/sequence_2"] == line["reward/sequence"]
     assert line["reward/python"] == pytest.approx(0.25 * line["rollout/response_length"])
     assert line["reward/tlcr"] == pytest.approx(
         line["reward/tlcr_positive_only"] + line["reward/tlcr_negative_only"], abs=1e-5

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import external_world
 import numpy as np
@@ -21,8 +23,9 @@ from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags,
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
-from testbed.study.options import PAPER, SENSITIVITY, Options
-from testbed.study.results import chosen_settings
+from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world
+from testbed.study.pages import write_study_page
+from testbed.study.results import DECODINGS, chosen_settings, comparisons, table
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -75,20 +78,26 @@ def test_a_failed_step_stops_only_what_needs_it_and_nothing_is_made_twice(tmp_pa
         schedule.require(outcome, store)
     assert "bad ended with status 3: the reason" in capsys.readouterr().out
 
+    (store.folder(bad) / "checkpoint").touch()
     stopper.unlink()
     assert schedule.run(store, [last, good], jobs=2, title="test").done == 4
     assert store.results(last)["--model"] == str(store.folder(bad))
-    runs = [len((store.folder(step) / "ran.txt").read_text().splitlines()) for step in (base, bad, good, last)]
-    assert runs == [1, 2, 1, 1]
+    assert [len(ran(store, step).read_text().splitlines()) for step in (base, bad, good, last)] == [1, 2, 1, 1]
+    assert not (store.folder(bad) / "checkpoint").exists(), "half a run's files would be mixed with the next one's"
+
+
+def ran(store: Store, step: Step) -> Path:
+    """Where study_steps.py notes each time that it ran."""
+    return store.folder(step).with_name(f"{store.folder(step).name}.ran")
 
 
 def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_path):
     """This process gets the signal while its first step sleeps."""
     slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
-    ran = store.folder(slow) / "ran.txt"
+    note = ran(store, slow)
 
     def terminate_once_it_runs() -> None:
-        while not (ran.exists() and ran.read_text()):
+        while not (note.exists() and note.read_text()):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGTERM)
 
@@ -96,7 +105,7 @@ def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_p
     with pytest.raises(KeyboardInterrupt):
         schedule.run(store, [slow], jobs=1, title="test")
     with pytest.raises(ProcessLookupError):
-        os.kill(int(ran.read_text().split()[1]), 0)
+        os.kill(int(note.read_text().split()[1]), 0)
     assert not store.is_done(slow)
 
 
@@ -116,6 +125,21 @@ def test_methods_share_what_they_can_and_see_no_truth():
     for name in ("ppo_seq", "remax", "ppo_synthetic"):
         term = next(argument for argument in policies[name].step.arguments if isinstance(argument, Joined))
         assert [part.name for part in term.parts if isinstance(part, Inverse)] == ["sequence_reward_sd"]
+
+
+def test_what_knows_the_truth_is_the_world_and_its_reviser_alone():
+    """The seed of the testbed's facts, a foreign scorer, a foreign world's files: nothing that trains has them."""
+    foreign = World(preferences="/w/pairs.jsonl", revisions="/w/revisions.jsonl", scorer="python:secret:score")
+    for world, makers in (
+        (World(), {"testbed/main.py", "testbed/study/label.py"}),
+        (foreign, {"testbed/study/parts.py", "testbed/study/label.py"}),
+    ):
+        made = Artefacts(world, Scale(), seed=1)
+        steps = in_order(method(made, Setting()).step for method in METHODS.values())
+        words = {step: " ".join(map(str, step.arguments)) for step in steps}
+        own = {step: " ".join(word for word in step.arguments if isinstance(word, str)) for step in steps}
+        assert {step.program for step in steps if "world_seed" in own[step] or "/w/" in own[step]} == makers
+        assert not any("secret" in text for text in words.values())
 
 
 def test_every_rl_method_gets_the_same_prompts_answers_and_updates():
@@ -181,6 +205,12 @@ def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_
         ({"preferences": "pairs.jsonl"}, "also needs --revisions, --scorer"),
         ({"scorer": "python:no_such_module:score"}, "No module named 'no_such_module'"),
         ({"scorer": "score"}, "expected python:package.module:function"),
+        ({"scorer": "python:math:pi"}, "not a callable object; expected a function of prompt, response, ended"),
+        ({"scorer": "python:math:sqrt"}, "too many positional arguments; expected a function of prompt"),
+        (
+            {"preferences": "absent.jsonl", "revisions": "r.jsonl", "scorer": "python:external_world:score"},
+            "absent.jsonl: no such file or folder",
+        ),
     ],
 )
 def test_bad_choices_are_named(options, message, capsys):
@@ -189,6 +219,25 @@ def test_bad_choices_are_named(options, message, capsys):
         main(["--output_dir", "out", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def fails(prompt: str, response: str, ended: bool) -> float:
+    raise KeyError(prompt)
+
+
+def test_another_world_is_read_before_anything_is_trained(tmp_path):
+    pairs, revisions = external_world.write(tmp_path, 20)
+    given = {"preferences": str(pairs), "revisions": str(revisions), "scorer": "python:external_world:score"}
+    options = Options(output_dir=str(tmp_path / "out"), **given)
+    assert chosen_world(options) == World(**given)
+    with pytest.raises(InputError, match=r"--scorer python:test_study:fails: KeyError for the first pair"):
+        chosen_world(replace(options, scorer="python:test_study:fails"))
+    for path, key in ((revisions, "modified"), (pairs, "chosen")):
+        lines = path.read_text().splitlines()
+        path.write_text("\n".join([*lines[:2], lines[2].replace(f'"{key}"', '"other"'), *lines[3:]]))
+        with pytest.raises(InputError, match=rf"{path.name}:3: no '{key}'"):
+            chosen_world(options)
+        path.write_text("\n".join(lines))
 
 
 def test_sensitivity_varies_one_thing_at_a_time(tmp_path):
@@ -251,6 +300,46 @@ def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
     assert curve["response_length"] == [5.0, 5.0]
 
 
+# ---- the page ----
+
+
+def run_of(method: str, seed: int, score: float) -> dict:
+    """One finished run as it stands in results.json, two test prompts and two updates."""
+    decodings = {name: {"true_score": score, "scores": [score, score]} for name in DECODINGS}
+    curve = {"true_score": [1.0, score], "response_length": [9.0, 8.0], "kl": [0.0, 1.0], "perplexity": [2.0, 2.0]}
+    told = {"response_length": 8.0, "eos_rate": 1.0, "kl": 1.5, "seconds": 20.0, "generated_tokens": 41234}
+    told |= {"best_true_score_in_training": 6.5, "last_true_score_in_training": 6.25}
+    return {"method": method, "variant": "paper", "seed": seed, "decodings": decodings, "curve": curve, **told}
+
+
+def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
+    methods = ["sft", "ppo_seq", "tlcr", "tlcr_positive_only", "dpo"]
+    runs = [run_of(method, seed, 3.0 + at + seed) for at, method in enumerate(methods[:4]) for seed in (1, 2)]
+    levels = {"1/4": None, "all": table(runs, ["tlcr"], "paper")["tlcr"]}
+    results = {
+        "world": {"scorer": "python:a:b", "seeds": [1, 2]},
+        "scale": {"pairs": 100},
+        "settings": {method: {"paper": vars(PAPER)} for method in methods},
+        "grid": {"seed": 0, "of": 7, "trials": []},
+        "judges": [],
+        "tables": {"paper": table(runs, methods, "paper")},
+        "comparisons": {"paper": comparisons(runs, methods, "paper")},
+        "sensitivity": {"labelled pairs": levels, "neutral weight": levels | {"1/4": levels["all"]}},
+        "runs": runs,
+    }
+    text = write_study_page(tmp_path / "study.html", results).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    for part in ("5.50 ± 0.71", "6.50 ± 0.00", "6.25 ± 0.00", "41,234 ± 0", "+1.00 [+1.00, +1.00]"):
+        assert f"<td>{part}</td>" in text  # score of PPO_seq, best, last, tokens, TLCR - PPO_seq
+    for title in ("Table 1: KL to SFT", "Figure 7: response length", "Figure 6: sequence reward", "against KL to SFT"):
+        assert title in text
+    assert "Figure 7, not run: negative only." in text
+    assert "Controls: " not in text
+    assert "Controls, not run: released code, random reward." in text
+    assert "No finished run: DPO." in text
+    assert "Not run (--stage sensitivity): labelled pairs." in text
+    assert "Neutral weight" in text
+
+
 # ---- a whole one -----------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +370,8 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
     assert len(runs["tlcr"]["curve"]["true_score"]) == 2
     assert runs["sft"]["kl"] == 0
     assert found["comparisons"]["paper"]["T=1"]["differences"]["tlcr - sft"]["unit"] == "prompt"
+    assert "reviser noise" not in found["sensitivity"], "its revisions are given"
+    assert "reviser_noise" not in found["world"]
     assert "<html" in (tmp_path / "out" / "study.html").read_text()[:200]
 
     plan = subprocess.run([*command, "--plan"], env=environment, cwd=tmp_path, capture_output=True, text=True)

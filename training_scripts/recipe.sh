@@ -168,14 +168,17 @@ show_command() {
   printf '%s\n' "$line"
 }
 
-# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs, nor the
-# address of a labelling endpoint, whose model is an option of its own.
+# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs; nor a labelling
+# endpoint's address and key, whose model is an option of its own; nor how much it may cost, which grows as it goes on.
 settings_of() {
   while [[ $1 != *.py ]]; do shift; done
   local word shown words=() skip=''
   for word in "$@"; do
-    [[ $word == --base_url || -n $skip ]] || words+=("$word")
-    [[ $word == --base_url ]] && skip=1 || skip=''
+    case $skip$word in
+      skip* | --yes) skip='' ;;
+      --base_url | --api_key_env | --max_cost_usd) skip=skip ;;
+      *) words+=("$word") ;;
+    esac
   done
   shown=$(show_command "${words[@]}")
   shown=${shown//"$OUTPUT"/OUTPUT}
@@ -253,6 +256,25 @@ is_labelled() {
 # Before anything starts: all that could stop it. A plan runs nothing and asks nothing.
 preflight() {
   [[ $PLAN == 1 ]] || python3 -m deepspeed_chat_tlcr.preflight ${MADE_HERE:+--without_inputs}
+}
+
+# With PLAN=1 of several methods, each of which would plan what it shares with those before: takes from STAGES what the
+# file PLANNED says is planned already, and adds the rest to it.
+without_planned() {
+  [[ $PLAN == 1 && -n ${PLANNED:-} ]] || return 0
+  local stage made left=()
+  for stage in $STAGES; do
+    made="$OUTPUT $stage"
+    [[ $stage != step2_sequence ]] || made+=" $SEQUENCE_FOLDER"
+    [[ $stage != step3 ]] || made+=" $PPO_FOLDER"
+    if grep -qxF "$made" "$PLANNED"; then
+      echo "# $stage: planned above, made once"
+    else
+      left+=("$stage")
+      echo "$made" >>"$PLANNED"
+    fi
+  done
+  STAGES=${left[*]}
 }
 
 # The run's STAGES, in order. What you bring yourself (SFT_MODEL, REVISIONS, DISCRIMINATOR_MODEL) is not made again.

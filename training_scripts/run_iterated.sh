@@ -2,8 +2,9 @@
 # Iterated TLCR (beyond the paper, whose reward data is static): the policy answers prompts, the external model revises
 # *those* answers, the discriminator learns from all labels so far, PPO goes on from the policy. ROUNDS times.
 #
-# Hardware: as run_7b.sh. Time: a round takes about as long as its labelling, step 2 and step 3. A round's labelling
-# stops before it could cost more than LABEL_MAX_USD; the same command then goes on, also after any other stop.
+# Hardware: as run_7b.sh. Time: a round takes about as long as its labelling, step 2 and step 3. Each of a round's two
+# labellings (training and held-out answers) stops before it could cost more than LABEL_MAX_USD; the same command, with a
+# higher limit, goes on there, and after any other stop.
 # Launch:   bash training_scripts/run_iterated.sh OUTPUT     OUTPUT: a run that run_7b.sh has finished
 #           ROUNDS=5 ROUND_PROMPTS=5000 bash training_scripts/run_iterated.sh output/llama2-7b
 # Results:  OUTPUT/roundN/step3_ppo_tlcr/actor, and OUTPUT/iterated.json: by round how the labels shift, and how well the

@@ -50,6 +50,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 {
   prepare
   preflight
+  without_planned
   train
   plan
   exit

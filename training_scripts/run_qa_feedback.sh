@@ -6,12 +6,14 @@
 # Hardware: 2 CPU cores, 4 GB of memory, no GPU, no network once the packages are installed. Time: about 6 minutes.
 # Launch:   bash training_scripts/run_qa_feedback.sh [OUTPUT]
 #           QA_FEEDBACK=dev_feedback.jsonl SEED=2 bash training_scripts/run_qa_feedback.sh
+#           MORE_METHODS="ppo_seq tlcr_fixed" bash training_scripts/run_qa_feedback.sh    beside TLCR, from the same models
 # Started again it reuses the stages that are finished.
 
 # ---- variables: what is not as in the paper's recipe (the environment wins, as everywhere) ----
 set -a
 : "${QA_FEEDBACK:=../shared/data/qa_feedback_dev.jsonl.gz}" # FineGrainedRLHF's records, one JSON a line
 : "${SEED:=1}"
+: "${MORE_METHODS:=}" # besides TLCR: ppo_seq tlcr_fixed tlcr_positive_only tlcr_negative_only tlcr_released_code random
 OUTPUT=${1:-${OUTPUT:-output/qa-feedback-seed$SEED}}
 MODEL=$OUTPUT/base/step1_sft DATA=$OUTPUT/prepared/pairs MADE_HERE=1 # made by this run: nothing to look for beforehand
 REVISIONS=$OUTPUT/prepared/revisions/train.jsonl EVAL_REVISIONS=$OUTPUT/prepared/revisions/eval.jsonl
@@ -24,6 +26,8 @@ REVISIONS=$OUTPUT/prepared/revisions/train.jsonl EVAL_REVISIONS=$OUTPUT/prepared
 : "${SFT_BATCH_SIZE:=8}" "${SFT_LEARNING_RATE:=1e-3}" "${SFT_ZERO_STAGE:=0}" "${SFT_GRADIENT_CHECKPOINTING:=0}"
 : "${DISCRIMINATOR_BATCH_SIZE:=8}" "${DISCRIMINATOR_EPOCHS:=4}" "${DISCRIMINATOR_LEARNING_RATE:=2e-3}"
 : "${DISCRIMINATOR_ZERO_STAGE:=0}" "${DISCRIMINATOR_GRADIENT_CHECKPOINTING:=0}"
+: "${SEQUENCE_BATCH_SIZE:=8}" "${SEQUENCE_EPOCHS:=4}" "${SEQUENCE_LEARNING_RATE:=2e-3}"
+: "${SEQUENCE_ZERO_STAGE:=0}" "${SEQUENCE_GRADIENT_CHECKPOINTING:=0}"
 : "${GENERATION_BATCH_SIZE:=16}" "${PPO_BATCH_SIZE:=16}" "${PROMPT_EPOCHS:=2}"
 : "${MAX_PROMPT_LEN:=64}" "${MAX_ANSWER_LEN:=128}"
 : "${ACTOR_LEARNING_RATE:=3e-4}" "${CRITIC_LEARNING_RATE:=3e-4}"
@@ -36,6 +40,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 prepare
 [[ $PLAN == 1 || -f $QA_FEEDBACK ]] || die "QA_FEEDBACK=$QA_FEEDBACK: no such file; it is a .jsonl or .jsonl.gz of" \
   "QA-feedback's records (question, passages, prediction, others, gold, corrected, errors)"
+for method in $MORE_METHODS; do
+  case $method in
+    ppo_seq | tlcr_fixed | tlcr_positive_only | tlcr_negative_only | tlcr_released_code | random) ;;
+    *) die "MORE_METHODS: \"$method\" is none of ppo_seq tlcr_fixed tlcr_positive_only tlcr_negative_only" \
+      "tlcr_released_code random" ;;
+  esac
+done
 preflight
 
 # People's corrections as revisions; then data, tokenizer and an untrained Llama, with a fifth of the prompts held out.
@@ -62,12 +73,24 @@ DATA_SPLIT=10,0,0 attended bash "$scripts/step1.sh"
 DATA_SPLIT=0,10,0 attended bash "$scripts/step2.sh"
 DATA_SPLIT=0,0,10 attended bash "$scripts/step3.sh"
 
+# The same PPO with other rewards; ppo_seq's is a Bradley-Terry model of (reference answer, the model's answer).
+for method in $MORE_METHODS; do
+  if [[ $method == ppo_seq ]]; then
+    DATA_SPLIT=0,10,0 attended bash "$scripts/step2_sequence.sh"
+    export REWARD=sequence DISCRIMINATOR_MODEL=$OUTPUT/$SEQUENCE_FOLDER
+  else
+    export REWARD=$method DISCRIMINATOR_MODEL=$OUTPUT/step2_discriminator
+  fi
+  PPO_FOLDER=step3_$method DATA_SPLIT=0,0,10 attended bash "$scripts/step3.sh"
+done
+
 # What it brought, on the held-out prompts; again, whenever a stage was made again since.
 is_reported() {
   local stage
-  for stage in step1_sft step2_discriminator step3_ppo_tlcr; do
+  for stage in step1_sft step2_discriminator step3_ppo_tlcr ${MORE_METHODS:+$(printf 'step3_%s ' $MORE_METHODS)}; do
     [[ $OUTPUT/results.json -nt $OUTPUT/$stage/results.json ]] || return 1
   done
 }
+read -ra more <<<"$MORE_METHODS"
 run_stage report is_reported python3 "${at}evaluation/qa_feedback.py" report --run_dir "$OUTPUT" \
-  --answers "$ANSWERS" --max_answer_seq_len "$MAX_ANSWER_LEN" --seed "$SEED"
+  --answers "$ANSWERS" --max_answer_seq_len "$MAX_ANSWER_LEN" --seed "$SEED" ${more[@]:+--more_methods "${more[@]}"}

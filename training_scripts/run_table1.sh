@@ -12,6 +12,12 @@ SEEDS=${SEEDS:-1234 1235 1236} # of training; the split of the data has its own
 root=${1:-${OUTPUT:-output/table1}}
 scripts=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
+if [[ ${PLAN:-0} == 1 ]]; then # what methods share is planned once
+  PLANNED=$(mktemp)
+  export PLANNED
+  trap 'rm -f "$PLANNED"' EXIT
+fi
+
 # Braces, because bash reads them whole: editing this file while it runs does no harm.
 {
   if [[ -z ${REVISIONS:-} && $METHODS == *@(tlcr|figa|ppo_synthetic|random)* ]]; then

@@ -4,7 +4,15 @@
 Functions that make ``Html`` escape every other string they are given: what a model wrote is hostile input.
 """
 
-from deepspeed_chat_tlcr.pictures.charts import Series, bar_chart, histogram, line_chart, missing_chart, smooth
+from deepspeed_chat_tlcr.pictures.charts import (
+    Series,
+    bar_chart,
+    histogram,
+    line_chart,
+    missing_chart,
+    point_chart,
+    smooth,
+)
 from deepspeed_chat_tlcr.pictures.colors import DARK, LIGHT, token_color
 from deepspeed_chat_tlcr.pictures.heatmap import (
     Sample,
@@ -40,6 +48,7 @@ __all__ = [
     "number",
     "page",
     "paragraph",
+    "point_chart",
     "radar_chart",
     "sample_html",
     "shorten",

@@ -110,21 +110,24 @@ def bar_chart(
     title: str,
     y_label: str = "",
     intervals: dict[str, Sequence[tuple[float, float] | None]] | None = None,
+    y_range: tuple[float, float] | None = None,
 ) -> Html:
     """Grouped bars: one cluster per group, one colour per series; ``intervals`` draw (low, high) whiskers.
 
-    A value of None is a missing bar. The axis always contains zero.
+    A value of None is a missing bar. The axis always contains zero, and ``y_range``, by which charts share an axis.
     """
     intervals = intervals or {}
     values = [v for row in series.values() for v in row if v is not None and math.isfinite(v)]
     values += [edge for row in intervals.values() for pair in row if pair for edge in pair]
     if not values:
         return missing_chart(title, "nothing recorded")
-    plot = _Plot(0, len(groups), ticks(min(0, *values), max(0, *values)))
+    plot = _Plot(0, len(groups), ticks(min(0, *values, *(y_range or ())), max(0, *values, *(y_range or ()))))
     body = [plot.frame("", y_label, [])]
     room = min(0.76 / len(series), WIDEST_BAR / (plot.x(1) - plot.x(0)))
+    names = [group if len(group) <= 22 else group[:21] + "…" for group in groups]
+    turn, depth = plot.turn(names)
     for place, group in enumerate(groups):
-        body.append(plot.group_label(place + 0.5, group, len(groups)))
+        body.append(plot.group_label(place + 0.5, names[place], turn))
         for index, (name, row) in enumerate(series.items()):
             value = row[place]
             if value is None or not math.isfinite(value):
@@ -135,7 +138,37 @@ def bar_chart(
             words += [f"interval {short(interval[0])} to {short(interval[1])}"] if interval else []
             body.append(plot.bar(left, left + room * 0.92, value, index, "\n".join(words), interval))
     key = legend([(name, index, False) for index, name in enumerate(series)]) if len(series) > 1 else ""
-    return figure(title, key, join(body))
+    return figure(title, key, join(body), HEIGHT + depth)
+
+
+def point_chart(
+    points: Sequence[tuple[str, float, float]],
+    title: str,
+    x_label: str = "",
+    y_label: str = "",
+    intervals: Sequence[tuple[float, float] | None] | None = None,
+) -> Html:
+    """One named dot for each ``(name, x, y)``; ``intervals`` draw (low, high) whiskers of y. Not finite: left out."""
+    intervals = intervals or [None] * len(points)
+    shown = [
+        (index, point, interval)
+        for index, (point, interval) in enumerate(zip(points, intervals, strict=True))
+        if math.isfinite(point[1]) and math.isfinite(point[2])
+    ]
+    if not shown:
+        return missing_chart(title, "nothing recorded")
+    x_ticks = ticks(*_ends([x for _, (_, x, _), _ in shown]))
+    heights = [y for _, (_, _, y), _ in shown] + [edge for *_, pair in shown if pair for edge in pair]
+    plot = _Plot(x_ticks[0], x_ticks[-1], ticks(*_ends(heights)))
+    body = [plot.frame(x_label, y_label, x_ticks)]
+    taken: list[tuple[float, float, float]] = []
+    for index, (name, x, y), interval in sorted(shown, key=lambda one: one[1][2], reverse=True):
+        body.append(plot.point(name, x, y, index, interval, taken))
+    return figure(title, "", join(body))
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    return min(values), max(values)
 
 
 def histogram(
@@ -283,15 +316,44 @@ class _Plot:
             f'<rect class="bar" style="{color}" {box} rx="1.5"/>{whisker}</g>'
         )
 
-    def group_label(self, place: float, name: str, groups: int) -> Html:
-        """Under a cluster; names that would touch their neighbours are turned."""
-        words = name if len(name) <= 22 else name[:21] + "…"
+    def point(self, name: str, x: float, y: float, index: int, interval, taken: list) -> Html:
+        """A dot with its name beside it, below the names in ``taken`` (left, right, height) that it would cover."""
+        words = [name, f"{short(x)}, {short(y)}"]
+        words += [f"interval {short(interval[0])} to {short(interval[1])}"] if interval else []
+        at, height, width = self.x(x), self.y(y), 6.4 * len(name)
+        to_left = at + 8 + width > WIDTH
+        left, right = (at - 8 - width, at - 8) if to_left else (at + 8, at + 8 + width)
+        base = height + 4
+        for low, high, other in sorted(taken, key=lambda one: one[2]):
+            if low < right and left < high and abs(base - other) < 12:
+                base = other + 12
+        taken.append((left, right, base))
+        whisker = ""
+        if interval:
+            whisker = f'<path class="whisker" d="M{at:.1f} {self.y(interval[0]):.1f}V{self.y(interval[1]):.1f}"/>'
+        anchor = f'x="{right:.1f}" text-anchor="end"' if to_left else f'x="{left:.1f}"'
+        return Html(
+            f'<g class="hover"><title>{escape(chr(10).join(words))}</title>{whisker}'
+            f'<circle class="dot" style="--k:var(--s{index % 8})" cx="{at:.1f}" cy="{height:.1f}" r="4"/>'
+            f'<text {anchor} y="{base:.1f}">{escape(name)}</text></g>'
+        )
+
+    def turn(self, names: Sequence[str]) -> tuple[int, int]:
+        """By how many degrees the names under the clusters are turned, all alike, so that none touches its neighbour;
+        and how much room they then need below the drawing."""
+        longest, room = 6.2 * max(map(len, names)), (WIDTH - self.left - RIGHT) / len(names)
+        if longest <= room:
+            return 0, 0
+        angle = 28 if room * math.sin(math.radians(28)) >= 12 else 50
+        return angle, max(0, math.ceil(longest * math.sin(math.radians(angle))) + 16 - BOTTOM)
+
+    def group_label(self, place: float, name: str, turn: int) -> Html:
+        """Under a cluster, turned by so many degrees."""
         x, y = self.x(place), HEIGHT - BOTTOM + 15
-        if len(words) * 6.2 * groups > WIDTH - self.left - RIGHT:
-            return Html(
-                f'<text transform="translate({x + 3:.1f} {y - 3}) rotate(-28)" text-anchor="end">{escape(words)}</text>'
-            )
-        return Html(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(words)}</text>')
+        if not turn:
+            return Html(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(name)}</text>')
+        place_and_turn = f'transform="translate({x + 3:.1f} {y - 3}) rotate({-turn})"'
+        return Html(f'<text {place_and_turn} text-anchor="end">{escape(name)}</text>')
 
 
 def thin(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:

@@ -32,6 +32,7 @@ from testbed.study.methods import (
     penalties,
 )
 from testbed.study.options import (
+    NOISE,
     PAPER,
     SENSITIVITY,
     Options,
@@ -42,6 +43,7 @@ from testbed.study.options import (
 )
 from testbed.study.pages import write_study_page
 from testbed.study.results import Run
+from testbed.world import World as Testbed
 
 EXIT_RESUMABLE = 3
 Trial = tuple[str, Setting, Step]
@@ -131,14 +133,18 @@ class Study:
             for variant, setting in settings[method].items()
         ]
 
+    def questions(self) -> dict[str, dict[str, tuple[Condition, Setting, str]]]:
+        """``SENSITIVITY``, without the noise of a reviser whose revisions are given."""
+        return {name: levels for name, levels in SENSITIVITY.items() if not (name == NOISE and self.world.revisions)}
+
     def sensitivity_runs(self) -> list[Run]:
         """Learning rates as the grid chose them at the paper's settings; the rest is what SENSITIVITY varies."""
         settings = self.settings()
         return [
             self.run(method, f"{question}: {name}", seed, self._at_its_rate(settings, method, setting), condition)
-            for question, levels in SENSITIVITY.items()
+            for question, levels in self.questions().items()
             for name, (condition, setting, method) in levels.items()
-            if method in self.methods and not (condition.noise != Condition.noise and self.world.revisions)
+            if method in self.methods
             for seed in self.seeds
         ]
 
@@ -155,6 +161,13 @@ class Study:
 
     # ---- what came out ----
 
+    def told_world(self) -> dict:
+        """Where everything comes from, and what makes the testbed hard: the noise of preferences and reviser."""
+        told = {name: value for name, value in asdict(self.world).items() if value is not None}
+        if self.world.preferences is None:
+            told |= {"preference_sharpness": Testbed.preference_sharpness, "reviser_noise": STANDARD.noise}
+        return {**told, "seeds": self.seeds}
+
     def results(self) -> dict:
         settings = self.settings()
         records = tables.collect(self.store, self.runs())
@@ -162,7 +175,7 @@ class Study:
         variants = list(dict.fromkeys(variant for chosen in settings.values() for variant in chosen))
         trials = self.finished_trials()
         return {
-            "world": {**asdict(self.world), **asdict(STANDARD), "seeds": self.seeds},
+            "world": self.told_world(),
             "scale": asdict(self.scale),
             "grid": {"seed": self.options.grid_seed, "trials": trials, "of": len(self.trials())},
             "settings": {name: {v: asdict(s) for v, s in chosen.items()} for name, chosen in settings.items()},
@@ -174,7 +187,7 @@ class Study:
                     name: tables.table(varied, [method], f"{question}: {name}").get(method)
                     for name, (_, _, method) in levels.items()
                 }
-                for question, levels in SENSITIVITY.items()
+                for question, levels in self.questions().items()
             },
             "runs": records + varied,
         }

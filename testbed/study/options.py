@@ -1,19 +1,27 @@
 """The study's command line, and the choices in it that are not a matter of any one method."""
 
+import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
 from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.records import read_revisions
 from testbed.study.methods import METHODS, QUICK, Condition, Scale, Setting, World
-from testbed.study.scoring import TESTBED, load_scorer
+from testbed.study.scoring import TESTBED, Scorer, load_scorer
 
 PAPER = Setting()
 """The study's settings before any grid: the paper's KL coefficient, rewards as they are."""
 
+NOISE = "reviser noise"
+"""The question that only the testbed's own reviser can be asked."""
+
 SENSITIVITY: dict[str, dict[str, tuple[Condition, Setting, str]]] = {
-    "reviser noise": {f"{noise:.0%}": (Condition(noise=noise), PAPER, "tlcr") for noise in (0.0, 0.03, 0.1, 0.25)},
+    NOISE: {f"{noise:.0%}": (Condition(noise=noise), PAPER, "tlcr") for noise in (0.0, 0.03, 0.1, 0.25)},
     "labelled pairs": {f"1/{n}" if n > 1 else "all": (Condition(one_of=n), PAPER, "tlcr") for n in (1, 4, 16)},
     "KL coefficient": {f"{kl:g}": (Condition(), Setting(kl=kl), "tlcr") for kl in (0.01, 0.1, 1.0)},
     "neutral weight": {f"{w:g}": (Condition(neutral_weight=w), PAPER, "tlcr") for w in (0.0, 0.25, 1.0)},
@@ -97,8 +105,8 @@ def chosen_scale(texts: Sequence[str]) -> Scale:
 
 
 def chosen_world(options: Options) -> World:
-    """Raises ``InputError`` for a world of which a part is missing, or whose scorer cannot be imported."""
-    load_scorer(options.scorer)
+    """Raises ``InputError`` for a world of which a part is missing or cannot be read, before anything is trained."""
+    scorer = load_scorer(options.scorer)
     needed = {"--preferences": options.preferences, "--revisions": options.revisions}
     own_scorer = options.scorer != TESTBED
     if any(needed.values()) or own_scorer:
@@ -106,5 +114,23 @@ def chosen_world(options: Options) -> World:
         missing += [] if own_scorer else ["--scorer"]
         if missing:
             raise InputError(f"another world than the testbed also needs {', '.join(missing)}")
+        check_world(options, scorer)
     names = ("preferences", "revisions", "prompts", "base_model", "scorer")
     return World(**{name: getattr(options, name) for name in names})
+
+
+def check_world(options: Options, scorer: Scorer) -> None:
+    """Raises ``InputError`` where another world's file is missing or malformed, or a chosen response has no score."""
+    for name in ("preferences", "revisions", "prompts", "base_model"):
+        path = getattr(options, name)
+        if path and not Path(path).exists():
+            raise InputError(f"--{name} {path}: no such file or folder")
+    pairs = load_preferences([options.preferences], "all", "train")
+    deque(read_revisions(options.revisions), maxlen=0)  # every line is looked at
+    first = pairs[0]
+    try:
+        score = float(scorer(first.prompt, first.chosen, True))
+    except Exception as error:  # whatever a stranger's function raises
+        raise InputError(f"--scorer {options.scorer}: {type(error).__name__} for the first pair: {error}") from None
+    if not math.isfinite(score):
+        raise InputError(f"--scorer {options.scorer}: {score} for the first pair; expected a finite number")

@@ -12,6 +12,8 @@ from deepspeed_chat_tlcr.pictures import (
     line_chart,
     number,
     paragraph,
+    point_chart,
+    smooth,
     table_html,
     write_page,
 )
@@ -33,16 +35,41 @@ NAMES = {
     "random": "random reward",
 }
 VARIANTS = {
-    "paper": "At the paper's KL coefficient and rewards as they are, each method at its best learning rate",
-    "best": "Each method at the best setting of its grid",
+    "paper": (
+        "At the paper's settings",
+        "The paper's KL coefficient, 0.1, and rewards as they are; each method at the grid's best learning rate.",
+    ),
+    "best": (
+        "Each method at its best",
+        "Learning rate, KL coefficient (DPO: beta) and reward scale as the grid chose them for each method.",
+    ),
 }
-FIGURE_7 = {"tlcr": "TLCR", "tlcr_positive_only": "positive only", "tlcr_negative_only": "negative only"}
+SCORES = {
+    **{f"true score, {name}": (f"true_score {name}", 2) for name in DECODINGS},
+    "best in training": ("best_true_score_in_training", 2),
+    "last in training": ("last_true_score_in_training", 2),
+}
+COSTS = {
+    "length": ("response_length", 1),
+    "EOS": ("eos_rate", 2),
+    "KL to SFT": ("kl", 2),
+    "generated tokens": ("generated_tokens", 0),
+    "seconds": ("seconds", 0),
+}
+"""Columns of the two tables: the measure's name in results.json, and decimals."""
+CURVE_GROUPS = {
+    "Table 1": ("ppo_synthetic", "ppo_seq", "remax", "tlcr_fixed", "tlcr"),
+    "Figure 7": ("tlcr", "tlcr_positive_only", "tlcr_negative_only"),
+    "Controls": ("tlcr", "tlcr_released_code", "random"),
+}
+"""Which methods share a chart of learning curves: few enough to tell apart."""
 FIGURE_6 = ("ppo_seq", "tlcr_fixed", "tlcr")
+SMOOTHING = 0.7
 CURVES = {
-    "true_score": ("True score of the answers sampled in training", "true score"),
-    "response_length": ("Response length", "tokens"),
+    "true_score": ("true score of sampled answers", "true score"),
+    "response_length": ("response length", "tokens"),
     "kl": ("KL to SFT", "nats per response"),
-    "perplexity": ("Perplexity of answers", ""),
+    "perplexity": ("perplexity of answers", "perplexity"),
 }
 
 
@@ -51,10 +78,14 @@ def write_study_page(path: Path, results: Mapping) -> Path:
     sections: list[tuple[str, object]] = []
     for variant, rows in results["tables"].items():
         records = [one for one in results["runs"] if one["variant"] == variant]
-        sections.append((VARIANTS.get(variant, variant), method_section(rows, results["comparisons"][variant])))
-        sections.append((f"Learning curves ({variant})", curve_section(records, list(rows))))
+        heading, told = VARIANTS.get(variant, (variant, ""))
+        absent = [NAMES[method] for method in results["settings"] if method not in rows]
+        missing = [paragraph(f"No finished run: {', '.join(absent)}.", "quiet")] if absent and rows else []
+        body = [paragraph(told), *missing, method_section(rows, results["comparisons"][variant])]
+        sections.append((heading, join(body)))
+        sections.append((f"Learning curves ({variant})", curve_section(records)))
         sections.append((f"What the rewards say ({variant})", reward_section(rows)))
-    sections.append(("Sensitivity of TLCR", sensitivity_section(results["sensitivity"])))
+    sections.append(("Sensitivity", sensitivity_section(results["sensitivity"])))
     sections.append(("The grid", grid_section(results["grid"], results["settings"])))
     sections.append(("Judges", judge_section(results["judges"])))
     sections.append(("The world", world_section(results)))
@@ -71,21 +102,32 @@ def spread(entry: Mapping | None, digits: int = 2) -> str:
     if entry is None:
         return "—"
     sd = entry["sd"]
-    return number(entry["mean"], digits) + (f" ± {number(sd, digits)}" if sd is not None else "")
+    return number(entry["mean"], digits) + (
+        f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(sd, digits)}" if sd is not None else ""
+    )
 
 
 def method_section(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping]) -> Html:
     if not rows:
         return paragraph("No run has finished.", "quiet")
-    header = ["method", *(f"true score, {name}" for name in DECODINGS), "best in training", "length", "EOS", "KL", "s"]
-    keys = [f"true_score {name}" for name in DECODINGS]
-    keys += ["best_true_score_in_training", "response_length", "eos_rate", "kl", "seconds"]
-    body = [[NAMES[method], *(spread(row.get(key)) for key in keys)] for method, row in rows.items()]
-    seeds = max(entry["seeds"] for row in rows.values() for entry in row.values())
-    caption = f"Mean ± standard deviation over up to {seeds} seeds; s: seconds of training."
+    counts = {row[f"true_score {DECODINGS[0]}"]["seeds"] for row in rows.values()}
+    seeds = f"{max(counts)} seed" + "s" * (max(counts) > 1)
+    if len(counts) > 1:
+        seeds = f"{min(counts)} to {seeds}, as some runs are missing"
+    scored = (
+        f"Mean ± standard deviation over {seeds}. In training: the best five consecutive updates, and the last five, "
+        "of the answers that the policy learns from."
+    )
+    spent = (
+        "Length (tokens), EOS (share of answers that end by themselves) and KL to SFT (nats per response): at "
+        "temperature 1. Generated tokens and seconds: of training."
+    )
     return join(
         [
-            table_html(header, body, caption),
+            paragraph(scored, "note"),
+            summary_table(rows, SCORES),
+            paragraph(spent, "note"),
+            summary_table(rows, COSTS),
             score_bars(rows),
             *(difference_table(list(rows), compared[name]["differences"], name) for name in DECODINGS),
             win_table(compared[DECODINGS[0]]["win_rates"]),
@@ -93,13 +135,25 @@ def method_section(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping])
     )
 
 
+def summary_table(rows: Mapping[str, Mapping], measures: Mapping[str, tuple[str, int]]) -> Html:
+    body = [
+        [NAMES[method], *(spread(row.get(key), digits) for key, digits in measures.values())]
+        for method, row in rows.items()
+    ]
+    return table_html(["method", *measures], body)
+
+
 def score_bars(rows: Mapping[str, Mapping]) -> Html:
-    """Table 1 as bars, one chart for each decoding, with the intervals over seeds."""
+    """Table 1 as bars, one chart for each decoding on the same axis, with the intervals over seeds."""
     groups = [NAMES[method] for method in rows]
-    charts = []
-    for name in DECODINGS:
-        values, whiskers = bars([row.get(f"true_score {name}") for row in rows.values()])
-        charts.append(bar_chart(groups, {name: values}, f"True score, {name}", "true score", {name: whiskers}))
+    drawn = {name: bars([row.get(f"true_score {name}") for row in rows.values()]) for name in DECODINGS}
+    values = [value for heights, _ in drawn.values() for value in heights if value is not None]
+    edges = [edge for _, whiskers in drawn.values() for pair in whiskers if pair for edge in pair]
+    shared = (min(values + edges), max(values + edges))
+    charts = [
+        bar_chart(groups, {name: heights}, f"True score, {name}", "true score", {name: whiskers}, shared)
+        for name, (heights, whiskers) in drawn.items()
+    ]
     return columns(*charts, kind="charts")
 
 
@@ -140,29 +194,36 @@ def win_table(rates: Mapping[str, Mapping[str, float | None]]) -> Html:
     return table_html(header, body, "Share of test prompts on which the row's answer truly scores higher; ties half.")
 
 
-def curves(records: Sequence[Mapping], methods: Mapping[str, str], measure: str) -> list[Series]:
+def curves(records: Sequence[Mapping], methods: Sequence[str], measure: str) -> list[Series]:
     """A line for each method, mean over seeds, its band one standard deviation."""
     series = []
-    for method, name in methods.items():
+    for method in methods:
         mine = [one.get("curve", {}).get(measure) for one in records if one["method"] == method]
         found = [curve for curve in mine if curve]
         if found:
-            means, lows, highs = band(found)
-            series.append(Series(name, list(range(1, len(means) + 1)), means, lows, highs))
+            means, lows, highs = (smooth(line, SMOOTHING) for line in band(found))
+            series.append(Series(NAMES[method], list(range(1, len(means) + 1)), means, lows, highs))
     return series
 
 
-def curve_section(records: Sequence[Mapping], methods: Sequence[str]) -> Html:
-    all_methods = {method: NAMES[method] for method in methods}
+def curve_section(records: Sequence[Mapping]) -> Html:
+    text = "Means over seeds, smoothed over neighbouring updates; bands: one standard deviation."
+    return join([paragraph(text, "note"), *(curve_group(name, records) for name in CURVE_GROUPS)])
+
+
+def curve_group(name: str, records: Sequence[Mapping]) -> Html:
+    """The curves of methods that are compared in one chart, and which of them have not been run."""
+    run = {one["method"] for one in records}
+    methods = [method for method in CURVE_GROUPS[name] if method in run]
+    absent = [NAMES[method] for method in CURVE_GROUPS[name] if method not in run]
+    told = [paragraph(f"{name}, not run: {', '.join(absent)}.", "quiet")] if absent else []
+    if methods in ([], ["tlcr"]) and absent:  # TLCR alone is no comparison
+        return join(told)
     charts = [
-        line_chart(curves(records, all_methods, measure), title, "update", unit, smoothing=0.7)
+        line_chart(curves(records, methods, measure), f"{name}: {title}", "update", unit)
         for measure, (title, unit) in CURVES.items()
     ]
-    seven = [
-        line_chart(curves(records, FIGURE_7, measure), f"Figure 7: {title}", "update", unit, smoothing=0.7)
-        for measure, (title, unit) in list(CURVES.items())[1:]
-    ]
-    return join([columns(*charts, kind="charts"), columns(*seven, kind="charts")])
+    return join([columns(*charts), *told])
 
 
 def reward_section(rows: Mapping[str, Mapping]) -> Html:
@@ -181,16 +242,31 @@ def reward_section(rows: Mapping[str, Mapping]) -> Html:
     header = ["method", "KL to SFT", "true score, T=1", "reward per token 2D − 1", "sequence reward"]
     keys = ("kl", "true_score T=1", "token_reward", "sequence_reward")
     body = [[NAMES[method], *(spread(row.get(key), 3) for key in keys)] for method, row in rows.items()]
-    return join([columns(*charts, kind="charts"), table_html(header, body, "Score against the KL it was paid with.")])
+    caption = "True score at temperature 1 against the KL to SFT that it was paid with."
+    return join([columns(*charts, score_against_kl(rows), kind="charts"), table_html(header, body, caption)])
+
+
+def score_against_kl(rows: Mapping[str, Mapping]) -> Html:
+    scored = {method: row for method, row in rows.items() if "kl" in row}
+    points = [(NAMES[method], row["kl"]["mean"], row["true_score T=1"]["mean"]) for method, row in scored.items()]
+    whiskers = [row["true_score T=1"]["interval"] for row in scored.values()]
+    return point_chart(points, "True score against KL to SFT, T=1", "nats per response", "true score", whiskers)
 
 
 def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -> Html:
-    charts = []
+    """One chart for each question of which two levels or more are measured; the others are said to be missing."""
+    charts, absent = [], []
     for question, levels in questions.items():
-        values, whiskers = bars([(row or {}).get("true_score T=1") for row in levels.values()])
+        entries = [(row or {}).get("true_score T=1") for row in levels.values()]
+        if sum(entry is not None for entry in entries) < 2:
+            absent.append(question)
+            continue
+        values, whiskers = bars(entries)
         title = question[0].upper() + question[1:]
-        charts.append(bar_chart(list(levels), {"T=1": values}, title, "true score", {"T=1": whiskers}))
-    return columns(*charts, kind="charts")
+        charts.append(bar_chart(list(levels), {"T=1": values}, title, "true score, T=1", {"T=1": whiskers}))
+    told = [paragraph("TLCR, where nothing else is said, with one thing varied at a time.")] if charts else []
+    told += [paragraph(f"Not run (--stage sensitivity): {', '.join(absent)}.", "quiet")] if absent else []
+    return join([*told, columns(*charts, kind="charts")])
 
 
 def grid_section(grid: Mapping, settings: Mapping[str, Mapping[str, Mapping]]) -> Html:
@@ -211,7 +287,8 @@ def grid_section(grid: Mapping, settings: Mapping[str, Mapping[str, Mapping]]) -
     )
     parts = [paragraph(text), table_html(["reported", *header], chosen)]
     if tried:
-        parts.append(table_html(["tried", *header, "true score", "KL to SFT"], tried))
+        table = table_html(["tried", *header, "true score", "KL to SFT"], tried)
+        parts.append(Html(f"<details><summary>All trials</summary>{table}</details>"))
     return join(parts)
 
 
@@ -224,6 +301,14 @@ def judge_section(judges: Sequence[Mapping]) -> Html:
 
 
 def world_section(results: Mapping) -> Html:
-    told = {**results["world"], **results["scale"]}
-    rows = [[name.replace("_", " "), str(value)] for name, value in told.items()]
-    return table_html(["what", "value"], rows)
+    def rows(told: Mapping) -> list[list[str]]:
+        return [[name.replace("_", " "), words(value)] for name, value in told.items() if value is not None]
+
+    def words(value: object) -> str:
+        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    tables = [
+        table_html(["world", "value"], rows(results["world"])),
+        table_html(["scale", "value"], rows(results["scale"])),
+    ]
+    return columns(*tables)

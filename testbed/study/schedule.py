@@ -1,6 +1,7 @@
 """Steps run side by side, each in a fork of this process, as soon as what they need is there."""
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def run(store: Store, wanted: Sequence[Step], jobs: int, title: str) -> Outcome:
     """Make ``wanted`` and all that they need, ``jobs`` at a time; what is done is not made again.
 
     A step that fails keeps the others from nothing but what needs it: the caller says which ones did. An interrupt
-    ends the running steps; they begin anew, or from their checkpoints, at the next call.
+    ends the running steps; they begin anew at the next call.
     """
     steps = in_order(wanted)
     left = [step for step in steps if not store.is_done(step)]
@@ -73,9 +74,9 @@ def _begin(store: Store, left: list[Step], jobs: int, running: dict, outcome: Ou
             outcome.skipped += 1
         elif len(running) < jobs and all(map(store.is_done, step.needs)):
             folder = store.folder(step)
-            folder.mkdir(parents=True, exist_ok=True)
-            # A run that begins anew must not append to the rollouts of the one that was ended.
-            (folder / "rollouts.jsonl").unlink(missing_ok=True)
+            # Anew, not from a checkpoint of a run that was ended: its rollouts would not be those of all updates.
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
             variables = {ROLLOUTS: str(folder / "rollouts.jsonl")}
             process = forked.start(step.program, store.arguments(step), folder / LOG, variables)
             running[process] = (step, time.monotonic())

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 
@@ -15,15 +16,17 @@ Scorer = Callable[[str, str, bool], float]
 
 
 def load_scorer(name: str) -> Scorer:
-    """Raises ``InputError`` for a name of another form, or that cannot be imported."""
+    """Raises ``InputError`` for a name of another form, that cannot be imported, or that takes other arguments."""
     kind, _, path = name.partition(":")
     module, _, function = path.partition(":")
     if kind != "python" or not module or not function:
         raise InputError(f"--scorer {name}: expected python:package.module:function")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--scorer {name}: {error}") from None
+        scorer = getattr(importlib.import_module(module), function)
+        inspect.signature(scorer).bind("prompt", "response", True)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"--scorer {name}: {error}; expected a function of prompt, response, ended") from None
+    return scorer
 
 
 def testbed_score(prompt: str, response: str, ended: bool) -> float:
