@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -70,6 +71,7 @@ def start(dtype: str, seed: int) -> Runtime:
         attention.install()
         return_large_blocks()
     deepspeed.init_distributed()
+    unlink_shared_buffers()
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:
         transformers.logging.set_verbosity_error()
@@ -81,6 +83,16 @@ def start(dtype: str, seed: int) -> Runtime:
         else torch.device("cpu"),
         dtype=resolved,
     )
+
+
+def unlink_shared_buffers() -> None:
+    """Take its name from this rank's shared buffer for collectives, once every rank on the machine has opened it.
+
+    DeepSpeed never does, and every run would leave 66 MiB a rank in memory until the machine is started again.
+    """
+    torch.distributed.barrier()
+    owner = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], torch.distributed.get_rank())
+    Path("/dev/shm/deepspeed_allreduce_buffer_" + "_".join(map(str, owner))).unlink(missing_ok=True)
 
 
 def return_large_blocks() -> None:

@@ -16,11 +16,15 @@ from deepspeed_chat_tlcr import forked
 from deepspeed_chat_tlcr.metrics import read_metrics
 
 
-def start(program: str, arguments: list[str], ranks: int, log: Path) -> list[int]:
-    """Process ids of all ranks, with what DeepSpeed's launcher tells its processes."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        return str(probe.getsockname()[1])
+
+
+def start(program: str, arguments: list[str], ranks: int, log: Path, port: str) -> list[int]:
+    """Process ids of all ranks, with what DeepSpeed's launcher tells its processes."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks)}
     return [
         forked.start(program, arguments, log, shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
@@ -42,11 +46,15 @@ def main(runs: list[dict], log: Path) -> None:
     forked.warm_up()
     statuses = []
     for run in runs:
-        processes = start(run["program"], run["arguments"], run["ranks"], log)
+        port = free_port()
+        processes = start(run["program"], run["arguments"], run["ranks"], log, port)
         if run["kill_after"]:
             output = run["arguments"][run["arguments"].index("--output_dir") + 1]
             kill(processes, Path(output) / "metrics.jsonl", run["kill_after"])
         statuses.append([os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes])
+        left = list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
+        if left:
+            sys.exit(f"left in memory: {left}")
     print(json.dumps(statuses))
 
 
