@@ -65,8 +65,11 @@ def round_of(folder: Path, before: dict[str, float]) -> dict:
     """One round; ``before``: the labels of the round before, from which these have shifted."""
     now = labels(folder)
     ppo = read_json(folder / "step3_ppo_tlcr" / "results.json")
+    counts = read_json(folder / "labeling" / "run.json")["counts"]
     return {
         "labels": now,
+        # Answers without a usable revision: mostly those in which the reviser found nothing to mend.
+        "unrevised_share": counts["failures"] / counts["pairs"],
         "label_shift": {name: now[name] - before[name] for name in now},
         "discriminator_before": judged(folder / "before"),
         "discriminator_after": judged(folder / "after"),

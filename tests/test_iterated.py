@@ -103,11 +103,12 @@ def test_the_report_of_the_rounds(tmp_path):
             measures = {"edited_accuracy": accuracy, "majority_accuracy": 0.5, "auroc": 0.8}
             write(folder / name / "discriminator" / "results.json", measures)
         write(folder / "step3_ppo_tlcr" / "results.json", {"reward/per_token": 0.1, "policy/kl": 2.0})
-        write(folder / "labeling" / "run.json", {"usd": 1.5})
+        write(folder / "labeling" / "run.json", {"usd": 1.5, "counts": {"pairs": 8, "failures": 1}})
         write(folder / "held_out" / "labeling" / "run.json", {"usd": 0.25})
     report(["--run_dir", str(tmp_path), "--rounds", "2"])
     found = json.loads((tmp_path / "iterated.json").read_text())
     assert [one["label_shift"]["share_negative"] for one in found["rounds"]] == [-0.125, -0.125]
     assert found["rounds"][1]["discriminator_after"]["edited_accuracy"] == 0.7
     assert found["rounds"][0]["labels"]["unedited_share"] == 0.25
+    assert found["rounds"][0]["unrevised_share"] == 0.125
     assert found["rounds"][0]["labelling_usd"] == 1.75
