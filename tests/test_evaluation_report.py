@@ -103,7 +103,9 @@ def test_the_page_fits_laptops_and_phones_in_both_themes_and_shows_values(evalua
         assert len(backgrounds) == 2
         assert tab.run("document.querySelectorAll('svg[role=img]').length") >= 8
         spot = (
-            "(() => { const one = document.querySelector('.heatmap .t'); one.scrollIntoView({block: 'center'});"
+            "(async () => { const one = document.querySelector('.heatmap .t'); one.scrollIntoView({block: 'center'});"
+            # Scrolling hides the value, and is told of with the next frame only.
+            "for (let frame = 0; frame < 3; frame++) await new Promise(requestAnimationFrame);"
             "const box = one.getBoundingClientRect(); return [box.x + 2, box.y + 5]; })()"
         )
         tab.screen(1280, 844)
