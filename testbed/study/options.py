@@ -54,9 +54,9 @@ class Options:
 
     grid_seed: int = option(0, "the world that settings are chosen on; none of --seeds")
     learning_rates: list[float] = option([1e-4, 3e-4, 1e-3], "the grid's learning rates, the same for every method")
-    kls: list[float] = option([0.01, 0.03, 0.3], "the grid's KL coefficients (DPO: beta) besides 0.1")
+    kls: list[float] = option([0.03, 0.3, 1.0], "the grid's KL coefficients (DPO: beta) besides 0.1")
     reward_scales: list[float] = option(
-        [], "the grid's reward scales besides 1; a KL coefficient of 0.01 is a scale of 10 at 0.1, so none by default"
+        [], "the grid's reward scales besides 1; a KL coefficient of 1 is a scale of 0.1 at 0.1, so none by default"
     )
 
     preferences: str | None = option(None, "another world: its pairs, JSON lines of prompt, chosen, rejected")
