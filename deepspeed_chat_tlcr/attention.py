@@ -34,11 +34,12 @@ def attention(
 ) -> tuple[torch.Tensor, None]:
     """As transformers' ``sdpa_attention_forward``: query ``(B, H, T, D)`` to ``(B, T, H, D)``.
 
-    A single query, dropout, 32 bits, another device, a mask of numbers or none at all go to SDPA.
+    A single query, dropout, 32 bits, another device, a mask of numbers, by head, or none at all go to SDPA.
     """
-    plain = attention_mask is not None and attention_mask.dtype == torch.bool and kwargs.get("position_bias") is None
+    plain = attention_mask is not None and attention_mask.dtype == torch.bool and attention_mask.size(1) == 1
+    plain = plain and all(kwargs.get(name) is None for name in ("position_bias", "cache", "softcap"))
     short = query.element_size() == 2 and query.device.type == "cpu"
-    if not (plain and short) or dropout or query.size(2) == 1 or kwargs.get("cache") is not None:
+    if not (plain and short) or dropout or query.size(2) == 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = (repeat_kv(states, groups) for states in (key, value))
