@@ -20,6 +20,7 @@ from typing import overload
 
 import numpy as np
 
+from deepspeed_chat_tlcr.arguments import DataOptions
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.preference_tables import Table, read_table
 from deepspeed_chat_tlcr.record_sources import SPLITS, Records, Source, find_source
@@ -147,6 +148,20 @@ def load_preferences(
         sizes = ", ".join(f"{len(table)} records in {records}" for _, records, table in tables)
         raise InputError(f"the {part} part of the {split} data is empty at --data_split {data_split} ({sizes})")
     return found
+
+
+def load_part(options: DataOptions, part: str, split: str, tokenizer, require_rejected: bool = True) -> Preferences:
+    """``load_preferences`` as a stage's data options say."""
+    return load_preferences(
+        options.data_path,
+        part,
+        split,
+        options.data_split,
+        options.data_seed,
+        require_rejected,
+        tokenizer,
+        options.data_output_path,
+    )
 
 
 def _read_tables(

@@ -21,7 +21,7 @@ from deepspeed_chat_tlcr.arguments import DataOptions, option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm
-from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.preference_data import load_part
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -82,18 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
     require_writable(options.output_dir)
     tokenizer = load_tokenizer(options.policy)
-    parts = {
-        split: load_preferences(
-            options.data_path,
-            "reward",
-            split,
-            options.data_split,
-            options.data_seed,
-            tokenizer=tokenizer,
-            cache_dir=options.data_output_path,
-        )
-        for split in ("train", "eval")
-    }
+    parts = {split: load_part(options, "reward", split, tokenizer) for split in ("train", "eval")}
     chosen = {
         "train": part_of_round(parts["train"], options.prompts, options.round),
         "eval": part_of_round(parts["eval"], options.eval_prompts, 1),

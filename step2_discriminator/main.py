@@ -16,7 +16,7 @@ from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, op
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import token_metrics
 from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
-from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.preference_data import load_part
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
@@ -133,15 +133,7 @@ def text_pairs(texts: Iterable[tuple[str, str, str]], tokenizer, max_length: int
 
 def preference_pairs(options, tokenizer, split: str) -> tuple[list[Pair], str]:
     """The reward part's (chosen, rejected) pairs, by any stage's data options, and one sentence on them."""
-    preferences = load_preferences(
-        options.data_path,
-        "reward",
-        split,
-        options.data_split,
-        options.data_seed,
-        tokenizer=tokenizer,
-        cache_dir=options.data_output_path,
-    )
+    preferences = load_part(options, "reward", split, tokenizer)
     texts = ((p.prompt, p.chosen, p.rejected) for p in preferences)
     return text_pairs(texts, tokenizer, options.max_seq_len, split)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.preference_data import load_part
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import tokenize_prompt
 from deepspeed_chat_tlcr.training import LengthGroupedSampler
@@ -19,16 +19,7 @@ def load_prompts(
     options: "Options", tokenizer: PreTrainedTokenizerFast, runtime: Runtime, split: str = "train"
 ) -> list[list[int]]:
     """Token ids of the RL part's prompts that fit; the longer ones are counted and dropped."""
-    preferences = load_preferences(
-        options.data_path,
-        "rl",
-        split,
-        options.data_split,
-        options.data_seed,
-        require_rejected=False,
-        tokenizer=tokenizer,
-        cache_dir=options.data_output_path,
-    )
+    preferences = load_part(options, "rl", split, tokenizer, require_rejected=False)
     prompts = [tokenize_prompt(tokenizer, preference.prompt) for preference in preferences]
     kept = [prompt for prompt in prompts if len(prompt) <= options.max_prompt_seq_len]
     what = "prompts" if split == "train" else "held-out prompts"
