@@ -75,6 +75,8 @@ def start(dtype: str, seed: int) -> Runtime:
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:
         transformers.logging.set_verbosity_error()
+    elif resolved == "bf16" and accelerator.device_name() == "cpu" and not cpu_multiplies_bf16():
+        print("warning: this CPU has no bf16 instructions: --dtype fp32 will be many times faster", flush=True)
     return Runtime(
         rank=torch.distributed.get_rank(),
         world_size=torch.distributed.get_world_size(),
@@ -131,6 +133,12 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16; an x86 without them takes many times as long as for fp32."""
+    able = torch.cpu.get_capabilities()
+    return able.get("architecture") != "x86_64" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def resolve_dtype(dtype: str) -> str:

@@ -54,7 +54,7 @@ class Experience:
     ref_logprobs: torch.Tensor  # (B, A)
     # None while the policy that wrote the rollout is the one being trained: then the training forward has them.
     old_logprobs: torch.Tensor | None = None  # (B, A)
-    old_values: torch.Tensor | None = None  # (B, A)
+    old_values: torch.Tensor | None = None  # (B, A); None without a critic
     # Only where the KL is taken over the whole vocabulary, which needs both models' logits.
     divergence: torch.Tensor | None = None  # (B, A)
     # Only where they are whitened together, before the first update.

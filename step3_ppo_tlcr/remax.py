@@ -1,16 +1,14 @@
 """ReMax (Li et al., 2023): REINFORCE whose baseline is the reward of the policy's own greedy answer; no critic."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from step3_ppo_tlcr.averages import Averages
-from step3_ppo_tlcr.engines import action_logits
-from step3_ppo_tlcr.logprobs import entropy
-from step3_ppo_tlcr.objectives import kl_penalised, masked_mean, remax_loss, remax_weights
+from step3_ppo_tlcr.objectives import kl_penalised, remax_loss, remax_weights
 from step3_ppo_tlcr.records import Experience, Rollout
-from step3_ppo_tlcr.trainer import Losses, Trainer
+from step3_ppo_tlcr.trainer import Loss, Trainer
 
 
 class ReMax(Trainer):
@@ -42,26 +40,9 @@ class ReMax(Trainer):
             weighed.append(replace(experience, rewards=weights))
         return weighed
 
-    def losses(self, batch: Experience) -> Losses:
-        options, rollout, mask = self.options, batch.rollout, batch.rollout.action_mask
-        logits = action_logits(self.models.actor, rollout)
-        logprobs = self.logprobs(logits, rollout)
-        old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        returns = kl_penalised(batch.rewards, self.divergence(batch, old_logprobs), mask, self.beta)
-        entropies = entropy(logits if options.entropy_coef else logits.detach())
+    def losses(self, batch: Experience) -> Iterator[Loss]:
+        batch, logprobs, entropies = self.policy(batch)
+        mask = batch.rollout.action_mask
+        returns = kl_penalised(batch.rewards, self.divergence(batch), mask, self.beta)
         loss = remax_loss(logprobs, returns, mask)
-        bonus = options.entropy_coef * masked_mean(entropies, mask) if options.entropy_coef else 0.0
-        log_ratio = ((logprobs - old_logprobs) * mask).detach()
-        return Losses(
-            {"actor": loss - bonus},
-            log_ratio,
-            {
-                "policy/perplexity": -logprobs.detach(),
-                "policy/kl_per_token": old_logprobs - batch.ref_logprobs,
-                "policy/entropy": entropies.detach(),
-                "policy/approx_kl": log_ratio.exp() - 1 - log_ratio,
-                "policy/loss": loss.detach().expand_as(mask),
-                "policy/return": returns,
-            },
-            {"policy/kl": ((old_logprobs - batch.ref_logprobs) * mask).sum(1)},
-        )
+        yield self.actor_loss(loss, batch, logprobs, entropies, {"policy/return": returns})

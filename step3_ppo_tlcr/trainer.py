@@ -3,9 +3,9 @@
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +18,9 @@ from step3_ppo_tlcr.averages import Averages, RunningScale
 from step3_ppo_tlcr.ema import WeightAverage
 from step3_ppo_tlcr.engines import RewardSum, action_logits, state_values
 from step3_ppo_tlcr.faults import Faults, align_overflow
-from step3_ppo_tlcr.logprobs import full_kl, token_logprobs
+from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs
 from step3_ppo_tlcr.measures import finished, measure_rollout, peak_memory, throughputs
-from step3_ppo_tlcr.objectives import adapted_beta, k1, k3
+from step3_ppo_tlcr.objectives import adapted_beta, k1, k3, masked_mean
 from step3_ppo_tlcr.pretraining import Pretraining
 from step3_ppo_tlcr.records import Experience, Rollout
 from step3_ppo_tlcr.rollout import request, to_rollout
@@ -45,13 +45,13 @@ class Models:
 
 
 @dataclass(frozen=True)
-class Losses:
-    """One micro-batch's losses, and what to report of it if they are finite."""
+class Loss:
+    """One model's loss on a micro-batch, and what to report of it if it is finite."""
 
-    by_role: dict[str, torch.Tensor]  # scalars, means over the micro-batch's tokens
-    log_ratio: torch.Tensor  # (B, A), log pi - log pi_old
-    measured: dict[str, torch.Tensor]  # (B, A) by metric
-    per_sequence: dict[str, torch.Tensor]  # (B,) by metric
+    role: str
+    value: torch.Tensor  # scalar, mean over the micro-batch's tokens
+    measured: dict[str, torch.Tensor]  # (B, A) by metric; the actor's have policy/approx_kl
+    per_sequence: dict[str, torch.Tensor] = field(default_factory=dict)  # (B,) by metric
 
 
 class Trainer(ABC):
@@ -81,8 +81,11 @@ class Trainer(ABC):
         self.gradient_norms: dict[str, float] = {}  # by role, of the newest optimiser step
 
     @abstractmethod
-    def losses(self, batch: Experience) -> Losses:
-        """Forward passes of one micro-batch and the algorithm's losses."""
+    def losses(self, batch: Experience) -> Iterator[Loss]:
+        """Forward passes of one micro-batch and the algorithm's losses, the actor's first.
+
+        Each is back-propagated before the next is asked for, so that two models' activations never share the memory.
+        """
 
     def step(self, prompts: Sequence[list[int]]) -> dict[str, float]:
         """Learn from one set of rollouts, an answer to each prompt. Returns metrics over all ranks.
@@ -127,23 +130,23 @@ class Trainer(ABC):
         return [experience for rollout in rollouts if (experience := self.experience(rollout, averages)) is not None]
 
     def experience(self, rollout: Rollout, averages: Averages) -> Experience | None:
-        """Rewards and reference log-probs; off the on-policy path also the old log-probs and values."""
+        """Rewards, reference log-probs and values; off the on-policy path also the old log-probs."""
         mask = rollout.action_mask
         rewards, terms = self.models.reward(rollout)
         if self.faults.found(rollout, rewards):
             return None
         if self.options.scale_rewards:
             rewards = rewards / self.scale.update((rewards * mask).sum(1))
+        for engine in self.models.engines.values():
+            engine.eval()
+        values = state_values(self.models.critic, rollout) if self.models.critic else None
         ref_logits = action_logits(self.models.reference, rollout)
-        experience = Experience(rollout, rewards, self.reference_logprobs(ref_logits, rollout))
+        experience = Experience(rollout, rewards, self.reference_logprobs(ref_logits, rollout), old_values=values)
         if not self.on_policy:
-            for engine in self.models.engines.values():
-                engine.eval()
             logits = action_logits(self.models.actor, rollout)
             experience = replace(
                 experience,
                 old_logprobs=self.logprobs(logits, rollout),
-                old_values=state_values(self.models.critic, rollout) if self.models.critic else None,
                 divergence=full_kl(logits, ref_logits) if self.full_kl else None,
             )
         frozen = (experience.ref_logprobs, experience.old_logprobs, experience.old_values, experience.divergence)
@@ -203,18 +206,48 @@ class Trainer(ABC):
         uncut = replace(self.decoding, top_p=1.0, top_k=0)
         return token_logprobs(logits, rollout.action_ids, uncut, self.tokenizer.eos_token_id)
 
-    def divergence(self, batch: Experience, old_logprobs: torch.Tensor) -> torch.Tensor:
+    def policy(self, batch: Experience) -> tuple[Experience, torch.Tensor, torch.Tensor]:
+        """The actor's forward pass: the experience, with old log-probs now, and log-probs and entropies ``(B, A)``."""
+        logits = action_logits(self.models.actor, batch.rollout)
+        logprobs = self.logprobs(logits, batch.rollout)
+        if batch.old_logprobs is None:
+            batch = replace(batch, old_logprobs=logprobs.detach())
+        return batch, logprobs, entropy(logits if self.options.entropy_coef else logits.detach())
+
+    def actor_loss(
+        self,
+        loss: torch.Tensor,
+        batch: Experience,
+        logprobs: torch.Tensor,
+        entropies: torch.Tensor,
+        measured: dict[str, torch.Tensor],
+    ) -> Loss:
+        """An algorithm's loss less the entropy bonus, with what is reported whichever algorithm it is."""
+        mask = batch.rollout.action_mask
+        bonus = self.options.entropy_coef * masked_mean(entropies, mask) if self.options.entropy_coef else 0.0
+        log_ratio = ((logprobs - batch.old_logprobs) * mask).detach()
+        divergence = batch.old_logprobs - batch.ref_logprobs
+        measured = measured | {
+            "policy/perplexity": -logprobs.detach(),
+            "policy/kl_per_token": divergence,
+            "policy/entropy": entropies.detach(),
+            "policy/approx_kl": log_ratio.exp() - 1 - log_ratio,
+            "policy/loss": loss.detach().expand_as(mask),
+        }
+        return Loss("actor", loss - bonus, measured, {"policy/kl": (divergence * mask).sum(1)})
+
+    def divergence(self, batch: Experience) -> torch.Tensor:
         """The KL of each action as ``--penalty`` estimates it, ``(B, A)``."""
         if batch.divergence is not None:
             return batch.divergence
         estimate = k3 if self.options.penalty == "k3" else k1
-        return estimate(old_logprobs, batch.ref_logprobs)
+        return estimate(batch.old_logprobs, batch.ref_logprobs)
 
     def _optimiser_step(self, batches: Sequence[Experience], averages: Averages) -> float:
         """One update; a token weighs the same on whichever rank and micro-batch it stands.
 
-        Micro-batches whose losses are not finite are left out; if all are, so is the update. Returns how far the
-        policy had moved from the one that wrote the rollouts, in nats per token (0 where ``--target_kl`` does not ask).
+        Losses that are not finite are left out; if all of a model's are, so is its update. Returns how far the policy
+        had moved from the one that wrote the rollouts, in nats per token (0 where ``--target_kl`` does not ask).
         """
         moved = Averages(self.device)
         tokens = torch.stack([batch.rollout.action_mask.sum() for batch in batches]).to(self.device, torch.float32)
@@ -222,52 +255,63 @@ class Trainer(ABC):
         torch.distributed.all_reduce(total)
         # Engines average over ranks and micro-batches; these shares turn those means into one over all tokens.
         shares = tokens / total.clamp(min=1) * self.world_size * len(batches)
-        good, left_out = None, 0
+        good: dict[str, Experience] = {}  # by role, one whose loss was finite
+        left_out = dict.fromkeys(self.models.engines, 0)
+        ready: list[str] = []  # roles whose accumulation is complete
         for batch, share in zip(batches, shares, strict=True):
-            losses = self.losses(batch)
-            if self.faults.found(batch, *losses.by_role.values()):
-                left_out += 1
-                continue
-            self._backward(losses, share, averages)
-            self._record(losses, batch.rollout.action_mask, averages)
-            moved.add("kl", losses.log_ratio.exp() - 1 - losses.log_ratio, batch.rollout.action_mask)
-            good = batch
-        averages.add("faults/left_out", torch.full((len(batches),), left_out / len(batches)))
-        if good is None:
-            return 0.0
-        for _ in range(left_out):
-            # Engines count backward passes: the places of what was left out are filled with gradients of zero.
-            self._backward(self.losses(good), torch.zeros_like(shares[0]), averages)
+            for loss in self.losses(batch):
+                if self.faults.found(batch, loss.value):
+                    left_out[loss.role] += 1
+                    continue
+                ready += self._backward(loss, share, averages)
+                self._record(loss, batch.rollout.action_mask, averages)
+                if loss.role == "actor":
+                    moved.add("kl", loss.measured["policy/approx_kl"], batch.rollout.action_mask)
+                good[loss.role] = batch
+        averages.add("faults/left_out", torch.full((len(batches),), max(left_out.values()) / len(batches)))
+        for role, batch in good.items():
+            for _ in range(left_out[role]):
+                # Engines count backward passes: the places of what was left out are filled with gradients of zero.
+                loss = next(loss for loss in self.losses(batch) if loss.role == role)
+                ready += self._backward(loss, torch.zeros_like(shares[0]), averages)
+        self._update(ready)
         # While fp16 looks for its loss scale it overflows by design; in other precisions it is a fault.
         finite = all(math.isfinite(norm) for norm in self.gradient_norms.values())
-        self.updates += int(finite or self.models.actor.fp16_enabled())
-        return moved.reduce()["kl"] if self.options.target_kl is not None else 0.0
+        complete = len(good) == len(self.models.engines)
+        self.updates += int(complete and (finite or self.models.actor.fp16_enabled()))
+        return moved.reduce()["kl"] if self.options.target_kl is not None and "actor" in good else 0.0
 
-    def _backward(self, losses: Losses, share: torch.Tensor, averages: Averages) -> None:
-        """Back-propagate a micro-batch and step; engines move at the end of an accumulation only."""
-        engines = self.models.engines
-        passes = 2 if self.pretraining is not None else 1
-        for role, engine in engines.items():
-            engine.backward(losses.by_role[role] * share * (passes if role == "actor" else 1))
-        if self.pretraining is not None:
-            self.models.actor.step()  # the first of two passes: no boundary, so it does not move yet
-            text_loss = self.pretraining.loss(self.models.actor)
+    def _backward(self, loss: Loss, share: torch.Tensor, averages: Averages) -> list[str]:
+        """Back-propagate a loss. Returns its role where that completes an accumulation, for ``_update``."""
+        engine = self.models.engines[loss.role]
+        mixed = self.pretraining is not None and loss.role == "actor"
+        passes = 2 if mixed else 1
+        engine.backward(loss.value * share * passes)
+        if mixed:
+            engine.step()  # the first of two passes: no boundary, so it does not move yet
+            text_loss = self.pretraining.loss(engine)
             # Engines divide by the number of passes; the share makes no difference here, every batch is full.
-            self.models.actor.backward(text_loss * self.options.unsup_coef * passes)
+            engine.backward(text_loss * self.options.unsup_coef * passes)
             averages.add("policy/pretraining_loss", text_loss.detach())
-        boundary = all(engine.is_gradient_accumulation_boundary() for engine in engines.values())
-        if boundary and self.options.align_overflow:
+        if engine.is_gradient_accumulation_boundary():
+            return [loss.role]
+        engine.step()  # only counts
+        return []
+
+    def _update(self, roles: Sequence[str]) -> None:
+        """Move the models whose gradients are complete."""
+        engines = {role: self.models.engines[role] for role in roles}
+        if self.options.align_overflow:
             align_overflow(list(engines.values()))
         for role, engine in engines.items():
             engine.step()
-            if boundary:
-                norm = engine.get_global_grad_norm()  # None where --deepspeed_config switches it off
-                self.gradient_norms[role] = float(norm) if norm is not None else math.nan
+            norm = engine.get_global_grad_norm()  # None where --deepspeed_config switches it off
+            self.gradient_norms[role] = float(norm) if norm is not None else math.nan
 
-    def _record(self, losses: Losses, mask: torch.Tensor, averages: Averages) -> None:
-        for name, values in losses.measured.items():
+    def _record(self, loss: Loss, mask: torch.Tensor, averages: Averages) -> None:
+        for name, values in loss.measured.items():
             averages.add(name, values, mask)
-        for name, values in losses.per_sequence.items():
+        for name, values in loss.per_sequence.items():
             averages.add(name, values)
 
     def _metrics(self, averages: Averages, rollouts: Sequence[Rollout]) -> dict[str, float]:

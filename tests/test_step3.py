@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from step3_ppo_tlcr.engines import action_logits
 from step3_ppo_tlcr.logprobs import entropy
 from step3_ppo_tlcr.objectives import remax_loss, remax_weights
 from step3_ppo_tlcr.options import check
+from step3_ppo_tlcr.ppo import PPO
 from step3_ppo_tlcr.rollout import LoopRollout, checked
 
 
@@ -253,59 +255,59 @@ def test_faults_in_a_row_stop_the_run_with_what_caused_them(run, tmp_path, monke
     assert (tmp_path / "stopped" / "checkpoints" / "step-3" / "state.json").exists()
 
 
-def test_a_loss_that_is_not_finite_leaves_out_its_micro_batch(run, tmp_path, monkeypatch):
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Call with a role, a function and the calls to spoil: in these that role's loss becomes the function of it."""
+    whole, batches = PPO.losses, []
+
+    def spoil(role, function, on):
+        def losses(self, batch):
+            batches.append(batch)
+            call = len(batches)
+            for loss in whole(self, batch):
+                yield replace(loss, value=function(loss.value)) if loss.role == role and on(call) else loss
+
+        monkeypatch.setattr(PPO, "losses", losses)
+        return batches
+
+    return spoil
+
+
+def infinite_slope(loss):
+    """As large as the loss, but d sqrt(x) / dx at 0 is infinite."""
+    return loss + (loss * 0).sqrt()
+
+
+@pytest.mark.parametrize("role", ["actor", "critic"])
+def test_a_loss_that_is_not_finite_leaves_out_its_micro_batch(run, tmp_path, spoilt, role):
     """Two micro-batches per update, the second poisoned: the update is the first one's alone."""
-    import step3_ppo_tlcr.ppo as ppo
-
-    whole_losses, calls = ppo.PPO.losses, []
-
-    def losses(self, batch):
-        calls.append(batch)
-        found = whole_losses(self, batch)
-        if len(calls) == 2:
-            found.by_role["actor"] = found.by_role["actor"] * math.nan
-        return found
-
-    monkeypatch.setattr(ppo.PPO, "losses", losses)
+    batches = spoilt(role, lambda loss: loss * math.nan, lambda call: call == 2)
     more = ("--per_device_training_batch_size", 2, "--gradient_accumulation_steps", 2)
     lines = run("left_out", *more)
     assert [line["faults/left_out"] for line in lines] == [0.5, 0.0, 0.0]
     assert [line["policy/updates"] for line in lines] == [1.0] * 3
-    assert len(calls) == 7  # the good one again, with weight 0, in the place of the bad one
+    assert len(batches) == 7  # the good one again, with weight 0, in the place of the bad one
+    assert batches[2] is batches[0]
+
+
+def test_a_critic_that_only_has_bad_losses_skips_the_update(run, tmp_path, spoilt):
+    spoilt("critic", lambda loss: loss * math.nan, lambda call: call == 2)
+    lines = run("critic")
+    assert [line["faults/left_out"] for line in lines] == [0.0, 1.0, 0.0]
+    assert [line["faults/skipped"] for line in lines] == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_gradients_that_are_not_finite_do_not_reach_the_weights(run, tmp_path, monkeypatch, stage):
-    """A loss may be finite and its gradient not: d sqrt(x) / dx at 0."""
-    import step3_ppo_tlcr.ppo as ppo
-
-    whole_losses, calls = ppo.PPO.losses, []
-
-    def losses(self, batch):
-        calls.append(batch)
-        found = whole_losses(self, batch)
-        if len(calls) == 2:
-            found.by_role["actor"] = found.by_role["actor"] + (found.by_role["actor"] * 0).sqrt()
-        return found
-
-    monkeypatch.setattr(ppo.PPO, "losses", losses)
+def test_gradients_that_are_not_finite_do_not_reach_the_weights(run, tmp_path, spoilt, stage):
+    spoilt("actor", infinite_slope, lambda call: call == 2)
     lines = run("gradients", "--actor_zero_stage", stage, "--critic_zero_stage", stage)
     assert [line["faults/skipped"] for line in lines] == [0.0, 1.0, 0.0]
     assert all(torch.isfinite(weight).all() for weight in weights(tmp_path / "gradients" / "actor").values())
 
 
-def test_overflow_of_one_model_skips_the_step_of_both(run, tmp_path, monkeypatch):
+def test_overflow_of_one_model_skips_the_step_of_both(run, tmp_path, spoilt):
     """In bf16, whose optimisers check for overflow as those of fp16 do."""
-    import step3_ppo_tlcr.ppo as ppo
-
-    whole_losses = ppo.PPO.losses
-
-    def losses(self, batch):
-        found = whole_losses(self, batch)
-        found.by_role["actor"] = found.by_role["actor"] + (found.by_role["actor"] * 0).sqrt()
-        return found
-
-    monkeypatch.setattr(ppo.PPO, "losses", losses)
+    spoilt("actor", infinite_slope, lambda call: True)
     more = ("--actor_zero_stage", 2, "--critic_zero_stage", 2, "--dtype", "bf16", "--test_stop_step", 2)
     aligned, alone = run("aligned", *more, "--align_overflow"), run("alone", *more)
     assert [line["faults/critic_overflows"] for line in aligned] == [1.0, 2.0]

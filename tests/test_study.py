@@ -376,3 +376,15 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
 
     plan = subprocess.run([*command, "--plan"], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert {line.split()[0] for line in plan.stdout.splitlines()} == {"done"}
+
+    # Elsewhere, with nothing but what is known of it: nothing is to be made, and the same comes out.
+    command[command.index("--output_dir") + 1] = str(tmp_path / "there")
+    command += ["--known", str(tmp_path / "out" / "known.json")]
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert json.loads((tmp_path / "there" / "results.json").read_text()) == found
+    assert not list((tmp_path / "there").glob("artefacts/*"))
+    command[-1] = str(pairs)
+    wrong = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert "not a known.json" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

@@ -40,6 +40,7 @@ from testbed.study.options import (
     chosen_scale,
     chosen_seeds,
     chosen_world,
+    known_steps,
 )
 from testbed.study.pages import write_study_page
 from testbed.study.results import Run
@@ -91,7 +92,7 @@ class Study:
         for method in self.methods:
             first = [self.trial(method, one) for one in learning_rates(method, self.options.learning_rates, PAPER)]
             found += first
-            if all(self.store.is_done(measured) for _, _, measured in first):
+            if all(self.store.is_known(measured) for _, _, measured in first):
                 chosen = tables.chosen_settings([self.finished(trial) for trial in first], PAPER)[method]["paper"]
                 second = penalties(method, self.options.kls, self.options.reward_scales, Setting(**chosen))
                 found += [self.trial(method, one) for one in second]
@@ -109,7 +110,7 @@ class Study:
         return {"method": method, "setting": asdict(setting), **measures}
 
     def finished_trials(self) -> list[dict]:
-        return [self.finished(trial) for trial in self.trials() if self.store.is_done(trial[2])]
+        return [self.finished(trial) for trial in self.trials() if self.store.is_known(trial[2])]
 
     def settings(self) -> dict[str, dict[str, Setting]]:
         """By method: the settings to report, "paper" and, where the grid is finished for the method, "best"."""
@@ -161,6 +162,13 @@ class Study:
 
     # ---- what came out ----
 
+    def reported(self) -> list[Step]:
+        """Every step whose results the report needs."""
+        runs = self.runs() + self.sensitivity_runs()
+        steps = [step for run in runs for step in (run.measured, run.policy.step)]
+        steps += [measured for _, _, measured in self.trials()] + [step for _, _, step in self.judges()]
+        return list(dict.fromkeys(steps))
+
     def told_world(self) -> dict:
         """Where everything comes from, and what makes the testbed hard: the noise of preferences and reviser."""
         told = {name: value for name, value in asdict(self.world).items() if value is not None}
@@ -194,13 +202,15 @@ class Study:
 
 
 def wanted(study: Study, stage: str) -> list[Step]:
-    """The steps that a stage is for."""
+    """The steps that a stage is for, but those whose results are known already."""
     if stage == "grid":
-        return [measured for _, _, measured in study.trials()]
-    if stage == "report":
-        return []
-    runs = study.runs() if stage == "study" else study.sensitivity_runs()
-    return [run.measured for run in runs]
+        steps = [measured for _, _, measured in study.trials()]
+    elif stage == "report":
+        steps = []
+    else:
+        runs = study.runs() if stage == "study" else study.sensitivity_runs()
+        steps = [run.measured for run in runs]
+    return [step for step in steps if step.key not in study.store.known]
 
 
 def absolute(options: Options) -> Options:
@@ -222,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen_scale(options.scale),
         chosen_methods(options),
         chosen_seeds(options),
-        Store(folder / "artefacts"),
+        Store(folder / "artefacts", known_steps(options.known)),
     )
     steps = wanted(study, options.stage)
     if options.plan:
@@ -245,6 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_RESUMABLE
     found = study.results()
     write_json(folder / "results.json", found)
+    write_json(folder / "known.json", study.store.told(study.reported()))
     page = write_study_page(folder / "study.html", found)
     print(f"{folder / 'results.json'}, {page}: {len(found['runs'])} runs, {len(found['grid']['trials'])} trials")
     schedule.require(outcome, study.store)

@@ -25,7 +25,7 @@ class Run:
 
 def collect(store: Store, runs: Sequence[Run]) -> list[dict]:
     """The finished runs as they stand in results.json."""
-    return [record(store, run) for run in runs if store.is_done(run.measured)]
+    return [record(store, run) for run in runs if store.is_known(run.measured)]
 
 
 def record(store: Store, run: Run) -> dict:
@@ -99,7 +99,7 @@ def judges(store: Store, steps: Sequence[tuple[str, int, Step]]) -> list[dict]:
     """How good discriminators and reward models are on held-out pairs: ``(name, seed, step)`` of each."""
     found = []
     for name, seed, step in steps:
-        if store.is_done(step):
+        if store.is_known(step):
             measured = {k.removeprefix("eval/"): v for k, v in store.results(step).items() if k.startswith("eval/")}
             found.append({"judge": name, "seed": seed, **measured})
     return found
