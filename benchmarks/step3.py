@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(own: argparse.Namespace, rest: list[str], folder: Path) -> dict:
-    """Run the trainer for ``warmup + iterations`` sets of rollouts; medians of the latter."""
+    """Run the trainer for ``warmup + iterations`` sets of rollouts; means over the latter, whose lengths differ."""
     line = [*stand_ins(own, rest, folder), "--output_dir", str(folder / "out")]
     options = parse_args(line)
     if options.rollout_name != "continuous":  # which has no minimum length; an untrained model hardly ends by itself
@@ -69,7 +69,7 @@ def measure(own: argparse.Namespace, rest: list[str], folder: Path) -> dict:
         if step == own.warmup + own.iterations:
             break
     measured = lines[own.warmup :]
-    phases = {name: statistics.median(line[f"seconds/{name}"] for line in measured) for name in trainer.seconds}
+    phases = {name: statistics.fmean(line[f"seconds/{name}"] for line in measured) for name in trainer.seconds}
     totals = walls[own.warmup :]  # what lies between the phases, metrics and all, included
     samples = set_size(options, runtime)
     return {
@@ -84,12 +84,12 @@ def measure(own: argparse.Namespace, rest: list[str], folder: Path) -> dict:
         "longest_prompt": max(map(len, prompts)),
         "iterations": len(measured),
         "seconds": {name: round(value, 3) for name, value in phases.items()},
-        "seconds_per_iteration": round(statistics.median(totals), 3),
+        "seconds_per_iteration": round(statistics.fmean(totals), 3),
         "seconds_by_iteration": [round(seconds, 3) for seconds in totals],
-        "processor_seconds_per_iteration": round(statistics.median(processor[own.warmup :]), 3),
-        "samples_per_second": round(samples / statistics.median(totals), 3),
+        "processor_seconds_per_iteration": round(statistics.fmean(processor[own.warmup :]), 3),
+        "samples_per_second": round(samples / statistics.fmean(totals), 3),
         "tokens_per_second": {
-            name: round(statistics.median(line[f"throughput/{name}_tokens_per_second"] for line in measured), 1)
+            name: round(statistics.fmean(line[f"throughput/{name}_tokens_per_second"] for line in measured), 1)
             for name in phases
         },
         "peak_memory_gib": round(lines[-1]["memory/peak_gib"], 3),
