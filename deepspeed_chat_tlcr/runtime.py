@@ -137,7 +137,10 @@ def leave() -> None:
 
 def cpu_multiplies_bf16() -> bool:
     """Whether this CPU has instructions for bf16; an x86 without them takes many times as long as for fp32."""
-    able = torch.cpu.get_capabilities()
+    ask = getattr(torch.cpu, "get_capabilities", None)
+    if ask is None:
+        return True  # an older torch that cannot say: no warning then
+    able = ask()
     return able.get("architecture") != "x86_64" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 

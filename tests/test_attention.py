@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from deepspeed_chat_tlcr import attention as ours
+from deepspeed_chat_tlcr.runtime import cpu_multiplies_bf16
 
 SCALE = 0.3
 
@@ -87,3 +88,17 @@ def test_what_it_does_not_do_is_left_to_sdpa(change, monkeypatch):
     attended, _ = ours.attention(torch.nn.Module(), *states, given, scaling=SCALE)
     expected, _ = sdpa_attention_forward(torch.nn.Module(), *states, given, scaling=SCALE)
     torch.testing.assert_close(attended, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"architecture": "x86_64", "avx2": True}, False),
+        ({"architecture": "x86_64", "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "amx_bf16": True}, True),
+        ({"architecture": "aarch64"}, True),
+    ],
+)
+def test_only_an_x86_without_bf16_instructions_is_warned_of(monkeypatch, able, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    assert cpu_multiplies_bf16() is expected
