@@ -20,7 +20,7 @@ from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.operators import load_operator
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -69,7 +69,7 @@ def start(dtype: str, seed: int) -> Runtime:
     else:
         load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
         attention.install()
-        return_large_blocks()
+        keep_memory_small()
     deepspeed.init_distributed()
     unlink_shared_buffers()
     transformers.set_seed(seed)
@@ -97,13 +97,18 @@ def unlink_shared_buffers() -> None:
     Path("/dev/shm/deepspeed_allreduce_buffer_" + "_".join(map(str, owner))).unlink(missing_ok=True)
 
 
-def return_large_blocks() -> None:
-    """Have glibc give freed blocks of 4 MiB and more back to the system: activations, which live for one pass.
+def keep_memory_small() -> None:
+    """What a CPU's allocator and oneDNN would keep of every step, and batches of ever new lengths let grow.
 
-    Left to itself it raises this threshold up to 32 MiB and keeps most of what a step has freed.
+    One arena for all threads, or the backward pass's has free blocks of its own beside the forward pass's, in memory
+    that is not in the cache. Freed blocks of 8 MiB and more, activations, go back to the system: left to itself glibc
+    raises this threshold up to 32 MiB. And oneDNN remembers what it compiled for the newest shapes, not for 1024.
     """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        allocator = ctypes.CDLL(None)
+        allocator.mallopt(_M_ARENA_MAX, 1)
+        allocator.mallopt(_M_MMAP_THRESHOLD, 8 << 20)
 
 
 class Preemption:
