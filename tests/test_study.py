@@ -18,14 +18,14 @@ from conftest import ROOT
 
 from deepspeed_chat_tlcr.errors import InputError
 from testbed.study import schedule
-from testbed.study.analysis import band, best_of_curve, interval, paired_difference, win_rate
+from testbed.study.analysis import band, best_of_curve, interval, paired_difference, score_at_tokens, win_rate
 from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags, in_order
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
 from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world
 from testbed.study.pages import write_study_page
-from testbed.study.results import DECODINGS, chosen_settings, comparisons, table
+from testbed.study.results import DECODINGS, chosen_settings, comparisons, table, with_equal_tokens
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -193,6 +193,22 @@ def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_
     assert found["best"]["kl"] == 0.3
 
 
+def test_ablations_without_a_grid_of_their_own_take_tlcr_s_settings(tmp_path):
+    options = Options(output_dir=str(tmp_path), learning_rates=[1e-4, 1e-3], kls=[0.3])
+    study = Study(options, World(), Scale(), ["tlcr", "ppo_seq", "random"], [1], Store(tmp_path))
+    scores = iter((5.0, 6.0, 7.0))
+    known = study.store.known
+    for _ in range(2):  # the second round's trials are there once the first's are known
+        for method, _, measured in study.trials():
+            if method == "tlcr" and measured.key not in known:
+                results = {"true_score": next(scores), "response_length": 20.0, "kl": 3.0}
+                known[measured.key] = {"seconds": 1.0, "results": results}
+    found = study.settings()
+    assert found["tlcr"] == {"paper": Setting(learning_rate=1e-3), "best": Setting(learning_rate=1e-3, kl=0.3)}
+    assert found["random"] == {"paper": Setting(learning_rate=1e-3)}
+    assert found["ppo_seq"] == {"paper": PAPER}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -285,6 +301,26 @@ def test_win_rates_bands_and_best_of_curve_by_hand():
     assert highs == pytest.approx([2 + math.sqrt(2), 5, 3])
     assert best_of_curve([0.0, 1.0, 5.0, 3.0, 0.0], window=2) == 4.0
     assert best_of_curve([2.0], window=5) == 2.0
+
+
+def test_scores_at_equal_tokens_by_hand():
+    assert score_at_tokens([1.0, 2.0, 4.0], [10, 10, 10], budget=25, window=1) == 2.0
+    assert score_at_tokens([1.0, 2.0, 4.0], [10, 10, 10], budget=30, window=2) == 3.0
+    assert score_at_tokens([1.0], [10], budget=9) is None
+
+    def run(method: str, tokens: list[int], scores: list[float]) -> dict:
+        curve = {"generated_tokens": tokens, "true_score": scores}
+        return {"method": method, "variant": "paper", "seed": 1, "generated_tokens": sum(tokens), "curve": curve}
+
+    sft = {"method": "sft", "variant": "paper", "seed": 1}
+    runs = [
+        sft,
+        run("tlcr", [20, 20, 20], [1.0, 2.0, 9.0]),
+        run("ppo_seq", [10, 10, 20], [1.0, 1.0, 1.0]),
+        run("tlcr_negative_only", [1, 1, 1], [3.0, 3.0, 3.0]),
+    ]
+    # ppo_seq generates 40 tokens, which TLCR has after two updates; negative-only's 3 do not count.
+    assert [one.get("true_score_at_equal_tokens") for one in with_equal_tokens(runs)] == [None, 1.5, 1.0, 3.0]
 
 
 def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):

@@ -1,5 +1,6 @@
 """What the runs say: means over seeds, paired differences with intervals, win rates. Functions of numbers."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -68,3 +69,9 @@ def best_of_curve(scores: Sequence[float], window: int = 5) -> float:
     """The highest mean of ``window`` consecutive updates: what stopping at the right moment would have brought."""
     width = min(window, len(scores))
     return max(statistics.fmean(scores[at : at + width]) for at in range(len(scores) - width + 1))
+
+
+def score_at_tokens(scores: Sequence[float], tokens: Sequence[int], budget: float, window: int = 5) -> float | None:
+    """Mean of the last ``window`` updates before more than ``budget`` tokens were generated; both by update."""
+    afforded = sum(spent <= budget for spent in itertools.accumulate(tokens))
+    return statistics.fmean(scores[max(0, afforded - window) : afforded]) if afforded else None

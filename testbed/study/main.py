@@ -20,6 +20,7 @@ from testbed.study import results as tables
 from testbed.study import schedule
 from testbed.study.artefacts import Output, Step, Store, in_order
 from testbed.study.methods import (
+    AS_TLCR,
     METHODS,
     NO_REWARD,
     STANDARD,
@@ -113,14 +114,20 @@ class Study:
         return [self.finished(trial) for trial in self.trials() if self.store.is_known(trial[2])]
 
     def settings(self) -> dict[str, dict[str, Setting]]:
-        """By method: the settings to report, "paper" and, where the grid is finished for the method, "best"."""
+        """By method: the settings to report, "paper" and, where the grid is finished for the method, "best".
+
+        Where it is not, an ablation takes TLCR's, any other method the paper's.
+        """
         done, trials = self.finished_trials(), self.trials()
         found = {}
         for method in self.methods:
             expected = sum(trial[0] == method for trial in trials)
             mine = [trial for trial in done if trial["method"] == method]
-            chosen = tables.chosen_settings(mine, PAPER)[method] if len(mine) == expected else {"paper": asdict(PAPER)}
-            found[method] = {variant: Setting(**setting) for variant, setting in chosen.items()}
+            if len(mine) == expected:
+                chosen = tables.chosen_settings(mine, PAPER)[method]
+                found[method] = {variant: Setting(**setting) for variant, setting in chosen.items()}
+            else:
+                found[method] = {"paper": found["tlcr"]["paper"] if method in AS_TLCR and "tlcr" in found else PAPER}
         return found
 
     # ---- the study and its sensitivity ----
@@ -178,7 +185,7 @@ class Study:
 
     def results(self) -> dict:
         settings = self.settings()
-        records = tables.collect(self.store, self.runs())
+        records = tables.with_equal_tokens(tables.collect(self.store, self.runs()))
         varied = tables.collect(self.store, self.sensitivity_runs())
         variants = list(dict.fromkeys(variant for chosen in settings.values() for variant in chosen))
         trials = self.finished_trials()

@@ -334,6 +334,9 @@ METHODS: dict[str, Callable[[Artefacts, Setting], Output]] = {
 }
 """The policy of each method, given what its seed shares and the setting."""
 
+AS_TLCR = ("tlcr_positive_only", "tlcr_negative_only", "tlcr_released_code", "random")
+"""Ablations and controls: TLCR with one thing changed, at TLCR's settings unless the grid has found their own."""
+
 NO_KL = {"sft", "figa"}
 NO_REWARD = {"sft", "figa", "dpo"}
 

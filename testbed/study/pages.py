@@ -48,6 +48,7 @@ SCORES = {
     **{f"true score, {name}": (f"true_score {name}", 2) for name in DECODINGS},
     "best in training": ("best_true_score_in_training", 2),
     "last in training": ("last_true_score_in_training", 2),
+    "at equal tokens": ("true_score_at_equal_tokens", 2),
 }
 COSTS = {
     "length": ("response_length", 1),
@@ -116,7 +117,8 @@ def method_section(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping])
         seeds = f"{min(counts)} to {seeds}, as some runs are missing"
     scored = (
         f"Mean ± standard deviation over {seeds}. In training: the best five consecutive updates, and the last five, "
-        "of the answers that the policy learns from."
+        "of the answers that the policy learns from; and five updates when as many tokens had been generated as by the "
+        "method that generates fewest (ablations apart)."
     )
     spent = (
         "Length (tokens), EOS (share of answers that end by themselves) and KL to SFT (nats per response): at "

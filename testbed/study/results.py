@@ -1,11 +1,19 @@
 """results.json of a study: every run with its setting, and the comparisons between methods."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from testbed.study.analysis import best_of_curve, interval, mean_and_sd, paired_difference, win_rate
+from testbed.study.analysis import (
+    best_of_curve,
+    interval,
+    mean_and_sd,
+    paired_difference,
+    score_at_tokens,
+    win_rate,
+)
 from testbed.study.artefacts import Output, Step, Store
-from testbed.study.methods import Condition, Setting
+from testbed.study.methods import AS_TLCR, Condition, Setting
 
 DECODINGS = ("T=1", "T=0.7", "greedy")
 
@@ -50,6 +58,24 @@ def record(store: Store, run: Run) -> dict:
     return kept
 
 
+def with_equal_tokens(records: Sequence[dict]) -> list[dict]:
+    """Each run with the true score it had in training once it had generated as many tokens as the method of its seed
+    and table that generates fewest; ablations, whose answers are shorter by design, do not set that measure."""
+    budgets: dict[tuple[str, int], float] = {}
+    for one in records:
+        if one.get("generated_tokens") and one["method"] not in AS_TLCR:
+            key = one["variant"], one["seed"]
+            budgets[key] = min(budgets.get(key, math.inf), one["generated_tokens"])
+    found = []
+    for one in records:
+        budget, curve = budgets.get((one["variant"], one["seed"])), one.get("curve", {})
+        if budget and curve.get("true_score"):
+            score = score_at_tokens(curve["true_score"], curve["generated_tokens"], budget)
+            one = one if score is None else one | {"true_score_at_equal_tokens": score}
+        found.append(one)
+    return found
+
+
 def of(records: Sequence[dict], method: str, variant: str) -> list[dict]:
     return [one for one in records if one["method"] == method and one["variant"] == variant]
 
@@ -70,7 +96,7 @@ def table(records: Sequence[dict], methods: Sequence[str], variant: str) -> dict
         measured = {f"true_score {name}": [one["decodings"][name]["true_score"] for one in found] for name in DECODINGS}
         names = ("response_length", "eos_rate", "kl", "seconds", "generated_tokens", "token_reward", "sequence_reward")
         names += ("continuous_reward_sum", "discrete_reward_sum")
-        names += ("best_true_score_in_training", "last_true_score_in_training")
+        names += ("best_true_score_in_training", "last_true_score_in_training", "true_score_at_equal_tokens")
         measured |= {name: [one[name] for one in found if name in one] for name in names}
         rows[method] = {name: summary(values) for name, values in measured.items() if values}
     return rows
