@@ -1,5 +1,6 @@
 """The study: artefacts and their order, what is computed from runs, and a whole small one on a foreign world."""
 
+import gzip
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags,
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
-from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world
+from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world, known_steps
 from testbed.study.pages import write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, table, with_equal_tokens
 
@@ -415,7 +416,9 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
 
     # Elsewhere, with nothing but what is known of it: nothing is to be made, and the same comes out.
     command[command.index("--output_dir") + 1] = str(tmp_path / "there")
-    command += ["--known", str(tmp_path / "out" / "known.json")]
+    packed = tmp_path / "known.json.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "out" / "known.json").read_bytes()))
+    command += ["--known", str(packed)]
     again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "there" / "results.json").read_text()) == found
@@ -424,3 +427,6 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
     wrong = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert "not a known.json" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+    packed.write_bytes(packed.read_bytes()[:99])
+    with pytest.raises(InputError, match=r"not a known\.json"):
+        known_steps([str(packed)])

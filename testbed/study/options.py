@@ -1,7 +1,9 @@
 """The study's command line, and the choices in it that are not a matter of any one method."""
 
+import gzip
 import json
 import math
+import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -53,7 +55,9 @@ class Options:
     plan: bool = option(False, "print what would run, in order, and stop")
     scale: list[str] = option([], "sizes other than the study's, as in pairs=3200 updates=20 (see methods.Scale)")
 
-    known: list[str] = option([], "known.json of other outputs, whose runs and trials are taken from there, not made")
+    known: list[str] = option(
+        [], "known.json[.gz] of other outputs, whose runs and trials are taken from there, not made"
+    )
     grid_seed: int = option(0, "the world that settings are chosen on; none of --seeds")
     learning_rates: list[float] = option([1e-4, 3e-4, 1e-3], "the grid's learning rates, the same for every method")
     kls: list[float] = option([0.03, 0.3, 1.0], "the grid's KL coefficients (DPO: beta) besides 0.1")
@@ -69,15 +73,16 @@ class Options:
 
 
 def known_steps(files: Sequence[str]) -> dict[str, dict]:
-    """What ``known.json`` of other studies say, by key of the step. Raises ``InputError`` for another kind of file."""
+    """What ``known.json[.gz]`` of other studies say, by key of the step. Raises ``InputError`` for another kind."""
     found: dict[str, dict] = {}
     for file in files:
         try:
-            told = json.loads(Path(file).read_text(encoding="utf-8"))
+            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as opened:
+                told = json.load(opened)
             found |= {key: {"seconds": one["seconds"], "results": one["results"]} for key, one in told.items()}
         except OSError as error:
-            raise InputError(f"--known {file}: cannot be read ({error.strerror})") from None
-        except (ValueError, TypeError, KeyError, AttributeError):
+            raise InputError(f"--known {file}: cannot be read ({error.strerror or error})") from None
+        except (ValueError, TypeError, KeyError, AttributeError, EOFError, zlib.error):
             raise InputError(f"--known {file}: not a known.json, which testbed/study writes") from None
     return found
 
