@@ -487,6 +487,10 @@ def test_points_stand_where_their_numbers_say_and_their_names_do_not_cover_each_
     names = {text.text: float(text.get("y")) for text in svg.findall(".//{*}text") if text.text in ("a", "b", "c")}
     assert names["c"] == names["b"] + 12
 
+    many = str(point_chart([(f"m{at}", at, at) for at in range(6)], "t"))
+    assert [many.count(f">m{at}</text>") for at in range(6)] == [0] * 6, "names would cover each other"
+    assert all(f"</svg>m{at}</span>" in many for at in range(6)), "so they stand in the legend"
+
 
 def test_names_under_bars_are_turned_all_alike_or_not_at_all():
     def turns(groups: list[str]) -> set[str]:

@@ -13,6 +13,7 @@ RIGHT, TOP, BOTTOM = 8, 10, 36
 MOST_POINTS = 400  # per line: more cannot be told apart on a screen
 HOVER_COLUMNS = 80
 FEW_POINTS = 12
+NAMED_POINTS = 5
 WIDEST_BAR = 64
 # Series also differ in their dashes, for print and for the colour-blind; colours are the style sheet's --s0 … --s7.
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
@@ -148,7 +149,10 @@ def point_chart(
     y_label: str = "",
     intervals: Sequence[tuple[float, float] | None] | None = None,
 ) -> Html:
-    """One named dot for each ``(name, x, y)``; ``intervals`` draw (low, high) whiskers of y. Not finite: left out."""
+    """One dot for each ``(name, x, y)``; ``intervals`` draw (low, high) whiskers of y. Not finite: left out.
+
+    The names stand beside a few dots, and in a legend above more than ``NAMED_POINTS``, which would cover each other.
+    """
     intervals = intervals or [None] * len(points)
     shown = [
         (index, point, interval)
@@ -163,8 +167,10 @@ def point_chart(
     body = [plot.frame(x_label, y_label, x_ticks)]
     taken: list[tuple[float, float, float]] = []
     for index, (name, x, y), interval in sorted(shown, key=lambda one: one[1][2], reverse=True):
-        body.append(plot.point(name, x, y, index, interval, taken))
-    return figure(title, "", join(body))
+        named = len(shown) <= NAMED_POINTS
+        body.append(plot.point(name, x, y, index, interval, taken if named else None))
+    key = "" if len(shown) <= NAMED_POINTS else legend([(name, index, False) for index, (name, *_), _ in shown])
+    return figure(title, key, join(body))
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
@@ -316,26 +322,31 @@ class _Plot:
             f'<rect class="bar" style="{color}" {box} rx="1.5"/>{whisker}</g>'
         )
 
-    def point(self, name: str, x: float, y: float, index: int, interval, taken: list) -> Html:
-        """A dot with its name beside it, below the names in ``taken`` (left, right, height) that it would cover."""
+    def point(self, name: str, x: float, y: float, index: int, interval, taken: list | None) -> Html:
+        """A dot with its name beside it, below the names in ``taken`` (left, right, height) that it would cover.
+
+        Without ``taken`` the name shows on hover alone.
+        """
         words = [name, f"{short(x)}, {short(y)}"]
         words += [f"interval {short(interval[0])} to {short(interval[1])}"] if interval else []
         at, height, width = self.x(x), self.y(y), 6.4 * len(name)
         to_left = at + 8 + width > WIDTH
         left, right = (at - 8 - width, at - 8) if to_left else (at + 8, at + 8 + width)
         base = height + 4
-        for low, high, other in sorted(taken, key=lambda one: one[2]):
+        for low, high, other in sorted(taken or (), key=lambda one: one[2]):
             if low < right and left < high and abs(base - other) < 12:
                 base = other + 12
-        taken.append((left, right, base))
         whisker = ""
         if interval:
             whisker = f'<path class="whisker" d="M{at:.1f} {self.y(interval[0]):.1f}V{self.y(interval[1]):.1f}"/>'
-        anchor = f'x="{right:.1f}" text-anchor="end"' if to_left else f'x="{left:.1f}"'
+        label = ""
+        if taken is not None:
+            taken.append((left, right, base))
+            anchor = f'x="{right:.1f}" text-anchor="end"' if to_left else f'x="{left:.1f}"'
+            label = f'<text {anchor} y="{base:.1f}">{escape(name)}</text>'
         return Html(
             f'<g class="hover"><title>{escape(chr(10).join(words))}</title>{whisker}'
-            f'<circle class="dot" style="--k:var(--s{index % 8})" cx="{at:.1f}" cy="{height:.1f}" r="4"/>'
-            f'<text {anchor} y="{base:.1f}">{escape(name)}</text></g>'
+            f'<circle class="dot" style="--k:var(--s{index % 8})" cx="{at:.1f}" cy="{height:.1f}" r="4"/>{label}</g>'
         )
 
     def turn(self, names: Sequence[str]) -> tuple[int, int]:

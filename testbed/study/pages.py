@@ -18,6 +18,7 @@ from deepspeed_chat_tlcr.pictures import (
     write_page,
 )
 from testbed.study.analysis import band
+from testbed.study.methods import AS_TLCR
 from testbed.study.results import DECODINGS
 
 NAMES = {
@@ -245,14 +246,19 @@ def reward_section(rows: Mapping[str, Mapping]) -> Html:
     keys = ("kl", "true_score T=1", "token_reward", "sequence_reward")
     body = [[NAMES[method], *(spread(row.get(key), 3) for key in keys)] for method, row in rows.items()]
     caption = "True score at temperature 1 against the KL to SFT that it was paid with."
-    return join([columns(*charts, score_against_kl(rows), kind="charts"), table_html(header, body, caption)])
+    table_1 = [method for method in rows if method not in AS_TLCR]
+    charts.append(score_against_kl(rows, table_1, "True score against KL to SFT, T=1"))
+    if len(table_1) < len(rows):
+        others = ["sft", "tlcr", *(method for method in rows if method in AS_TLCR)]
+        charts.append(score_against_kl(rows, others, "The same of ablations and controls"))
+    return join([columns(*charts, kind="charts"), table_html(header, body, caption)])
 
 
-def score_against_kl(rows: Mapping[str, Mapping]) -> Html:
-    scored = {method: row for method, row in rows.items() if "kl" in row}
+def score_against_kl(rows: Mapping[str, Mapping], methods: Sequence[str], title: str) -> Html:
+    scored = {method: rows[method] for method in methods if "kl" in rows.get(method, ())}
     points = [(NAMES[method], row["kl"]["mean"], row["true_score T=1"]["mean"]) for method, row in scored.items()]
     whiskers = [row["true_score T=1"]["interval"] for row in scored.values()]
-    return point_chart(points, "True score against KL to SFT, T=1", "nats per response", "true score", whiskers)
+    return point_chart(points, title, "nats per response", "true score", whiskers)
 
 
 def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -> Html:
