@@ -6,6 +6,7 @@ in the backward pass.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -45,31 +46,42 @@ def attention(
     key, value = (repeat_kv(states, groups) for states in (key, value))
     scale = query.size(-1) ** -0.5 if scaling is None else scaling
     states = (one.contiguous() for one in (query, key, value))  # strided views make 16-bit products slow
-    mask = attention_mask.expand(len(query), 1, -1, -1)
-    return _Attention.apply(*states, mask, scale).transpose(1, 2).contiguous(), None
+    return _Attention.apply(*states, _blocks_of(query, attention_mask), scale).transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Rows of the batch and queries whose products are computed at once, and the keys that any of these sees."""
+
+    rows: slice
+    queries: slice
+    keys: slice
+    hidden: torch.Tensor  # (b, 1, t, s): 0, and the lowest number where a query does not see a key
 
 
 class _Attention(torch.autograd.Function):
     """softmax(scale * q k^T) v under a mask; saves what came in and nothing else."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, scale):
-        ctx.save_for_backward(query, key, value, mask)
-        ctx.scale = scale
+    def forward(ctx, query, key, value, blocks, scale):
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.scale = blocks, scale
         attended = query.new_zeros(*query.shape[:3], value.size(-1))
-        for rows, queries, keys in _blocks(query, mask):
-            weights = _weights(query[rows, :, queries], key[rows, :, keys], mask[rows, :, queries, keys], scale)
+        for block in blocks:
+            rows, queries, keys = block.rows, block.queries, block.keys
+            weights = _weights(query[rows, :, queries], key[rows, :, keys], block.hidden, scale)
             attended[rows, :, queries] = weights @ value[rows, :, keys]
         return attended
 
     @staticmethod
     def backward(ctx, gradient):
-        query, key, value, mask = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         found = tuple(map(torch.zeros_like, (query, key, value)))
         gradient = gradient.contiguous()
-        for rows, queries, keys in _blocks(query, mask):
+        for block in ctx.blocks:
+            rows, queries, keys = block.rows, block.queries, block.keys
             one_query, its_keys, its_values = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
-            weights = _weights(one_query, its_keys, mask[rows, :, queries, keys], ctx.scale)
+            weights = _weights(one_query, its_keys, block.hidden, ctx.scale)
             upstream = gradient[rows, :, queries]
             of_weights = upstream @ its_values.transpose(-1, -2)
             of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
@@ -80,15 +92,25 @@ class _Attention(torch.autograd.Function):
         return *found, None, None
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+def _weights(query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention weights ``(b, H, t, s)``; a query to which all of these keys are hidden attends to all alike."""
     # Adding to all heads at once is several times as fast as filling each one's scores.
-    hidden = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, torch.finfo(query.dtype).min)
     return ((query * scale) @ key.transpose(-1, -2)).add_(hidden).softmax(-1)
 
 
-def _blocks(query: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Rows of the batch, queries, and the keys that any of these sees: what is hidden from all costs nothing."""
+def _blocks_of(query: torch.Tensor, attention_mask: torch.Tensor) -> list[_Block]:
+    """The blocks of a mask ``(B or 1, 1, T, S)``; what is hidden from all queries of a block costs nothing.
+
+    They are kept at the mask, which is one tensor for all layers of a forward pass.
+    """
+    kept = getattr(attention_mask, "_blocks", None)
+    shape = (*query.shape[:3], query.dtype)
+    if kept is None or kept[0] != shape:
+        kept = attention_mask._blocks = shape, list(_blocks(query, attention_mask.expand(len(query), 1, -1, -1)))
+    return kept[1]
+
+
+def _blocks(query: torch.Tensor, mask: torch.Tensor) -> Iterator[_Block]:
     batch, heads, length, _ = query.shape
     at_once = max(1, SCORES_AT_ONCE // (heads * min(length, QUERIES_AT_ONCE) * mask.size(-1)))
     for row in range(0, batch, at_once):
@@ -96,4 +118,7 @@ def _blocks(query: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[slice, sl
             rows, queries = slice(row, row + at_once), slice(first, first + QUERIES_AT_ONCE)
             seen = mask[rows, :, queries].flatten(0, 2).any(0).nonzero()
             if len(seen):
-                yield rows, queries, slice(int(seen[0]), int(seen[-1]) + 1)
+                keys = slice(int(seen[0]), int(seen[-1]) + 1)
+                shown = mask[rows, :, queries, keys]
+                hidden = torch.zeros(shown.shape, dtype=query.dtype).masked_fill_(~shown, torch.finfo(query.dtype).min)
+                yield _Block(rows, queries, keys, hidden)

@@ -49,9 +49,11 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (self._laid_out(states, rows, room) for states in (self.keys, self.values))
 
     def _laid_out(self, states: torch.Tensor, rows: torch.Tensor, room: int) -> torch.Tensor:
+        wide = states.new_empty(len(rows), states.size(1), room, states.size(3))
+        kept = states if len(rows) == len(states) else states[rows]  # rows keep their order: if all stay, as they are
+        wide[:, :, : self.length] = kept[:, :, : self.length]
         # Zeros and not rubbish behind the end: attention gives them weight 0, and 0 x NaN would be NaN.
-        wide = states.new_zeros(len(rows), states.size(1), room, states.size(3))
-        wide[:, :, : self.length] = states[rows, :, : self.length]
+        wide[:, :, self.length :] = 0
         return wide
 
 

@@ -59,8 +59,17 @@ def test_values_and_gradients_are_those_of_plain_arithmetic(heads, key_heads, le
 
 
 def test_a_model_computes_with_it(tiny, monkeypatch):
-    calls = []
-    monkeypatch.setattr(ours, "_blocks", lambda *args, plain=ours._blocks: (calls.append(1), plain(*args))[1])
+    calls = {"_blocks": 0, "_weights": 0}
+
+    def counted(name, plain):
+        def function(*args):
+            calls[name] += 1
+            return plain(*args)
+
+        monkeypatch.setattr(ours, name, function)
+
+    for name in calls:
+        counted(name, getattr(ours, name))
     model = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.bfloat16, attn_implementation="sdpa")
     ids = torch.randint(3, 60, (2, 12))
     mask = torch.ones_like(ids)
@@ -72,7 +81,7 @@ def test_a_model_computes_with_it(tiny, monkeypatch):
             after = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
         finally:
             ours.AttentionInterface.register("sdpa", sdpa_attention_forward)
-    assert len(calls) == model.config.num_hidden_layers
+    assert calls == {"_blocks": 1, "_weights": model.config.num_hidden_layers}, "one mask, read once for all layers"
     torch.testing.assert_close(after, before, rtol=0.05, atol=0.02)
 
 
