@@ -60,7 +60,7 @@ class _Block:
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(scale * q k^T) v under a mask; saves what came in and nothing else."""
+    """softmax(scale * q k^T) v under a mask; saves what came in, and the mask as blocks that all layers share."""
 
     @staticmethod
     def forward(ctx, query, key, value, blocks, scale):

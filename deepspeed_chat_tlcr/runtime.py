@@ -100,9 +100,9 @@ def unlink_shared_buffers() -> None:
 def keep_memory_small() -> None:
     """What a CPU's allocator and oneDNN would keep of every step, and batches of ever new lengths let grow.
 
-    One arena for all threads, or the backward pass's has free blocks of its own beside the forward pass's, in memory
-    that is not in the cache. Freed blocks of 8 MiB and more, activations, go back to the system: left to itself glibc
-    raises this threshold up to 32 MiB. And oneDNN remembers what it compiled for the newest shapes, not for 1024.
+    oneDNN remembers what it compiled for the newest 128 shapes, not for 1024: that is most of the growth. Freed blocks
+    of 8 MiB and more, activations, go back to the system: left to itself glibc raises this threshold up to 32 MiB. One
+    arena for all threads, so that the backward pass's has no free blocks of its own.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     with contextlib.suppress(AttributeError, OSError):  # another C library

@@ -196,7 +196,7 @@ def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_
 
 def test_ablations_without_a_grid_of_their_own_take_tlcr_s_settings(tmp_path):
     options = Options(output_dir=str(tmp_path), learning_rates=[1e-4, 1e-3], kls=[0.3])
-    study = Study(options, World(), Scale(), ["tlcr", "ppo_seq", "random"], [1], Store(tmp_path))
+    study = Study(options, World(), Scale(), ["random", "tlcr", "ppo_seq"], [1], Store(tmp_path))
     scores = iter((5.0, 6.0, 7.0))
     known = study.store.known
     for _ in range(2):  # the second round's trials are there once the first's are known

@@ -120,7 +120,7 @@ class Study:
         """
         done, trials = self.finished_trials(), self.trials()
         found = {}
-        for method in self.methods:
+        for method in sorted(self.methods, key=lambda name: name in AS_TLCR):  # TLCR before what goes by it
             expected = sum(trial[0] == method for trial in trials)
             mine = [trial for trial in done if trial["method"] == method]
             if len(mine) == expected:
@@ -128,7 +128,7 @@ class Study:
                 found[method] = {variant: Setting(**setting) for variant, setting in chosen.items()}
             else:
                 found[method] = {"paper": found["tlcr"]["paper"] if method in AS_TLCR and "tlcr" in found else PAPER}
-        return found
+        return {method: found[method] for method in self.methods}
 
     # ---- the study and its sensitivity ----
 
