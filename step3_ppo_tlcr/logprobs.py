@@ -1,29 +1,48 @@
 """Log-probabilities of the distribution that was sampled from, without a float copy of ``(B, A, V)``."""
 
+from dataclasses import replace
+
 import torch
 
 from deepspeed_chat_tlcr.generation import Decoding, warp
 
 
 class _ChosenLogprobs(torch.autograd.Function):
-    """log softmax(logits)[token] in fp32, row by row, keeping only the logits and one number per action."""
+    """log softmax(logits)[token] in fp32, row by row, keeping only the logits and one number per action.
+
+    EOS counts as impossible in the first ``barred`` actions.
+    """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        normaliser = torch.stack([torch.logsumexp(row.float(), dim=-1) for row in logits])
+    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, eos_id: int, barred: int) -> torch.Tensor:
+        rows = (_barred_row(row, eos_id, barred) for row in logits)
+        chosen, normaliser = [], []
+        for row, its_tokens in zip(rows, tokens, strict=True):
+            chosen.append(row.gather(-1, its_tokens.unsqueeze(-1)).squeeze(-1))
+            normaliser.append(torch.logsumexp(row, dim=-1))
+        normaliser = torch.stack(normaliser)
         ctx.save_for_backward(logits, tokens, normaliser)
-        return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).float() - normaliser
+        ctx.eos_id, ctx.barred = eos_id, barred
+        return torch.stack(chosen) - normaliser
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, tokens, normaliser = ctx.saved_tensors
         result = torch.empty_like(logits)
         for row in range(len(logits)):
             # d log p(token) / d logits = onehot(token) - softmax(logits)
-            slope = -torch.exp(logits[row].float() - normaliser[row].unsqueeze(-1))
+            slope = -torch.exp(_barred_row(logits[row], ctx.eos_id, ctx.barred) - normaliser[row].unsqueeze(-1))
             slope.scatter_add_(-1, tokens[row].unsqueeze(-1), torch.ones_like(slope[:, :1]))
             result[row] = (slope * gradient[row].unsqueeze(-1)).to(result.dtype)
-        return result, None
+        return result, None, None, None
+
+
+def _barred_row(logits: torch.Tensor, eos_id: int, barred: int) -> torch.Tensor:
+    """One row's ``(A, V)`` logits in fp32, a copy if EOS is barred."""
+    row = logits.to(torch.float32, copy=barred > 0)
+    if barred:
+        row[:barred, eos_id] = -torch.inf
+    return row
 
 
 def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: int) -> torch.Tensor:
@@ -31,7 +50,11 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decodin
 
     ``logits`` ``(B, A, V)`` as the model gives them, ``tokens`` ``(B, A)``; returns ``(B, A)`` in fp32.
     """
-    return _ChosenLogprobs.apply(warp(logits, decoding, eos_id, tokens), tokens)
+    barred = 0
+    if decoding.top_k <= 0 and decoding.top_p >= 1.0:
+        # Without a cut, which depends on whether EOS is barred, this can be left to the rows: no copy of all logits.
+        barred, decoding = decoding.min_new_tokens, replace(decoding, min_new_tokens=0)
+    return _ChosenLogprobs.apply(warp(logits, decoding, eos_id, tokens), tokens, eos_id, barred)
 
 
 @torch.no_grad()

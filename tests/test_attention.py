@@ -111,3 +111,18 @@ def test_what_it_does_not_do_is_left_to_sdpa(change, monkeypatch):
 def test_only_an_x86_without_bf16_instructions_is_warned_of(monkeypatch, able, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
     assert cpu_multiplies_bf16() is expected
+
+
+def test_queries_that_see_nothing_get_zeros_and_give_none():
+    states, mask, upstream = inputs(2, 2, 2, 140)
+    mask[:, :, :128] = False  # the whole of the first block
+    upstream[:] = 1
+    module = torch.nn.Module()
+    leaves = [one.clone().requires_grad_() for one in states]
+    attended = ours.attention(module, *leaves, mask, scaling=SCALE)[0]
+    assert attended[:, :128].eq(0).all()
+    attended.backward(upstream)
+    alone = [one.clone().requires_grad_() for one in states]
+    ours.attention(module, alone[0][:, :, 128:], *alone[1:], mask[:, :, 128:], scaling=SCALE)[0].sum().backward()
+    for one, other in zip(leaves, alone, strict=True):
+        torch.testing.assert_close(one.grad, other.grad)

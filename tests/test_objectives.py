@@ -215,6 +215,25 @@ def test_eos_is_impossible_before_the_minimum_length():
     assert entropy(warp(logits, decoding, EOS))[0, 0].item() == pytest.approx(math.log(3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_barred_end_in_logprobs_and_gradient_leaves_the_logits_as_they_were(dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 7).to(dtype).requires_grad_()
+    before = logits.detach().clone()
+    tokens, weights = torch.randint(EOS, (2, 4)), torch.randn(2, 4)
+    ours = token_logprobs(logits, tokens, Decoding(max_new_tokens=8, min_new_tokens=3, temperature=0.5), EOS)
+    (gradient,) = torch.autograd.grad((ours * weights).sum(), logits)
+    barred = torch.zeros(4, 7, dtype=torch.bool)
+    barred[:3, EOS] = True
+    reference = (logits.float() / 0.5).masked_fill(barred, -torch.inf).log_softmax(-1)
+    reference = reference.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    (expected,) = torch.autograd.grad((reference * weights).sum(), logits)
+    assert logits.detach().equal(before)
+    assert gradient[:, :3, EOS].eq(0).all()
+    torch.testing.assert_close(ours, reference)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_a_token_outside_a_later_nucleus_keeps_a_finite_logprob():
     logits = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.1])).view(1, 1, 4).requires_grad_()
     logprob = token_logprobs(logits, torch.tensor([[3]]), Decoding(max_new_tokens=8, top_p=0.5), EOS)
