@@ -16,6 +16,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 SCORES_AT_ONCE = 1 << 19
 QUERIES_AT_ONCE = 128
 """So many that the products stay large, and the scores with their gradients in a few megabytes of cache."""
+KEYS_BY = 16
+"""Blocks begin and end at multiples of it: products of odd sizes are slower, and oneDNN compiles each new size."""
 
 
 def install() -> None:
@@ -69,7 +71,7 @@ class _Attention(torch.autograd.Function):
         attended = query.new_empty(*query.shape[:3], value.size(-1))
         for block in blocks:
             rows, queries, keys = block.rows, block.queries, block.keys
-            weights = _weights(query[rows, :, queries], key[rows, :, keys], block.hidden, scale)
+            weights = _weights(query[rows, :, queries] * scale, key[rows, :, keys], block.hidden)
             attended[rows, :, queries] = weights @ value[rows, :, keys]
         return attended
 
@@ -80,22 +82,23 @@ class _Attention(torch.autograd.Function):
         gradient = gradient.contiguous()
         for block in ctx.blocks:
             rows, queries, keys = block.rows, block.queries, block.keys
-            one_query, its_keys, its_values = query[rows, :, queries], key[rows, :, keys], value[rows, :, keys]
-            weights = _weights(one_query, its_keys, block.hidden, ctx.scale)
+            # Scaled here and in what comes of them, since scores are many times as many numbers as queries.
+            scaled, its_keys, its_values = query[rows, :, queries] * ctx.scale, key[rows, :, keys], value[rows, :, keys]
+            weights = _weights(scaled, its_keys, block.hidden)
             upstream = gradient[rows, :, queries]
             of_weights = upstream @ its_values.transpose(-1, -2)
-            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype).mul_(ctx.scale)
+            of_scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
             of_query, of_key, of_value = found
-            of_query[rows, :, queries] = of_scores @ its_keys
-            of_key[rows, :, keys] += of_scores.transpose(-1, -2) @ one_query
+            of_query[rows, :, queries] = (of_scores @ its_keys).mul_(ctx.scale)
+            of_key[rows, :, keys] += of_scores.transpose(-1, -2) @ scaled
             of_value[rows, :, keys] += weights.transpose(-1, -2) @ upstream
         return *found, None, None
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
+def _weights(scaled: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """Attention weights ``(b, H, t, s)``; a query to which all of these keys are hidden attends to all alike."""
     # Adding to all heads at once is several times as fast as filling each one's scores.
-    return ((query * scale) @ key.transpose(-1, -2)).add_(hidden).softmax(-1)
+    return (scaled @ key.transpose(-1, -2)).add_(hidden).softmax(-1)
 
 
 def _blocks_of(query: torch.Tensor, attention_mask: torch.Tensor) -> list[_Block]:
@@ -119,7 +122,10 @@ def _blocks(query: torch.Tensor, mask: torch.Tensor) -> Iterator[_Block]:
             # As bytes, one dimension after the other: any() over a boolean's outer dimensions is several times as slow.
             seen = mask[rows, :, queries].view(torch.uint8).amax(2).amax((0, 1)).nonzero()
             # Queries that see no key get a block of none, and from it zeros.
-            keys = slice(int(seen[0]), int(seen[-1]) + 1) if len(seen) else slice(0, 0)
+            keys = slice(0, 0)
+            if len(seen):
+                first_key, end = int(seen[0]) // KEYS_BY * KEYS_BY, (int(seen[-1]) // KEYS_BY + 1) * KEYS_BY
+                keys = slice(first_key, min(end, mask.size(-1)))
             shown = mask[rows, :, queries, keys]
             hidden = torch.zeros(shown.shape, dtype=query.dtype).masked_fill_(~shown, torch.finfo(query.dtype).min)
             yield _Block(rows, queries, keys, hidden)
