@@ -201,7 +201,7 @@ def _decoding_attention(model: PreTrainedModel) -> Iterator[None]:
 def _packed_weights(model: PreTrainedModel, batch: int) -> Iterator[None]:
     """Linear layers on a copy of their weights in oneDNN's own layout, which it otherwise makes anew for every token.
 
-    For bfloat16 on a CPU that multiplies it; the results are the same, bit for bit.
+    For bfloat16 on a CPU that multiplies it; the results are the same, bit for bit. The copy lasts as long as the call.
     """
     packable = model.device.type == "cpu" and model.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
     packable = packable and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -59,9 +59,8 @@ def test_values_and_gradients_are_those_of_plain_arithmetic(heads, key_heads, le
 
 
 def test_a_model_computes_with_it(tiny, monkeypatch):
-    ours.AttentionInterface.register(
-        "sdpa", sdpa_attention_forward
-    )  # a stage that ran in this process has installed it
+    # A stage that ran in this process may have installed it already.
+    ours.AttentionInterface.register("sdpa", sdpa_attention_forward)
     calls = {"_blocks": 0, "_weights": 0}
 
     def counted(name, plain):
