@@ -56,29 +56,30 @@ def test_vote_reload_go_on_export_in_a_browser(tmp_path):
     key = json.loads((human / "key.json").read_text())
     order = list(key["slots"]["ann"])
     with browsing(tmp_path) as tab:
+        place = "document.getElementById('place').textContent"
         tab.open(page)
         assert tab.run("document.title") == "Which answer is better?"
-        assert tab.run("document.getElementById('place').textContent") == "1 of 4, 0 voted on"
+        tab.until(f"{place} === '1 of 4, 0 voted on'")
         first = PROMPTS[[prompt_id(text) for text in PROMPTS].index(order[0])]
         assert tab.run("document.getElementById('prompt').textContent") == visible(first)
         tab.press("ArrowRight")  # not before there is a vote
-        assert tab.run("document.getElementById('place').textContent").startswith("1 of 4")
+        assert tab.run(place).startswith("1 of 4")
         tab.press("2")
         tab.press("0")
         tab.press("9")  # no such answer
-        assert tab.run("document.getElementById('place').textContent") == "3 of 4, 2 voted on"
+        tab.until(f"{place} === '3 of 4, 2 voted on'")
 
         tab.reload()
-        assert tab.run("document.getElementById('place').textContent") == "3 of 4, 2 voted on"
+        tab.until(f"{place} === '3 of 4, 2 voted on'")
         tab.press("ArrowLeft")
         tab.press("ArrowLeft")
         pressed = "[...document.querySelectorAll('.answer')].map((one) => one.getAttribute('aria-pressed'))"
-        assert tab.run(pressed) == ["false", "true", "false"]
+        tab.until(f"String({pressed}) === 'false,true,false'")
         tab.press("3")  # another mind
         tab.press("ArrowRight")
         tab.press("1")
         tab.run("document.querySelectorAll('.answer')[1].click()")
-        assert not tab.run("document.getElementById('end').hidden")
+        tab.until("!document.getElementById('end').hidden")
         tab.press("e")
         file = tmp_path / "votes-ann.json"
         deadline = time.monotonic() + 20

@@ -1,29 +1,36 @@
 // Votes are kept in this browser after each key, so the page can be closed and opened again; nothing is sent anywhere.
-(() => {
+// In IndexedDB: of what pages opened from a file put in localStorage, Chromium loses some at a reload.
+(async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const key = `votes ${data.study} ${data.annotator}`;
   const $ = (id) => document.getElementById(id);
   let kept = true;
-  const load = () => {
+  const open = () =>
+    new Promise((resolve, reject) => {
+      const request = indexedDB.open("votes", 1);
+      request.onupgradeneeded = () => request.result.createObjectStore("votes");
+      request.onsuccess = () => resolve(request.result);
+      request.onerror = () => reject(request.error);
+    });
+  // What ``act`` asked of the store of votes, once it is on record; nothing where the browser keeps nothing.
+  const database = open().catch(() => null);
+  const transact = async (mode, act) => {
     try {
-      return JSON.parse(localStorage.getItem(key)) || {};
+      const transaction = (await database).transaction("votes", mode);
+      const request = act(transaction.objectStore("votes"));
+      await new Promise((resolve, reject) => {
+        transaction.oncomplete = resolve;
+        transaction.onabort = () => reject(transaction.error);
+      });
+      return request.result;
     } catch {
       kept = false;
-      return {};
     }
   };
-  const votes = load();
+  const votes = (await transact("readonly", (store) => store.get(key))) || {};
   const voted = () => data.items.filter((item) => item.id in votes).length;
   const firstOpen = () => data.items.findIndex((item) => !(item.id in votes));
   let at = firstOpen() < 0 ? data.items.length : firstOpen();
-
-  const save = () => {
-    try {
-      localStorage.setItem(key, JSON.stringify(votes));
-    } catch {
-      kept = false;
-    }
-  };
 
   const show = () => {
     const item = data.items[at];
@@ -51,19 +58,22 @@
         body.textContent = text || "(empty)";
         body.dir = "auto";
         button.append(label, body);
-        button.addEventListener("click", () => vote(slot));
+        button.addEventListener("click", () => queue(() => vote(slot)));
         return button;
       }),
     );
   };
 
-  const vote = (choice) => {
+  const vote = async (choice) => {
     const item = data.items[at];
     if (!item) return;
     votes[item.id] = choice;
-    save();
+    await transact("readwrite", (store) => store.put(votes, key));
     go(1);
   };
+  // One action after another: a second key never meets an item whose vote is still being kept.
+  let last = null;
+  const queue = (act) => (last = Promise.resolve(last).then(act));
 
   const go = (step) => {
     const item = data.items[at];
@@ -84,21 +94,22 @@
     $("note").textContent = left ? `Exported, but ${left} items are not voted on yet.` : "Exported. Thank you.";
   };
 
-  $("tie").addEventListener("click", () => vote("tie"));
-  $("back").addEventListener("click", () => go(-1));
-  $("next").addEventListener("click", () => go(1));
-  $("export").addEventListener("click", exportVotes);
+  const act = (name) => {
+    const item = data.items[at];
+    const number = Number(name);
+    if (name === "ArrowLeft") return go(-1);
+    if (name === "ArrowRight") return go(1);
+    if (name === "e") return exportVotes();
+    if (name === "0" && data.tie) return vote("tie");
+    if (item && number >= 1 && number <= item.answers.length) return vote(number - 1);
+  };
+  const keys = { tie: "0", back: "ArrowLeft", next: "ArrowRight", export: "e" };
+  for (const [id, name] of Object.entries(keys)) $(id).addEventListener("click", () => queue(() => act(name)));
   addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
-    const item = data.items[at];
-    const number = Number(event.key);
-    if (event.key === "ArrowLeft") go(-1);
-    else if (event.key === "ArrowRight") go(1);
-    else if (event.key.toLowerCase() === "e") exportVotes();
-    else if (event.key === "0" && data.tie) vote("tie");
-    else if (item && number >= 1 && number <= item.answers.length) vote(number - 1);
-    else return;
+    if (!/^(\d|ArrowLeft|ArrowRight|e)$/i.test(event.key)) return;
     event.preventDefault();
+    queue(() => act(event.key.length === 1 ? event.key.toLowerCase() : event.key));
   });
   show();
 })();
