@@ -26,7 +26,7 @@ from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
 from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world, known_steps
 from testbed.study.pages import write_study_page
-from testbed.study.results import DECODINGS, chosen_settings, comparisons, table, with_equal_tokens
+from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -337,6 +337,21 @@ def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
     assert curve["response_length"] == [5.0, 5.0]
 
 
+def test_sensitivity_is_paired_with_the_standard_level_by_hand():
+    """Differences 1 and 3 over seeds: 2 ± 12.706; a level of one seed has no interval over seeds."""
+
+    def varied(level: str, seed: int, score: float) -> dict:
+        return run_of("tlcr", seed, score) | {"variant": f"noise: {level}"}
+
+    runs = [varied("3%", 1, 4.0), varied("3%", 2, 5.0), varied("25%", 1, 5.0), varied("25%", 2, 8.0)]
+    found = sensitivity(runs, "noise", {"3%": "tlcr", "25%": "tlcr", "99%": "tlcr"}, "3%")
+    assert found["3%"]["difference"]["difference"] == 0
+    assert found["25%"]["difference"]["difference"] == 2
+    assert found["25%"]["difference"]["high"] == pytest.approx(2 + 12.706, abs=1e-3)
+    assert found["25%"]["true_score T=1"]["mean"] == 6.5
+    assert found["99%"] is None
+
+
 # ---- the page ----
 
 
@@ -352,7 +367,8 @@ def run_of(method: str, seed: int, score: float) -> dict:
 def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
     methods = ["sft", "ppo_seq", "tlcr", "tlcr_positive_only", "dpo"]
     runs = [run_of(method, seed, 3.0 + at + seed) for at, method in enumerate(methods[:4]) for seed in (1, 2)]
-    levels = {"1/4": None, "all": table(runs, ["tlcr"], "paper")["tlcr"]}
+    paired = {"difference": -1.25, "low": -2.0, "high": -0.5, "unit": "seed", "count": 2}
+    levels = {"1/4": None, "all": table(runs, ["tlcr"], "paper")["tlcr"] | {"difference": paired}}
     results = {
         "world": {"scorer": "python:a:b", "seeds": [1, 2]},
         "scale": {"pairs": 100},
@@ -375,6 +391,7 @@ def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
     assert "No finished run: DPO." in text
     assert "Not run (--stage sensitivity): labelled pairs." in text
     assert "Neutral weight" in text
+    assert ">neutral weight: 1/4</th><td>6.50 ± 0.71</td><td>-1.25 [-2.00, -0.50]</td>" in text
 
 
 # ---- a whole one -----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ Whatever was made before is reused; an interrupted study continues with the same
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -198,14 +198,18 @@ class Study:
             "tables": {variant: tables.table(records, self.methods, variant) for variant in variants},
             "comparisons": {variant: tables.comparisons(records, self.methods, variant) for variant in variants},
             "sensitivity": {
-                question: {
-                    name: tables.table(varied, [method], f"{question}: {name}").get(method)
-                    for name, (_, _, method) in levels.items()
-                }
+                question: tables.sensitivity(
+                    varied, question, {name: method for name, (_, _, method) in levels.items()}, standard_level(levels)
+                )
                 for question, levels in self.questions().items()
             },
             "runs": records + varied,
         }
+
+
+def standard_level(levels: Mapping[str, tuple[Condition, Setting, str]]) -> str:
+    """Which level of a question is TLCR as the study runs it."""
+    return next(name for name, level in levels.items() if level == (STANDARD, PAPER, "tlcr"))
 
 
 def wanted(study: Study, stage: str) -> list[Step]:

@@ -1,6 +1,6 @@
 """study.html: the study's tables and figures on one page, from what results.json holds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deepspeed_chat_tlcr.pictures import (
@@ -170,19 +170,21 @@ def difference_table(methods: Sequence[str], differences: Mapping[str, Mapping |
     """Every method minus SFT, PPO_seq and TLCR_fixed: the claims that a reader looks for."""
     others = [method for method in ("sft", "ppo_seq", "tlcr_fixed") if method in methods]
 
-    def cell(method: str, other: str) -> str:
-        found = differences.get(f"{method} - {other}")
-        if found is None:
-            return "—"
-        if found["low"] is None:
-            return f"{found['difference']:+.2f}"
-        return f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
-
-    units = {found["unit"] for found in differences.values() if found}
-    warning = " One seed: the intervals are over its prompts, and say nothing of other worlds."
-    body = [[NAMES[method], *(cell(method, other) for other in others)] for method in methods]
+    body = [[NAMES[method], *(difference(differences.get(f"{method} - {o}")) for o in others)] for method in methods]
     header = [f"{decoding}: paired difference of true score", *(f"minus {NAMES[other]}" for other in others)]
-    return table_html(header, body, "With 95 % intervals." + warning * ("prompt" in units))
+    return table_html(header, body, intervals_of(differences.values()))
+
+
+def difference(found: Mapping | None) -> str:
+    if found is None:
+        return "—"
+    low, high = found["low"], found["high"]
+    return f"{found['difference']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+
+
+def intervals_of(differences: Iterable[Mapping | None]) -> str:
+    warning = " One seed: the intervals are over its prompts, and say nothing of other worlds."
+    return "With 95 % intervals." + warning * any(found and found["unit"] == "prompt" for found in differences)
 
 
 def win_table(rates: Mapping[str, Mapping[str, float | None]]) -> Html:
@@ -262,8 +264,9 @@ def score_against_kl(rows: Mapping[str, Mapping], methods: Sequence[str], title:
 
 
 def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -> Html:
-    """One chart for each question of which two levels or more are measured; the others are said to be missing."""
-    charts, absent = [], []
+    """One chart for each question of which two levels or more are measured, the others being said to be missing; and
+    all levels in a table, paired with the standard one."""
+    charts, absent, body, differences = [], [], [], []
     for question, levels in questions.items():
         entries = [(row or {}).get("true_score T=1") for row in levels.values()]
         if sum(entry is not None for entry in entries) < 2:
@@ -272,9 +275,18 @@ def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -
         values, whiskers = bars(entries)
         title = question[0].upper() + question[1:]
         charts.append(bar_chart(list(levels), {"T=1": values}, title, "true score, T=1", {"T=1": whiskers}))
-    told = [paragraph("TLCR, where nothing else is said, with one thing varied at a time.")] if charts else []
-    told += [paragraph(f"Not run (--stage sensitivity): {', '.join(absent)}.", "quiet")] if absent else []
-    return join([*told, columns(*charts, kind="charts")])
+        for level, row in levels.items():
+            measured = row or {}
+            differences.append(measured.get("difference"))
+            costs = [spread(measured.get(COSTS[name][0]), COSTS[name][1]) for name in ("length", "KL to SFT")]
+            body.append([f"{question}: {level}", spread(measured.get("true_score T=1")), difference(differences[-1])])
+            body[-1] += [spread(measured.get("best_true_score_in_training")), *costs]
+    told = [paragraph(f"Not run (--stage sensitivity): {', '.join(absent)}.", "quiet")] if absent else []
+    if not charts:
+        return join(told)
+    header = ["varied", "true score, T=1", "minus TLCR's standard run", "best in training", "length", "KL to SFT"]
+    lead = paragraph("TLCR, where nothing else is said, with one thing varied at a time.")
+    return join([lead, *told, columns(*charts, kind="charts"), table_html(header, body, intervals_of(differences))])
 
 
 def grid_section(grid: Mapping, settings: Mapping[str, Mapping[str, Mapping]]) -> Html:

@@ -1,7 +1,7 @@
 """results.json of a study: every run with its setting, and the comparisons between methods."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from testbed.study.analysis import (
@@ -118,6 +118,20 @@ def comparisons(records: Sequence[dict], methods: Sequence[str], variant: str) -
             "differences": {f"{a} - {b}": paired_difference(by_method[a], by_method[b]) for a, b in pairs},
             "win_rates": {a: {b: win_rate(by_method[a], by_method[b]) for b in present} for a in present},
         }
+    return found
+
+
+def sensitivity(records: Sequence[dict], question: str, levels: Mapping[str, str], standard: str) -> dict[str, dict]:
+    """By level of ``question``, ``{level: method}``: its row of ``table``, None where nothing is finished, with the
+    paired difference at temperature 1 from the level ``standard``."""
+
+    def scored(level: str) -> dict[int, list[float]]:
+        return scores(records, levels[level], f"{question}: {level}", DECODINGS[0])
+
+    found = {}
+    for level, method in levels.items():
+        row = table(records, [method], f"{question}: {level}").get(method)
+        found[level] = row and row | {"difference": paired_difference(scored(level), scored(standard))}
     return found
 
 
