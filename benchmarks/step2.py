@@ -84,7 +84,7 @@ def counting(collator, log: list[dict[str, int]], with_loss: int, sequences: int
 def load_examples(options: Options, tokenizer) -> list[tuple[TokenizedExample, ...]]:
     """(modified, rejected, chosen) as tokens, each at most ``--max_seq_len``."""
     if options.revisions:
-        revisions = load_revisions(options)["train"]
+        revisions = load_revisions(options, tokenizer)["train"]
     else:
         pairs = load_preferences(
             options.data_path, "reward", "train", options.data_split, options.data_seed, tokenizer=tokenizer

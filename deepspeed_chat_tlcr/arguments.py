@@ -15,6 +15,7 @@ here, the flag parses and one warning says why.
 
 import argparse
 import json
+import math
 import sys
 import textwrap
 import types
@@ -63,7 +64,7 @@ class RunOptions:
         "huggingface: safetensors, tokenizer, chat template, generation config; deepspeed_chat: pytorch_model.bin as "
         "DeepSpeed-Chat's chat.py and evaluation scripts read it",
     )
-    save_interval: int = option(0, "optimiser steps between resumable checkpoints; 0: one at the end of each epoch")
+    save_interval: int = option(0, "steps between resumable checkpoints; 0: one at the end of each epoch")
     save_total_limit: int = option(1, "how many resumable checkpoints are kept")
     resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")
     max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
@@ -160,6 +161,21 @@ class TrainOptions:
     def new_eos(self) -> str | None:
         """The end-of-sequence token that --add_eot_token asks for, if it does."""
         return self.eot_token if self.add_eot_token else None
+
+
+def require_ranges(options: Any, least: dict[str, float], most: dict[str, float] | None = None) -> None:
+    """Raise ``InputError`` for a number of ``options`` below ``least`` or above ``most``, or that is not finite.
+
+    Names that the options do not have, and options that are None, are passed over.
+    """
+    for name, bound in least.items():
+        value = getattr(options, name, None)
+        if value is not None and not (bound <= value < math.inf):
+            raise InputError(f"--{name} {value}: must be at least {bound:g}, and finite")
+    for name, bound in (most or {}).items():
+        value = getattr(options, name, None)
+        if value is not None and value > bound:
+            raise InputError(f"--{name} {value}: must be at most {bound:g}")
 
 
 OptionsType = TypeVar("OptionsType")
@@ -260,6 +276,7 @@ def announce(options: Any, folder: str | Path) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "results.json").unlink(missing_ok=True)  # of another command: its models are about to go
         (folder / "run_options.json").write_text(json.dumps(settings, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None

@@ -1,9 +1,13 @@
 """Resumable checkpoints of several DeepSpeed engines: whole or absent, never half."""
 
+import hashlib
 import json
+import os
+import pickle
 import random
 import shutil
-from collections.abc import Container
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,21 @@ import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from safetensors import SafetensorError
 
 from deepspeed_chat_tlcr.errors import InputError, SaveError
+from deepspeed_chat_tlcr.optim import Rates
 from deepspeed_chat_tlcr.saving import write_json
 
 _STATE = "state.json"
+
+# What a run may be continued with otherwise without a word: it changes no number.
+_HARMLESS = {"output_dir", "resume", "save_interval", "save_total_limit", "report_to", "local_rank", "max_faults"}
+_HARMLESS |= {"enable_tensorboard", "tensorboard_path", "save_format", "deepspeed", "data_output_path", "print_loss"}
+# What decides which tensors a checkpoint holds: with another value it does not fit.
+_STRUCTURAL = {"algo", "objective", "dtype", "bf16", "actor_bf16", "critic_bf16", "reward_bf16", "only_optimize_lora"}
+_STRUCTURAL |= {"enable_ema", "offload", "offload_critic_model", "zero_stage", "actor_zero_stage", "critic_zero_stage"}
+_STRUCTURAL |= {f"{role}{name}" for role in ("", "actor_", "critic_") for name in ("lora_dim", "lora_module_name")}
 
 
 class Checkpoints:
@@ -53,7 +67,7 @@ class Checkpoints:
         part = self.folder / f"step-{step}.part"
         try:
             self._write(part, step, engines, state, tensors or {})
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             newest = self.steps()[-1:]
             kept = f"; {self.folder / f'step-{newest[0]}'} is whole" if newest else ""
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -79,8 +93,8 @@ class Checkpoints:
             write_json(part / _STATE, {"step": step, "world_size": self.world_size, **state})
         torch.distributed.barrier()
 
-    def load(self, step: int, engines: dict[str, DeepSpeedEngine]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Bring back a checkpoint; returns the ``state`` and ``tensors`` it was saved with.
+    def state(self, step: int) -> dict[str, Any]:
+        """The ``state`` that a checkpoint was saved with.
 
         Raises ``InputError`` on another number of ranks: optimiser states and data are divided by it.
         """
@@ -91,10 +105,24 @@ class Checkpoints:
                 f"{path} was written by {state['world_size']} rank(s), this run has {self.world_size}: continue with "
                 "as many ranks, or start anew from the saved models with --resume never"
             )
-        for name, engine in engines.items():
-            engine.load_checkpoint(str(path), tag=name)
-        restore_generators(torch.load(path / f"generators-{self.rank}.pt", weights_only=True))
-        return state, torch.load(path / f"tensors-{self.rank}.pt", weights_only=True)
+        return state
+
+    def load(self, step: int, engines: dict[str, DeepSpeedEngine]) -> dict[str, torch.Tensor]:
+        """Bring back engines and generators; returns the ``tensors`` it was saved with.
+
+        Learning rates, their schedule and weight decays stay those that the engines were made with. Raises
+        ``InputError`` for a checkpoint that cannot be read.
+        """
+        path = self.folder / f"step-{step}"
+        try:
+            for name, engine in engines.items():
+                rates = Rates(engine.optimizer, engine.lr_scheduler)
+                engine.load_checkpoint(str(path), tag=name)
+                rates.restore(engine.optimizer, engine.lr_scheduler)
+            restore_generators(torch.load(path / f"generators-{self.rank}.pt", weights_only=True))
+            return torch.load(path / f"tensors-{self.rank}.pt", weights_only=True)
+        except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
+            raise unreadable(path, error) from error
 
     def remove(self) -> None:
         """Delete all checkpoints, when the stage is finished and its models are saved."""
@@ -127,10 +155,62 @@ def restore_generators(states: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
 
 
-def changed_settings(saved: dict[str, Any], current: dict[str, Any], ignored: Container[str]) -> list[str]:
-    """What a resumed run does otherwise than the one it continues: ``name: old -> new`` of each changed setting."""
-    return [
-        f"--{name}: {saved.get(name)} -> {value}"
-        for name, value in current.items()
-        if name not in ignored and name in saved and saved[name] != value
-    ]
+def unreadable(checkpoint: Path, error: Exception) -> InputError:
+    """The error for a checkpoint that does not load, though it was whole when it was written."""
+    first_line = (str(error).strip().splitlines() or [""])[0]
+    return InputError(
+        f"{checkpoint} cannot be read ({type(error).__name__}: {first_line}); delete it to go on from an older one, if "
+        "there is any, or start anew with --resume never"
+    )
+
+
+def changed_settings(saved: dict[str, Any], options: Any, checkpoint: Path) -> list[str]:
+    """What a resumed run does otherwise than the one it continues: ``--name: old -> new`` of each changed setting.
+
+    ``saved``: the settings in ``checkpoint``. Raises ``InputError`` for one with which the checkpoint does not fit.
+    """
+    current = asdict(options)
+    changed = [name for name in current if name in saved and name not in _HARMLESS and saved[name] != current[name]]
+    shown = {name: f"--{name}: {saved[name]} -> {current[name]}" for name in changed}
+    unfit = [shown[name] for name in changed if name in _STRUCTURAL]
+    if unfit:
+        raise InputError(
+            f"{checkpoint} does not fit this command ({'; '.join(unfit)}): continue with the old settings, or start "
+            "anew with --resume never"
+        )
+    return list(shown.values())
+
+
+def fingerprint(data: Iterable[Any]) -> str:
+    """Names what a run learns from, so that a continued run can tell whether it still does."""
+    digest = hashlib.sha256()
+    for item in data:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()[:16]
+
+
+def same_command(options: Any) -> str:
+    """What continues a run that has been stopped."""
+    return "the same command" + ", without --resume never" * (options.resume == "never")
+
+
+OTHER_DATA = "warning: the data is not what this run began with; it goes on at the same place in other data"
+
+
+def is_finished(options: Any) -> bool:
+    """Whether this very command has been carried out already, so that a job started again destroys nothing.
+
+    Asked before the ranks join: the first of them writes the files that are compared here after that. Says so.
+    """
+    folder = Path(options.output_dir)
+    if options.resume == "never" or not (folder / "results.json").is_file():
+        return False
+    try:
+        before = json.loads((folder / "run_options.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if any(before.get(name) != value for name, value in asdict(options).items() if name not in _HARMLESS):
+        return False
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"finished already: {folder / 'results.json'}; --resume never makes it anew", flush=True)
+    return True

@@ -64,7 +64,10 @@ def build_config(
 
 
 def read_overrides(path: str | Path) -> dict[str, Any]:
-    """Read ``--deepspeed_config``; raises ``InputError`` naming the file."""
+    """Read ``--deepspeed_config``: what it says beyond "auto". Raises ``InputError`` naming the file.
+
+    Batches, optimiser and schedule are the flags' business: half of the program would not know of other ones.
+    """
     try:
         overrides = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -73,7 +76,26 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
         raise InputError(f"--deepspeed_config {path}: not JSON ({error})") from None
     if not isinstance(overrides, dict):
         raise InputError(f"--deepspeed_config {path}: expected a JSON object")
+    overrides = without_auto(overrides)
+    for name, flags in _BY_FLAGS.items():
+        if name in overrides:
+            raise InputError(f"--deepspeed_config {path}: take out {name!r}, which {flags} decide(s) here")
     return overrides
+
+
+_BY_FLAGS = {
+    "train_batch_size": "the product of the batch-size flags and ranks",
+    "train_micro_batch_size_per_gpu": "--per_device_train_batch_size (step 3: --per_device_training_batch_size)",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "optimizer": "--learning_rate, --weight_decay and --offload",
+    "scheduler": "--lr_scheduler_type and --num_warmup_steps",
+}
+
+
+def without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without entries that are "auto", transformers' word for what the flags say, or nothing but such."""
+    kept = {key: without_auto(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in kept.items() if value != "auto" and not (value == {} and config[key])}
 
 
 def merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from deepspeed_chat_tlcr.checkpoints import changed_settings
+from deepspeed_chat_tlcr.checkpoints import changed_settings, fingerprint
 from deepspeed_chat_tlcr.errors import InputError, RunError, SaveError
 from deepspeed_chat_tlcr.gradients import watch_gradients
 from deepspeed_chat_tlcr.runtime import Preemption
@@ -20,10 +21,6 @@ from deepspeed_chat_tlcr.saving import write_json
 
 SETTINGS = "settings.json"
 """Written last into a checkpoint: one without it is half a checkpoint."""
-
-# What a run may be continued with otherwise without a word: it changes no number.
-_HARMLESS = {"output_dir", "resume", "save_interval", "save_total_limit", "report_to", "local_rank", "max_faults"}
-_HARMLESS |= {"enable_tensorboard", "tensorboard_path", "save_format", "deepspeed", "data_output_path", "print_loss"}
 
 
 class FaultTolerant:
@@ -128,7 +125,7 @@ class FaultTolerant:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
             newest = newest_checkpoint(Path(self.args.output_dir))
             kept = f"; {newest} is whole" if newest else ""
@@ -137,7 +134,8 @@ class FaultTolerant:
             self.args.save_total_limit = keep
         torch.distributed.barrier()
         if self.is_world_process_zero():
-            write_json(folder / SETTINGS, {"world_size": self.args.world_size, "options": asdict(self.stage)})
+            state = {"world_size": self.args.world_size, "options": asdict(self.stage)}
+            write_json(folder / SETTINGS, {**state, "data": fingerprint(self.train_lengths)})
             rotate_checkpoints(self.args.output_dir, save_total_limit=keep)
         torch.distributed.barrier()
 
@@ -165,7 +163,7 @@ def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoi
             f"{checkpoint} was written by {saved['world_size']} rank(s), this run has {world_size}: continue with as "
             "many ranks, or start anew with --resume never"
         )
-    return changed_settings(saved["options"], asdict(options), _HARMLESS)
+    return changed_settings(saved["options"], options, checkpoint)
 
 
 def ends_epoch(args: TrainingArguments, state: TrainerState) -> bool:

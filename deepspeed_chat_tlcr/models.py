@@ -92,6 +92,18 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
     return config
 
 
+def require_positions(path: str, length: int, flags: str) -> None:
+    """Raise ``InputError`` if a model with learnt position embeddings has fewer than ``length`` of them.
+
+    Rotary and relative positions have no end, only one that they were trained up to.
+    """
+    config = load_config(path)
+    positions = getattr(config, "max_position_embeddings", None)
+    rotary = any(name.startswith(("rope", "rotary")) for name in config.to_dict())
+    if positions is not None and not rotary and length > positions:
+        raise InputError(f"{flags}: {length} tokens are more than the {positions} positions of {path!r}")
+
+
 def dropout_names(config: PretrainedConfig) -> list[str]:
     """Names of the config's dropout probabilities (``dropout``, ``attention_dropout``, ``resid_pdrop``, …)."""
     return [

@@ -4,6 +4,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from deepspeed_chat_tlcr.errors import InputError
@@ -43,6 +44,23 @@ def _group_of(name: str) -> str:
     lowered = name.lower()
     # By name and not by shape: under ZeRO-3 every parameter is flat.
     return "plain" if lowered.endswith("bias") or "norm" in lowered or ".ln_" in lowered else "decayed"
+
+
+class Rates:
+    """Learning rates and weight decays as the flags of this run say, which a loaded checkpoint would put back to those
+    of the run that wrote it. Remembered before, restored after loading, at the schedule's place then."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR):
+        self.peaks = list(schedule.base_lrs)
+        self.decays = [group["weight_decay"] for group in optimizer.param_groups]
+
+    def restore(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+        schedule.base_lrs = list(self.peaks)
+        settings = zip(optimizer.param_groups, self.peaks, self.decays, schedule.lr_lambdas, strict=True)
+        for group, peak, decay, factor in settings:
+            group["initial_lr"], group["weight_decay"] = peak, decay
+            group["lr"] = peak * factor(schedule.last_epoch)
+        schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: bool) -> None:

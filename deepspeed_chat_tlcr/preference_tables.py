@@ -81,7 +81,7 @@ def _reader(source: Source, records: Records, tokenizer) -> tuple[Callable[[dict
     if not has_messages(first):
         return own_strings, "own"
     if tokenizer is None:
-        raise InputError(f"{records}: the records are chat messages: a tokenizer with a chat template is needed here")
+        raise InputError(f"{records}: the records are chat messages; name a model with a chat template, --tokenizer")
     try:
         reader = ChatRecords(tokenizer)
     except InputError as error:

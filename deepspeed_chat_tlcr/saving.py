@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
+from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.chat_format import to_chat_critic, write_chat_folder
-from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.errors import InputError, SaveError
 from deepspeed_chat_tlcr.models import head_of
 from deepspeed_chat_tlcr.optim import merge_lora
 
@@ -26,15 +27,25 @@ def save_model(
 
     ``save_format``: huggingface (safetensors, generation config, chat template), or deepspeed_chat, what its chat.py
     and evaluation scripts read. Works at every ZeRO stage; LoRA layers are merged in what is written, never in the
-    model that goes on training.
+    model that goes on training. Raises ``SaveError`` when the disk is full or gone.
     """
+    try:
+        _save_model(engine, tokenizer, Path(folder), save_format)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise SaveError(
+            f"the model could not be written in {folder}: {first_line}; the newest checkpoint is whole, the same "
+            "command goes on from there when there is space"
+        ) from error
+
+
+def _save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, folder: Path, save_format: str) -> None:
     model = engine.module
     if engine.zero_optimization_partition_weights():
         state_dict = engine._zero3_consolidated_16bit_state_dict()
     else:
         state_dict = model.state_dict()
     if torch.distributed.get_rank() == 0:
-        folder = Path(folder)
         use_cache, model.config.use_cache = model.config.use_cache, True
         if model.can_generate():
             # What ends an answer belongs to the model: without it a server would run on to its length limit.

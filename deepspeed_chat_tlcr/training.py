@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions
+from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, require_ranges
+from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, fingerprint, same_command
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.faults import (
@@ -27,7 +29,8 @@ from deepspeed_chat_tlcr.faults import (
     newest_checkpoint,
 )
 from deepspeed_chat_tlcr.metrics import MetricsLog, require_trackers
-from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
+from deepspeed_chat_tlcr.models import require_positions
+from deepspeed_chat_tlcr.optim import Rates, add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import save_model, write_json
 from deepspeed_chat_tlcr.tokenization import TokenizedExample
@@ -124,6 +127,18 @@ class StageMixin(FaultTolerant):
             )
         return self.optimizer
 
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
+        schedule = super().create_scheduler(*args, **kwargs)
+        self.rates = Rates(self.optimizer, schedule)
+        return schedule
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Part of resuming, after the engine's own states."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate may have wrapped it
+            self.rates.restore(self.model_wrapped.optimizer, schedule)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args
         sampler = LengthGroupedSampler(
@@ -182,8 +197,15 @@ class _Bar(ProgressCallback):
 def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     """The DeepSpeed config of a stage that trains one model.
 
-    Raises ``InputError`` for a tracker of ``--report_to`` that is not there, before anything loads.
+    Raises ``InputError`` for a tracker of ``--report_to`` that is not there, and for numbers that make no sense, before
+    anything loads.
     """
+    ones = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_faults")
+    ones += ("num_train_epochs", "max_seq_len", "save_total_limit")
+    zeros = ("learning_rate", "lora_learning_rate", "weight_decay", "max_grad_norm", "num_warmup_steps", "lora_dim")
+    zeros += ("save_interval", "eval_interval", "neutral_weight", "beta")
+    require_ranges(options, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
+    require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
     require_trackers(options.report_to)
     return build_config(
         dtype=runtime.dtype,
@@ -199,9 +221,6 @@ def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
 
 def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> None:
     """Raise ``InputError`` for sizes that cannot make one optimiser step."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * runtime.world_size
     if examples < batch:
         raise InputError(
@@ -288,6 +307,8 @@ def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
         print(f"continuing from {newest}", flush=True)
         for change in changes:
             print(f"warning: continuing with another setting than before: {change}", flush=True)
+        if saved.get("data") != fingerprint(trainer.train_lengths):
+            print(OTHER_DATA, flush=True)
     return str(newest), int(newest.name.rsplit("-", 1)[1])
 
 
@@ -318,7 +339,7 @@ def run(
     if stop.stopped:
         if trainer.is_world_process_zero():
             at = f"after step {trainer.state.global_step} of {trainer.state.max_steps}"
-            print(f"stopped by SIGTERM {at}, all saved; resume with the same command", flush=True)
+            print(f"stopped by SIGTERM {at}, all saved; resume with {same_command(options)}", flush=True)
         return None
     measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
     save_model(trainer.model_wrapped, tokenizer, options.output_dir, options.save_format)

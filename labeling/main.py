@@ -19,6 +19,7 @@ from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.preference_data import Preferences, load_preferences, parse_data_split
 from deepspeed_chat_tlcr.record_sources import find_source
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.asking import agreed, known_price, make_endpoint, run_all, signals_interrupt
 from labeling.endpoint import ChatRequest, Endpoint, Sampling
 from labeling.importing import import_revisions
@@ -144,7 +145,13 @@ def load_pairs(options: Options) -> Preferences:
     """The reward part of the data. With nothing for SFT and RL, as in 0,10,0, that is every pair there is: also the
     tenth that other stages hold out of data without an eval split of its own.
     """
-    load = partial(load_preferences, part="reward", data_split=options.data_split, data_seed=options.data_seed)
+    load = partial(
+        load_preferences,
+        part="reward",
+        data_split=options.data_split,
+        data_seed=options.data_seed,
+        tokenizer=load_tokenizer(options.tokenizer) if options.tokenizer else None,
+    )
     pairs = load(options.data_path, split=options.split)
     for_sft, _, for_rl = parse_data_split(options.data_split)
     whole = [path for path in options.data_path if find_source(path).eval is None]

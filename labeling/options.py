@@ -18,6 +18,9 @@ class Options(EndpointOptions):
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data; the reward part is revised (0,10,0: all)")
     data_seed: int = option(1234, "seed of the split; the same in every stage")
     split: Literal["train", "eval"] = option("train", "which split of the data")
+    tokenizer: str | None = option(
+        None, "model whose chat template makes the prompts of chat messages: the one that is to be trained"
+    )
     limit: int = option(0, "stop after so many pairs, to look at them first; 0: all")
     shard: str = option("1/1", "i/n: revise only the i-th of n parts; labeling/merge.py joins them")
 

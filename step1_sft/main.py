@@ -10,6 +10,7 @@ import torch
 
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.preference_data import load_preferences
@@ -71,6 +72,8 @@ def collate(tokenizer, loss_on_prompt: bool):
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
+    if is_finished(options):
+        return
     runtime = runtimes.start(options.precision, options.seed)
     if runtime.is_main:
         announce(options, options.output_dir)

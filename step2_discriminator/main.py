@@ -13,6 +13,7 @@ import torch
 
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import token_metrics
 from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
@@ -214,13 +215,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if token_level and options.save_format == "deepspeed_chat":
         raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
     objective = "token" if token_level else "sequence"
-    revisions = load_revisions(options) if token_level or options.pairs == "modified" else None
+    if is_finished(options):
+        return
+    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
+    revisions = load_revisions(options, tokenizer) if token_level or options.pairs == "modified" else None
     runtime = runtimes.start(options.precision, options.seed)
     if runtime.is_main:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)
 
-    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     pairs: dict[str, list[Pair]] = {}
     for split in ("train", "eval"):
         if token_level:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerFast
+
 from deepspeed_chat_tlcr.arguments import DataOptions, option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.preference_data import part_of_prompts
@@ -32,15 +34,18 @@ class RevisionOptions(DataOptions):
     allow_foreign_revisions: bool = option(False, "accept revisions of prompts from the SFT or RL part of the data")
 
 
-def load_revisions(options: RevisionOptions) -> dict[str, list[Revision]]:
-    """Revisions for ``train`` and ``eval``. Raises ``InputError`` for missing, empty or foreign ones."""
+def load_revisions(options: RevisionOptions, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Revision]]:
+    """Revisions for ``train`` and ``eval``. Raises ``InputError`` for missing, empty or foreign ones.
+
+    ``tokenizer``: its chat template makes prompts of data that is chat messages.
+    """
     if not options.revisions:
         raise InputError("--revisions is missing: give the revisions.jsonl that labeling/main.py wrote")
     train = _read(options.revisions)
     if not train:
         raise InputError(f"--revisions {' '.join(options.revisions)}: no revisions in it; run labeling/main.py first")
     if not options.allow_foreign_revisions:
-        refuse_foreign_revisions(train, options.data_path, options.data_split, options.data_seed)
+        refuse_foreign_revisions(train, options, tokenizer)
     if options.eval_revisions:
         return {"train": train, "eval": _read(options.eval_revisions)}
     if len({revision.prompt for revision in train}) < 2:
@@ -68,19 +73,25 @@ def hold_out(revisions: list[Revision], share: float) -> tuple[list[Revision], l
 
 
 def refuse_foreign_revisions(
-    revisions: Sequence[Revision], data_path: Sequence[str], data_split: str, data_seed: int, tokenizer=None
+    revisions: Sequence[Revision], options: DataOptions, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Raise ``InputError`` if a revision's prompt is in the SFT or RL part of the data and not in the reward part.
 
     Such labels would leak. A prompt may stand in several parts (data sets repeat prompts); one that is in none of
     them is the user's own.
     """
-    parts = part_of_prompts(data_path, data_split, data_seed, tokenizer=tokenizer)
+    parts = part_of_prompts(
+        options.data_path,
+        options.data_split,
+        options.data_seed,
+        tokenizer=tokenizer,
+        cache_dir=options.data_output_path,
+    )
     for part, purpose in (("sft", "SFT"), ("rl", "RL")):
         foreign = [r for r in revisions if r.prompt in parts[part] and r.prompt not in parts["reward"]]
         if foreign:
             raise InputError(
                 f"--revisions: {len(foreign)} of {len(revisions)} revisions have prompts of the {purpose} part under "
-                f"--data_split {data_split} --data_seed {data_seed} (first: id {foreign[0].id}); label the reward part "
-                "with the same split and seed, or pass --allow_foreign_revisions"
+                f"--data_split {options.data_split} --data_seed {options.data_seed} (first: id {foreign[0].id}); label "
+                "the reward part with the same split and seed, or pass --allow_foreign_revisions"
             )

@@ -131,7 +131,7 @@ class RewardSum:
     ):
         self.specs, self.tokenizer, self.clip = specs, tokenizer, options.clip_reward_value
         self.names = names_of(specs)
-        self.fixed = {"positive": options.fixed_positive_reward, "negative": options.fixed_negative_reward}
+        self.fixed = options.fixed_values
         self.models: dict[str, DeepSpeedEngine | PreTrainedModel] = {}
         self.functions = {spec.path: load_function(spec.path) for spec in specs if spec.name == "python"}
         for path in dict.fromkeys(spec.path for spec in specs if spec.name in REWARDS and spec.path):

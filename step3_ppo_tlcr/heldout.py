@@ -15,7 +15,6 @@ from deepspeed_chat_tlcr.pictures import Sample, TokenScores, join, legend_html,
 from deepspeed_chat_tlcr.runtime import Runtime
 from step3_ppo_tlcr.averages import Averages
 from step3_ppo_tlcr.engines import action_logits
-from step3_ppo_tlcr.logprobs import entropy
 from step3_ppo_tlcr.measures import finished, measure_policy, measure_rollout
 from step3_ppo_tlcr.records import Experience, Rollout
 from step3_ppo_tlcr.trainer import Trainer
@@ -69,13 +68,18 @@ class HeldOut:
     def _score(self, rollout: Rollout, averages: Averages, prefix: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         trainer = self.trainer
         rewards, terms = trainer.models.reward(rollout)
-        ref_logprobs = trainer.reference_logprobs(action_logits(trainer.models.reference, rollout), rollout)
+        ref_logprobs = trainer.whole_logprobs(action_logits(trainer.models.reference, rollout), rollout)
         logits = action_logits(trainer.models.actor, rollout)
-        logprobs, mask = trainer.logprobs(logits, rollout), rollout.action_mask
-        experience = Experience(rollout, rewards, ref_logprobs)
+        experience = Experience(
+            rollout,
+            rewards,
+            ref_logprobs,
+            old_logprobs=trainer.logprobs(logits, rollout),
+            whole_logprobs=trainer.whole_logprobs(logits, rollout),
+        )
         measure_rollout(experience, terms, trainer.tokenizer.eos_token_id, averages, prefix)
-        measure_policy(logprobs, ref_logprobs, mask, averages, prefix)
-        averages.add(f"{prefix}policy/entropy", entropy(logits), mask)
+        measure_policy(experience, averages, prefix)
+        averages.add(f"{prefix}policy/entropy", trainer.entropy(logits, rollout), rollout.action_mask)
         return rewards, terms
 
     def _shown(

@@ -50,42 +50,61 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decodin
 
     ``logits`` ``(B, A, V)`` as the model gives them, ``tokens`` ``(B, A)``; returns ``(B, A)`` in fp32.
     """
+    warped, barred = _warped(logits, tokens, decoding, eos_id)
+    return _ChosenLogprobs.apply(warped, tokens, eos_id, barred)
+
+
+def _warped(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: int) -> tuple[torch.Tensor, int]:
+    """``warp``'s logits, and in how many first actions EOS has still to be barred."""
     barred = 0
     if decoding.top_k <= 0 and decoding.top_p >= 1.0:
         # Without a cut, which depends on whether EOS is barred, this can be left to the rows: no copy of all logits.
         barred, decoding = decoding.min_new_tokens, replace(decoding, min_new_tokens=0)
-    return _ChosenLogprobs.apply(warp(logits, decoding, eos_id, tokens), tokens, eos_id, barred)
+    return warp(logits, decoding, eos_id, tokens), barred
 
 
 @torch.no_grad()
-def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor) -> torch.Tensor:
-    """KL(pi || pi_ref) over the whole vocabulary, in nats: two ``(B, A, V)`` to ``(B, A)``, row by row."""
+def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor, decoding: Decoding, eos_id: int) -> torch.Tensor:
+    """KL(pi || pi_ref) over the whole vocabulary, in nats: two ``(B, A, V)`` to ``(B, A)``, row by row.
+
+    Both at the temperature and with the minimum length of ``decoding``, whose top-p and top-k do not count.
+    """
+
+    def logprobs_of(row: torch.Tensor) -> torch.Tensor:
+        barred = _barred_row(row, eos_id, decoding.min_new_tokens)
+        return (barred / decoding.temperature).log_softmax(-1).clamp(min=_LOWEST)
+
     rows = []
-    for row, ref_row in zip(logits, ref_logits, strict=True):
-        logprobs, ref_logprobs = row.float().log_softmax(-1), ref_row.float().log_softmax(-1)
+    for pair in zip(logits, ref_logits, strict=True):
+        logprobs, ref_logprobs = map(logprobs_of, pair)
         rows.append((logprobs.exp() * (logprobs - ref_logprobs)).sum(-1))
     return torch.stack(rows)
 
 
 class _Entropy(torch.autograd.Function):
-    """Entropy of softmax(logits), row by row, keeping only the logits and one number per action."""
+    """Entropy of softmax(logits), row by row, keeping only the logits and one number per action.
+
+    EOS counts as impossible in the first ``barred`` actions.
+    """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor) -> torch.Tensor:
-        entropies = torch.stack([_row_entropy(row.float().log_softmax(-1)) for row in logits])
+    def forward(ctx, logits: torch.Tensor, eos_id: int, barred: int) -> torch.Tensor:
+        rows = (_barred_row(row, eos_id, barred) for row in logits)
+        entropies = torch.stack([_row_entropy(row.log_softmax(-1)) for row in rows])
         ctx.save_for_backward(logits, entropies)
+        ctx.eos_id, ctx.barred = eos_id, barred
         return entropies
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         logits, entropies = ctx.saved_tensors
         result = torch.empty_like(logits)
         for row in range(len(logits)):
             # d H / d logits = -p (log p + H)
-            logprobs = logits[row].float().log_softmax(-1)
+            logprobs = _barred_row(logits[row], ctx.eos_id, ctx.barred).log_softmax(-1)
             slope = -logprobs.exp() * (logprobs.clamp(min=_LOWEST) + entropies[row].unsqueeze(-1))
             result[row] = (slope * gradient[row].unsqueeze(-1)).to(result.dtype)
-        return result
+        return result, None, None
 
 
 _LOWEST = -1e4  # a token that sampling excludes (log 0) adds nothing, rather than 0 x infinity
@@ -95,6 +114,10 @@ def _row_entropy(logprobs: torch.Tensor) -> torch.Tensor:
     return -(logprobs.exp() * logprobs.clamp(min=_LOWEST)).sum(-1)
 
 
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of each distribution, ``(B, A, V)`` to ``(B, A)``; differentiable."""
-    return _Entropy.apply(logits)
+def entropy(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: int) -> torch.Tensor:
+    """Entropy in nats of the distributions that ``decoding`` draws from, ``(B, A, V)`` to ``(B, A)``; differentiable.
+
+    ``tokens`` ``(B, A)``, the chosen ones, are in them whatever the cut.
+    """
+    warped, barred = _warped(logits, tokens, decoding, eos_id)
+    return _Entropy.apply(warped, eos_id, barred)

@@ -7,6 +7,7 @@ deepspeed step3_ppo_tlcr/main.py --actor_model_name_or_path SFT --critic_model_n
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,9 +16,10 @@ from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import announce, parse
+from deepspeed_chat_tlcr.checkpoints import Checkpoints, fingerprint, is_finished, same_command
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.metrics import require_trackers
-from deepspeed_chat_tlcr.models import label_count
+from deepspeed_chat_tlcr.metrics import read_metrics, require_trackers
+from deepspeed_chat_tlcr.models import label_count, require_positions
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
@@ -29,16 +31,20 @@ from step3_ppo_tlcr.ppo import PPO
 from step3_ppo_tlcr.pretraining import Pretraining, load_blocks
 from step3_ppo_tlcr.prompts import load_prompts, prompt_sets, require_a_set, set_size
 from step3_ppo_tlcr.remax import ReMax
-from step3_ppo_tlcr.rewards import RewardSpec, parse_rewards
+from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, parse_rewards
 from step3_ppo_tlcr.rollout import make_rollouts
-from step3_ppo_tlcr.run import Run
+from step3_ppo_tlcr.run import Run, step_to_continue
 from step3_ppo_tlcr.trainer import Models, Trainer
 
 ALGORITHMS = {"ppo": PPO, "remax": ReMax}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
-    return parse(Options, argv)
+    options = parse(Options, argv)
+    # A generation batch is cut into training micro-batches: larger ones than itself there are none, as in
+    # DeepSpeed-Chat, whose default of 16 goes with any size of generation batch.
+    training = min(options.per_device_training_batch_size, options.per_device_generation_batch_size)
+    return replace(options, per_device_training_batch_size=training)
 
 
 def reward_specs(options: Options) -> list[RewardSpec]:
@@ -54,6 +60,16 @@ def reward_specs(options: Options) -> list[RewardSpec]:
             "finds no reward in it; train one with step2_discriminator/main.py or name one with --reward"
         )
     return parse_rewards([names[labels]], critic)
+
+
+def require_rewards(specs: Sequence[RewardSpec]) -> None:
+    """Raise ``InputError``, before a model is loaded, for a function or model that is not what its term needs."""
+    what = {1: "a sequence reward model (1 label)", 2: "a discriminator (a token classifier with 2 labels)"}
+    for spec in specs:
+        if spec.name == "python":
+            load_function(spec.path)
+        elif spec.path is not None and label_count(spec.path) != (needed := REWARDS[spec.name].labels):
+            raise InputError(f"--reward {spec.name}: {spec.path!r} is not {what[needed]}")
 
 
 def build(
@@ -103,8 +119,10 @@ def train(
     last_step: int,
     preemption: Preemption,
     bar: tqdm,
+    save_interval: int,
 ) -> tuple[dict[str, float], int]:
-    """All steps that are still to be made; returns the last one's metrics and number.
+    """All steps that are still to be made, a checkpoint every ``save_interval`` of them and at the last one; returns
+    that one's metrics and number.
 
     Ends early on SIGTERM (then a checkpoint is saved and ``preemption.heeded``), where ReMax passes ``--target_kl``,
     and with ``RunError`` after too many faults.
@@ -124,12 +142,15 @@ def train(
             metrics |= held_out.measure(step)
         run.write(step, last_step, metrics, bar)
         bar.update()
-        if options.algo == "remax" and metrics.get("eval/policy/kl_per_token", 0) > (options.target_kl or math.inf):
+        limit = options.target_kl if options.algo == "remax" and options.target_kl else math.inf
+        ended = step == last_step or metrics.get("eval/policy/kl_per_token", 0) > limit
+        stopping = step < last_step and preemption.agreed(trainer.device)
+        # Also before the models are saved: whatever happens meanwhile, nothing has to be trained again.
+        if stopping or ended or step % save_interval == 0:
+            run.save(step)
+        if ended and step < last_step:
             run.runtime.say(f"step {step}: the held-out KL is above --target_kl {options.target_kl}; the run ends here")
             break
-        stopping = step < last_step and preemption.agreed(trainer.device)
-        if stopping or (options.save_interval and step % options.save_interval == 0 and step < last_step):
-            run.save(step)
         if stopping:
             preemption.heeded = True
             break
@@ -142,7 +163,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(options)
     require_trackers(options.report_to)
     require_writable(options.output_dir)
+    if is_finished(options):
+        return
     specs = reward_specs(options)
+    require_rewards(specs)
+    longest = options.max_prompt_seq_len + options.max_answer_seq_len
+    for path in {options.actor_model_name_or_path, options.critic_model_name_or_path}:
+        require_positions(path, longest, "--max_prompt_seq_len + --max_answer_seq_len")
     runtime = runtimes.start(options.precision, options.seed)
     preemption = Preemption()
     if runtime.is_main:
@@ -156,11 +183,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     prompts = load_prompts(options, tokenizer, runtime)
     require_a_set(prompts, options, runtime)
     held_out_prompts = load_prompts(options, tokenizer, runtime, "eval") if options.eval_interval else []
-    steps = len(prompts) // set_size(options, runtime) * options.num_train_epochs
+    checkpoints = Checkpoints(Path(options.output_dir) / "checkpoints", options.save_total_limit)
+    known_by = fingerprint(prompts)
+    done = step_to_continue(checkpoints, options, known_by, runtime)
+    sets = len(prompts) // set_size(options, runtime)
+    steps = sets * options.num_train_epochs
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
     trainer = build(options, runtime, tokenizer, prompts, specs)
-    run = Run(options, runtime, trainer)
+    run = Run(options, runtime, trainer, checkpoints, done, known_by)
     held_out = HeldOut(held_out_prompts, trainer, runtime, run.done) if options.eval_interval else None
     before = held_out.measure(0) if held_out and run.done == 0 else {}
 
@@ -170,15 +201,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tqdm(
         total=last_step, initial=run.done, desc=options.algo.upper(), dynamic_ncols=True, disable=not runtime.is_main
     ) as bar:
-        metrics, step = train(run, held_out, sets_by_step(prompts, options, runtime), last_step, preemption, bar)
+        every = options.save_interval or sets
+        metrics, step = train(run, held_out, sets_by_step(prompts, options, runtime), last_step, preemption, bar, every)
     if preemption.heeded:
-        runtime.say(f"stopped by SIGTERM after step {step} of {last_step}, all saved; resume with the same command")
+        at = f"after step {step} of {last_step}"
+        runtime.say(f"stopped by SIGTERM {at}, all saved; resume with {same_command(options)}")
         runtime.finish()
         return
 
     run.save_models()
     if runtime.is_main:
-        last = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        if not metrics:  # killed while it saved the models, after the last step
+            metrics = read_metrics(Path(options.output_dir) / "metrics.jsonl")[-1]
+        last = {k: v for k, v in metrics.items() if k != "step" and v is not None and math.isfinite(v)}
         seconds = round(time.monotonic() - begun, 1)
         write_json(
             Path(options.output_dir) / "results.json",

@@ -30,13 +30,12 @@ def measure_rollout(
     averages.add(f"{prefix}rollout/ref_perplexity", -experience.ref_logprobs, mask)
 
 
-def measure_policy(
-    logprobs: torch.Tensor, ref_logprobs: torch.Tensor, mask: torch.Tensor, averages: Averages, prefix: str = ""
-) -> None:
-    """Perplexity of the policy's own tokens and its KL to the reference, from ``(B, A)`` log-probs."""
-    averages.add(f"{prefix}policy/perplexity", -logprobs, mask)
-    averages.add(f"{prefix}policy/kl_per_token", logprobs - ref_logprobs, mask)
-    averages.add(f"{prefix}policy/kl", ((logprobs - ref_logprobs) * mask).sum(1))
+def measure_policy(experience: Experience, averages: Averages, prefix: str = "") -> None:
+    """Perplexity of the policy's own tokens and its KL to the reference, from an experience's log-probs."""
+    mask, divergence = experience.rollout.action_mask, experience.kl_logprobs - experience.ref_logprobs
+    averages.add(f"{prefix}policy/perplexity", -experience.old_logprobs, mask)
+    averages.add(f"{prefix}policy/kl_per_token", divergence, mask)
+    averages.add(f"{prefix}policy/kl", (divergence * mask).sum(1))
 
 
 def finished(means: dict[str, float]) -> dict[str, float]:

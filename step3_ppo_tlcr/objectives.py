@@ -37,10 +37,11 @@ def kl_penalised(
 def adapted_beta(beta: float, kl: float, target: float, sequences: int, horizon: int) -> float:
     """The KL coefficient after a batch whose KL per response was ``kl`` (Ziegler et al., 2019, section 2.2).
 
-    It grows or shrinks in proportion to the relative error, at most 20 % of it, over about ``horizon`` sequences.
+    It grows or shrinks in proportion to the relative error, at most 20 % of it, over about ``horizon`` sequences; by
+    no batch, however large beside the horizon, below a half: it must never turn negative.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return beta * (1 + error * sequences / horizon)
+    return beta * max(0.5, 1 + error * sequences / horizon)
 
 
 def gae(

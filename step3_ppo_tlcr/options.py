@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
-from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, Schedule, option
+from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, Schedule, option, require_ranges
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding
 
@@ -111,7 +111,9 @@ class PPOOptions:
         "tlcr_released_code, sequence, random, python:package.module:function; auto: tlcr for a discriminator, "
         "sequence for a sequence reward model",
     )
-    per_device_training_batch_size: int = option(16, "sequences per device and training micro-batch")
+    per_device_training_batch_size: int = option(
+        16, "sequences per device and training micro-batch, at most --per_device_generation_batch_size"
+    )
     ppo_epochs: int = option(1, "passes over each set of rollouts")
     num_train_epochs: int = option(1, "passes over the prompts")
     gradient_accumulation_steps: int = option(1, "micro-batches per optimiser step")
@@ -199,7 +201,7 @@ class ForkOptions:
 class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOptions, DataOptions, RunOptions):
     """Step 3: PPO with a continuous reward on every token."""
 
-    DEFAULTS: ClassVar[dict[str, Any]] = {"save_interval": 0}
+    DEFAULTS: ClassVar[dict[str, Any]] = {"save_interval": 100}
 
     add_eot_token: bool = option(False, "end responses with --eot_token instead of the tokenizer's EOS")
     eot_token: str = option("<|endoftext|>", "the token that --add_eot_token makes the end of a response")
@@ -227,16 +229,36 @@ class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOption
     @property
     def reward_terms(self) -> list[str]:
         """``--reward``, or what the fork's flags ask for in its place."""
-        spelt = {
-            "tlcr_fixed": self.fixed_reward,
-            "tlcr_positive_only": self.use_positive_reward_only,
-            "tlcr_negative_only": self.use_negative_reward_only,
-            "random": self.random_dense_reward,
-            "tlcr": self.discriminate_reward,
-            "sequence": self.holistic_reward,
+        names = {
+            "fixed_reward": "tlcr_fixed",
+            "use_positive_reward_only": "tlcr_positive_only",
+            "use_negative_reward_only": "tlcr_negative_only",
+            "random_dense_reward": "random",
+            "discriminate_reward": "tlcr",
+            "holistic_reward": "sequence",
         }
-        asked = [name for name, given in spelt.items() if given]
-        return self.reward if self.reward != ["auto"] or not asked else asked[:1]
+        asked = self.fork_rewards
+        return self.reward if self.reward != ["auto"] or not asked else [names[asked[0]]]
+
+    @property
+    def fork_rewards(self) -> list[str]:
+        """The forks' flags that were given and choose a reward; more than one where they contradict each other.
+
+        ``--discriminate_reward`` goes with those that say what becomes of the discriminator's D, and ``--fixed_reward``
+        with the one part of it that is to stay (``fixed_values``).
+        """
+        parts = [n for n in ("use_positive_reward_only", "use_negative_reward_only") if getattr(self, n)]
+        dense = ["fixed_reward"] if self.fixed_reward and len(parts) < 2 else parts
+        if self.discriminate_reward and not dense:
+            dense = ["discriminate_reward"]
+        return dense + [name for name in ("random_dense_reward", "holistic_reward") if getattr(self, name)]
+
+    @property
+    def fixed_values(self) -> dict[str, float]:
+        """What ``tlcr_fixed`` gives positive and negative tokens."""
+        positive = 0.0 if self.fixed_reward and self.use_negative_reward_only else self.fixed_positive_reward
+        negative = 0.0 if self.fixed_reward and self.use_positive_reward_only else self.fixed_negative_reward
+        return {"positive": positive, "negative": negative}
 
     @property
     def micro_batches(self) -> int:
@@ -275,9 +297,13 @@ class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOption
 
 def check(options: Options) -> None:
     """Refuse options that cannot work together, before anything loads. Raises ``InputError``."""
+    _check_ranges(options)
     _check_sizes(options)
+    _check_rewards(options)
     if options.temperature <= 0:
         raise InputError(f"--temperature {options.temperature}: PPO learns from samples, so it must be above 0")
+    if options.kl_target is not None and options.kl_target <= 0:
+        raise InputError(f"--kl_target {options.kl_target}: must be above 0")
     if not 0 < options.top_p <= 1:
         raise InputError(f"--top_p {options.top_p}: must be in (0, 1]")
     if options.min_answer_seq_len > options.max_answer_seq_len:
@@ -308,20 +334,43 @@ def check(options: Options) -> None:
         raise InputError("--rollout continuous: transformers' continuous batching has no minimum length")
 
 
+_AT_LEAST_1 = (
+    *("per_device_generation_batch_size", "per_device_training_batch_size", "per_device_eval_batch_size"),
+    *("generation_batches", "gradient_accumulation_steps", "ppo_epochs", "max_faults", "num_train_epochs"),
+    *("max_prompt_seq_len", "max_answer_seq_len", "print_answers_interval", "kl_horizon", "save_total_limit"),
+)
+_AT_LEAST_0 = (
+    *("actor_learning_rate", "critic_learning_rate", "actor_lora_learning_rate", "critic_lora_learning_rate"),
+    *("actor_weight_decay", "critic_weight_decay", "actor_lora_dim", "critic_lora_dim", "num_warmup_steps"),
+    *("max_grad_norm", "kl_ctl", "kl_target", "target_kl", "clip_reward_value", "cliprange", "cliprange_value"),
+    *("gamma", "lam", "entropy_coef", "unsup_coef", "temperature", "top_p", "top_k", "min_answer_seq_len"),
+    *("decode_batch_size", "save_interval", "eval_interval", "test_stop_step", "actor_dropout", "critic_dropout"),
+)
+_AT_MOST_1 = ("gamma", "lam", "actor_dropout", "critic_dropout")
+
+
+def _check_ranges(options: Options) -> None:
+    least = dict.fromkeys(_AT_LEAST_0, 0) | dict.fromkeys(_AT_LEAST_1, 1)
+    require_ranges(options, least, dict.fromkeys(_AT_MOST_1, 1))
+    if options.eval_interval and options.eval_prompts < 1:
+        raise InputError(f"--eval_prompts {options.eval_prompts}: must be at least 1")
+
+
+def _check_rewards(options: Options) -> None:
+    """Refuse flags of the forks that ask for several rewards at once."""
+    asked = options.fork_rewards
+    if asked and options.reward != ["auto"]:
+        raise InputError(f"--reward and --{asked[0]} both say what the reward is; keep one of them")
+    if len(asked) > 1:
+        raise InputError(
+            f"--{' and --'.join(asked)} ask for different rewards; name what is to be summed with --reward, as in "
+            "--reward tlcr:PATH@1.0 sequence:PATH@0.2"
+        )
+
+
 def _check_sizes(options: Options) -> None:
     """Refuse batch sizes that do not divide."""
     generation, training = options.per_device_generation_batch_size, options.per_device_training_batch_size
-    for name in (
-        "per_device_generation_batch_size",
-        "per_device_training_batch_size",
-        "per_device_eval_batch_size",
-        "generation_batches",
-        "gradient_accumulation_steps",
-        "ppo_epochs",
-        "max_faults",
-    ):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
     if generation % training:
         raise InputError(
             f"--per_device_generation_batch_size {generation} is no multiple of --per_device_training_batch_size "

@@ -67,8 +67,8 @@ class PPO(Trainer):
     def _advantages(self, batch: Experience) -> tuple[torch.Tensor, torch.Tensor]:
         """GAE over rewards with the KL penalty; ``(B, A)`` advantages and returns."""
         mask, values, gamma, lam = batch.rollout.action_mask, batch.old_values, self.options.gamma, self.options.lam
-        divergence = self.divergence(batch)
+        divergence, rewards = self.divergence(batch), batch.rewards / self.reward_scale
         if self.options.penalty.endswith("onestep"):
-            advantages, returns = gae(batch.rewards, values, mask, gamma, lam)
+            advantages, returns = gae(rewards, values, mask, gamma, lam)
             return kl_penalised(advantages, divergence, mask, self.beta), returns
-        return gae(kl_penalised(batch.rewards, divergence, mask, self.beta), values, mask, gamma, lam)
+        return gae(kl_penalised(rewards, divergence, mask, self.beta), values, mask, gamma, lam)

@@ -50,16 +50,23 @@ class Experience:
     """A rollout with everything that was frozen when it was written; PPO learns from these."""
 
     rollout: Rollout
-    rewards: torch.Tensor  # (B, A), before the KL penalty
+    rewards: torch.Tensor  # (B, A), before the KL penalty and --scale_rewards
     ref_logprobs: torch.Tensor  # (B, A)
     # None while the policy that wrote the rollout is the one being trained: then the training forward has them.
     old_logprobs: torch.Tensor | None = None  # (B, A)
     old_values: torch.Tensor | None = None  # (B, A); None without a critic
+    # Only where sampling cuts the distribution: log pi of the whole one, as the reference's is.
+    whole_logprobs: torch.Tensor | None = None  # (B, A)
     # Only where the KL is taken over the whole vocabulary, which needs both models' logits.
     divergence: torch.Tensor | None = None  # (B, A)
-    # Only where they are whitened together, before the first update.
+    # Only where they are known before the first update: whitened together, or ReMax's weights.
     advantages: torch.Tensor | None = None  # (B, A)
     returns: torch.Tensor | None = None  # (B, A)
+
+    @property
+    def kl_logprobs(self) -> torch.Tensor:
+        """log pi whose difference from the reference's is the KL, ``(B, A)``."""
+        return self.old_logprobs if self.whole_logprobs is None else self.whole_logprobs
 
     def rows(self, begin: int, end: int) -> "Experience":
         """A micro-batch: rows ``begin`` to ``end`` of every tensor, columns cut to the longest that is left."""

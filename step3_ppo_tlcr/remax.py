@@ -21,7 +21,7 @@ class ReMax(Trainer):
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], averages: Averages) -> list[Experience]:
-        """Experiences whose rewards are already ReMax's weights; what is reported are the rewards themselves."""
+        """Experiences with ReMax's weights, before the KL term, as their advantages."""
         experiences = super().score(rollouts, averages)
         if len(experiences) < len(rollouts):
             return experiences
@@ -31,18 +31,15 @@ class ReMax(Trainer):
             baseline = (self.models.reward(greedy)[0] * greedy.action_mask).sum(1)
             if self.faults.found(greedy, baseline):
                 continue
-            if self.options.scale_rewards:
-                baseline = baseline / self.scale.std
-            weights = remax_weights(
-                experience.rewards, baseline, mask, self.options.gamma, self.options.clip_reward_value
-            )
+            rewards, scaled_baseline = experience.rewards / self.reward_scale, baseline / self.reward_scale
+            weights = remax_weights(rewards, scaled_baseline, mask, self.options.gamma, self.options.clip_reward_value)
             averages.add("reward/greedy_per_sequence", baseline)
-            weighed.append(replace(experience, rewards=weights))
+            weighed.append(replace(experience, advantages=weights))
         return weighed
 
     def losses(self, batch: Experience) -> Iterator[Loss]:
         batch, logprobs, entropies = self.policy(batch)
         mask = batch.rollout.action_mask
-        returns = kl_penalised(batch.rewards, self.divergence(batch), mask, self.beta)
+        returns = kl_penalised(batch.advantages, self.divergence(batch), mask, self.beta)
         loss = remax_loss(logprobs, returns, mask)
         yield self.actor_loss(loss, batch, logprobs, entropies, {"policy/return": returns})

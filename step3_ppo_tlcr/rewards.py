@@ -4,6 +4,8 @@ Everything is ``(B, A)``: entry ``[b, a]`` speaks about the token that the polic
 """
 
 import importlib
+import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -154,8 +156,13 @@ def names_of(specs: Sequence[RewardSpec]) -> list[str]:
 
 
 def load_function(path: str) -> Callable:
-    """Import a user's ``package.module:function``; raises ``InputError`` if it cannot be had."""
+    """Import a user's ``package.module:function``, from the working directory too, as ``python -m`` would.
+
+    Raises ``InputError`` if it cannot be had.
+    """
     module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:

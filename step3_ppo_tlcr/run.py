@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from deepspeed_chat_tlcr.checkpoints import Checkpoints, changed_settings
+from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, Checkpoints, changed_settings
 from deepspeed_chat_tlcr.errors import RunError
 from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -15,9 +15,6 @@ from deepspeed_chat_tlcr.saving import save_model
 from step3_ppo_tlcr.faults import weights_are_finite
 from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.trainer import Trainer
-
-# Settings that a resumed run may change without a word: they do not touch what is learnt.
-_WITHOUT_A_WORD = {"output_dir", "local_rank", "resume", "report_to", "enable_tensorboard", "tensorboard_path"}
 
 
 def line(step: int, steps: int, metrics: dict[str, float]) -> str:
@@ -47,16 +44,42 @@ def answer_lines(step: int, trainer: Trainer) -> Iterator[dict]:
             yield {"step": step, "prompt": prompt, "answer": answer, "reward": reward}
 
 
-class Run:
-    """What a run keeps on disk: metrics, answers, checkpoints, models."""
+def step_to_continue(checkpoints: Checkpoints, options: Options, prompts: str, runtime: Runtime) -> int:
+    """Step of the newest checkpoint, 0 where there is none or ``--resume never``; says what was otherwise then.
 
-    def __init__(self, options: Options, runtime: Runtime, trainer: Trainer):
+    ``prompts`` is the ``fingerprint`` of the prompts. Raises ``InputError``, before a model is loaded, for settings or
+    a number of ranks with which the checkpoint does not fit.
+    """
+    saved = checkpoints.steps() if options.resume == "auto" else []
+    if not saved:
+        return 0
+    state = checkpoints.state(saved[-1])
+    changes = changed_settings(state["options"], options, checkpoints.folder / f"step-{saved[-1]}")
+    runtime.say(f"continuing from step {saved[-1]}")
+    for change in changes:
+        runtime.say(f"warning: continuing with another setting than before: {change}")
+    if state["prompts"] != prompts:
+        runtime.say(OTHER_DATA)
+    return saved[-1]
+
+
+class Run:
+    """What a run keeps on disk: metrics, answers, checkpoints, models.
+
+    ``done``: the step to continue from, 0 for a new run; ``prompts``: the fingerprint of its prompts.
+    """
+
+    def __init__(
+        self, options: Options, runtime: Runtime, trainer: Trainer, checkpoints: Checkpoints, done: int, prompts: str
+    ):
         self.options, self.runtime, self.trainer = options, runtime, trainer
+        self.checkpoints, self.done, self.prompts = checkpoints, done, prompts
         self.folder = Path(options.output_dir)
-        self.checkpoints = Checkpoints(self.folder / "checkpoints", options.save_total_limit)
         if options.resume == "never":
-            self.checkpoints.remove()  # an older run's: the newest of them would be taken for this one's
-        self.done = self._resume()
+            checkpoints.remove()  # an older run's: the newest of them would be taken for this one's
+        if done:
+            averages = checkpoints.load(done, trainer.models.engines)
+            trainer.restore(checkpoints.state(done)["trainer"], averages)
         self.log = None
         if runtime.is_main:
             settings = asdict(options)
@@ -70,7 +93,7 @@ class Run:
     def save(self, step: int) -> None:
         """A resumable checkpoint; a collective."""
         averages = self.trainer.average.averages if self.trainer.average else {}
-        state = {"trainer": self.trainer.state(), "options": asdict(self.options)}
+        state = {"trainer": self.trainer.state(), "options": asdict(self.options), "prompts": self.prompts}
         self.checkpoints.save(step, self.trainer.models.engines, state, averages)
 
     def write(self, step: int, last_step: int, metrics: dict[str, float], bar: tqdm) -> None:
@@ -107,15 +130,3 @@ class Run:
             f"the newest batch is in {batch}, the newest whole checkpoint is {saved}. Lower the learning rates, use "
             "bf16 or fp32, or look for what the reward makes of this batch"
         )
-
-    def _resume(self) -> int:
-        """Load the newest checkpoint if there is one; returns its step, else 0."""
-        saved = self.checkpoints.steps() if self.options.resume == "auto" else []
-        if not saved:
-            return 0
-        state, averages = self.checkpoints.load(saved[-1], self.trainer.models.engines)
-        self.trainer.restore(state["trainer"], averages)
-        self.runtime.say(f"continuing from step {state['step']}")
-        for change in changed_settings(state["options"], asdict(self.options), _WITHOUT_A_WORD):
-            self.runtime.say(f"warning: continuing with another setting than before: {change}")
-        return state["step"]

@@ -67,6 +67,9 @@ class Trainer(ABC):
     ):
         self.options, self.models, self.rollouts, self.tokenizer = options, models, rollouts, tokenizer
         self.decoding, self.on_policy = options.decoding(), options.on_policy
+        # The KL is between whole distributions: cut as the policy's is, a token outside the reference's own nucleus
+        # would have an infinite KL; and cut on one side only, the KL of an unchanged policy would not be 0.
+        self.whole = replace(self.decoding, top_p=1.0, top_k=0)
         self.full_kl = options.penalty.startswith("full_kl")
         self.pretraining = pretraining
         self.average = WeightAverage(models.actor, options.ema_decay) if options.enable_ema else None
@@ -101,8 +104,6 @@ class Trainer(ABC):
         if len(self.experiences) == len(rollouts):
             with self._timed("train"):
                 self.learn(self.experiences, averages)
-        if self.average is not None and self.updates:
-            self.average.update()
         metrics = self._metrics(averages, rollouts)
         self.faults.count(skipped=self.updates == 0)
         return metrics
@@ -136,18 +137,22 @@ class Trainer(ABC):
         if self.faults.found(rollout, rewards):
             return None
         if self.options.scale_rewards:
-            rewards = rewards / self.scale.update((rewards * mask).sum(1))
+            scale = self.scale.update((rewards * mask).sum(1))
+            averages.add("reward/scale", torch.tensor([scale], device=self.device))
         for engine in self.models.engines.values():
             engine.eval()
         values = state_values(self.models.critic, rollout) if self.models.critic else None
         ref_logits = action_logits(self.models.reference, rollout)
-        experience = Experience(rollout, rewards, self.reference_logprobs(ref_logits, rollout), old_values=values)
+        experience = Experience(rollout, rewards, self.whole_logprobs(ref_logits, rollout), old_values=values)
         if not self.on_policy:
             logits = action_logits(self.models.actor, rollout)
             experience = replace(
                 experience,
                 old_logprobs=self.logprobs(logits, rollout),
-                divergence=full_kl(logits, ref_logits) if self.full_kl else None,
+                whole_logprobs=self.whole_logprobs(logits, rollout) if self.whole != self.decoding else None,
+                divergence=full_kl(logits, ref_logits, self.whole, self.tokenizer.eos_token_id)
+                if self.full_kl
+                else None,
             )
         frozen = (experience.ref_logprobs, experience.old_logprobs, experience.old_values, experience.divergence)
         if self.faults.found(experience, *(tensor * mask for tensor in frozen if tensor is not None)):
@@ -167,7 +172,9 @@ class Trainer(ABC):
         ]
         batches = self.prepared(batches)
         accumulated = self.options.gradient_accumulation_steps
-        for _ in range(self.options.ppo_epochs):
+        for epoch in range(self.options.ppo_epochs):
+            if epoch:
+                batches = [batches[index] for index in torch.randperm(len(batches)).tolist()]
             for begin in range(0, len(batches), accumulated):
                 moved = self._optimiser_step(batches[begin : begin + accumulated], averages)
                 if self.options.algo == "ppo" and self.options.target_kl is not None and moved > self.options.target_kl:
@@ -177,17 +184,24 @@ class Trainer(ABC):
         """What must be computed over all micro-batches before the first update; nothing, unless an algorithm says."""
         return batches
 
+    @property
+    def reward_scale(self) -> float:
+        """What rewards are divided by: ``--scale_rewards``' running standard deviation, this set's answers included."""
+        return self.scale.std if self.options.scale_rewards else 1.0
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs besides engines and generators; plain JSON."""
         return {
             "beta": self.beta,
+            "kl_ctl": self.options.kl_ctl,
             "scale": self.scale.state(),
             "faults_in_a_row": self.faults.in_a_row,
             "pretraining_position": self.pretraining.position if self.pretraining else 0,
         }
 
     def restore(self, state: dict[str, Any], averages: dict[str, torch.Tensor]) -> None:
-        self.beta = state["beta"]
+        if self.options.kl_target is not None and state["kl_ctl"] == self.options.kl_ctl:
+            self.beta = state["beta"]
         self.scale = RunningScale(*state["scale"])
         self.faults.in_a_row = state["faults_in_a_row"]
         if self.pretraining is not None:
@@ -199,20 +213,24 @@ class Trainer(ABC):
         """log pi of the chosen tokens, ``(B, A, V)`` to ``(B, A)``, under the distribution sampled from."""
         return token_logprobs(logits, rollout.action_ids, self.decoding, self.tokenizer.eos_token_id)
 
-    def reference_logprobs(self, logits: torch.Tensor, rollout: Rollout) -> torch.Tensor:
-        """log pi_ref of the chosen tokens, ``(B, A)``."""
-        # The reference keeps its whole vocabulary: cut as the policy's is, a token outside its own nucleus would have
-        # probability 0 and an infinite KL.
-        uncut = replace(self.decoding, top_p=1.0, top_k=0)
-        return token_logprobs(logits, rollout.action_ids, uncut, self.tokenizer.eos_token_id)
+    def whole_logprobs(self, logits: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """Log-probs ``(B, A)`` of the chosen tokens without top-p and top-k: the policy's and the reference's KL."""
+        return token_logprobs(logits, rollout.action_ids, self.whole, self.tokenizer.eos_token_id)
+
+    def entropy(self, logits: torch.Tensor, rollout: Rollout) -> torch.Tensor:
+        """Entropy ``(B, A)`` of the distribution sampled from."""
+        return entropy(logits, rollout.action_ids, self.decoding, self.tokenizer.eos_token_id)
 
     def policy(self, batch: Experience) -> tuple[Experience, torch.Tensor, torch.Tensor]:
         """The actor's forward pass: the experience, with old log-probs now, and log-probs and entropies ``(B, A)``."""
         logits = action_logits(self.models.actor, batch.rollout)
         logprobs = self.logprobs(logits, batch.rollout)
         if batch.old_logprobs is None:
-            batch = replace(batch, old_logprobs=logprobs.detach())
-        return batch, logprobs, entropy(logits if self.options.entropy_coef else logits.detach())
+            frozen = {"old_logprobs": logprobs.detach()}
+            if self.whole != self.decoding:
+                frozen["whole_logprobs"] = self.whole_logprobs(logits.detach(), batch.rollout)
+            batch = replace(batch, **frozen)
+        return batch, logprobs, self.entropy(logits if self.options.entropy_coef else logits.detach(), batch.rollout)
 
     def actor_loss(
         self,
@@ -226,7 +244,7 @@ class Trainer(ABC):
         mask = batch.rollout.action_mask
         bonus = self.options.entropy_coef * masked_mean(entropies, mask) if self.options.entropy_coef else 0.0
         log_ratio = ((logprobs - batch.old_logprobs) * mask).detach()
-        divergence = batch.old_logprobs - batch.ref_logprobs
+        divergence = k1(batch.kl_logprobs, batch.ref_logprobs)
         measured = measured | {
             "policy/perplexity": -logprobs.detach(),
             "policy/kl_per_token": divergence,
@@ -241,7 +259,7 @@ class Trainer(ABC):
         if batch.divergence is not None:
             return batch.divergence
         estimate = k3 if self.options.penalty == "k3" else k1
-        return estimate(batch.old_logprobs, batch.ref_logprobs)
+        return estimate(batch.kl_logprobs, batch.ref_logprobs)
 
     def _optimiser_step(self, batches: Sequence[Experience], averages: Averages) -> float:
         """One update; a token weighs the same on whichever rank and micro-batch it stands.
@@ -278,7 +296,10 @@ class Trainer(ABC):
         # While fp16 looks for its loss scale it overflows by design; in other precisions it is a fault.
         finite = all(math.isfinite(norm) for norm in self.gradient_norms.values())
         complete = len(good) == len(self.models.engines)
-        self.updates += int(complete and (finite or self.models.actor.fp16_enabled()))
+        moved_on = complete and (finite or self.models.actor.fp16_enabled())
+        self.updates += int(moved_on)
+        if moved_on and self.average is not None:
+            self.average.update()
         return moved.reduce()["kl"] if self.options.target_kl is not None and "actor" in good else 0.0
 
     def _backward(self, loss: Loss, share: torch.Tensor, averages: Averages) -> list[str]:

@@ -1,11 +1,12 @@
 """The arithmetic of PPO and of step 2, against numbers done by hand and slow loops."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
-from deepspeed_chat_tlcr.generation import Decoding, warp
+from deepspeed_chat_tlcr.generation import Decoding
 from step2_discriminator.objectives import diverging_pair_loss, end_scores, pair_loss, token_loss
 from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs
 from step3_ppo_tlcr.objectives import adapted_beta, gae, k1, k3, kl_penalised, masked_mean, policy_loss, value_loss
@@ -77,8 +78,11 @@ def test_kl_penalty_is_per_token():
 def test_full_kl_is_the_mean_of_k1_and_of_k3_under_the_policy():
     torch.manual_seed(0)
     logits, ref_logits = torch.randn(2, 1, 3, 6).double()
-    exact = full_kl(logits, ref_logits)
-    probs, logprobs, ref_logprobs = logits.softmax(-1), logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    # At half the temperature the logits are twice as large; EOS cannot be the first action's token.
+    exact = full_kl(logits, ref_logits, Decoding(max_new_tokens=8, temperature=0.5, min_new_tokens=1), EOS)
+    logits[0, 0, EOS] = ref_logits[0, 0, EOS] = -1e3
+    logprobs, ref_logprobs = (2 * logits).log_softmax(-1), (2 * ref_logits).log_softmax(-1)
+    probs = logprobs.exp()
     for estimate in (k1, k3):
         torch.testing.assert_close(
             (probs * estimate(logprobs, ref_logprobs)).sum(-1).float(), exact, atol=1e-5, rtol=1e-5
@@ -89,6 +93,7 @@ def test_adapted_beta_moves_towards_the_target():
     # twice the target: the error is clipped to 20 %, over a tenth of the horizon
     assert adapted_beta(0.1, kl=12.0, target=6.0, sequences=100, horizon=1000) == pytest.approx(0.1 * 1.02)
     assert adapted_beta(0.1, kl=5.4, target=6.0, sequences=100, horizon=1000) == pytest.approx(0.1 * 0.99)
+    assert adapted_beta(0.1, kl=0.0, target=6.0, sequences=8, horizon=1) == pytest.approx(0.05), "never below 0"
 
 
 def test_gae_by_hand():
@@ -212,7 +217,7 @@ def test_eos_is_impossible_before_the_minimum_length():
     decoding = Decoding(max_new_tokens=8, min_new_tokens=1)
     logprobs = token_logprobs(logits, torch.tensor([[0, 0]]), decoding, EOS)
     close(logprobs.exp(), [[1 / 3, 1 / 4]])
-    assert entropy(warp(logits, decoding, EOS))[0, 0].item() == pytest.approx(math.log(3))
+    close(entropy(logits, torch.tensor([[0, 0]]), decoding, EOS), [[math.log(3), math.log(4)]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -242,9 +247,14 @@ def test_a_token_outside_a_later_nucleus_keeps_a_finite_logprob():
     assert torch.isfinite(logits.grad).all()
 
 
-def test_entropy():
-    assert entropy(torch.zeros(1, 1, 8)).item() == pytest.approx(math.log(8))
-    assert entropy(torch.tensor([[[100.0, 0.0]]])).item() == pytest.approx(0.0, abs=1e-6)
+def test_entropy_is_that_of_the_distribution_sampled_from():
+    first, plain = torch.tensor([[0]]), Decoding(max_new_tokens=8)
+    assert entropy(torch.zeros(1, 1, 8), first, plain, EOS).item() == pytest.approx(math.log(8))
+    assert entropy(torch.tensor([[[100.0, 0.0]]]), first, plain, EOS).item() == pytest.approx(0.0, abs=1e-6)
+    logits = torch.log(torch.tensor([0.4, 0.4, 0.15, 0.05])).view(1, 1, 4)
+    assert entropy(logits, first, replace(plain, top_k=2), EOS).item() == pytest.approx(math.log(2))
+    assert entropy(logits, first, replace(plain, top_p=0.5), EOS).item() == pytest.approx(math.log(2))
+    assert entropy(logits, first, replace(plain, temperature=1e3), EOS).item() == pytest.approx(math.log(4), abs=1e-4)
 
 
 def logit(probability: float) -> float:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 import step3_ppo_tlcr.main as step3
 from deepspeed_chat_tlcr import runtime as runtimes
+from deepspeed_chat_tlcr.generation import Decoding
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -109,7 +110,8 @@ def test_remax_loss_is_reinforce_over_counted_tokens():
 
 def test_entropy_has_the_gradient_of_its_definition():
     logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
-    (ours,) = torch.autograd.grad((entropy(logits) * torch.arange(6.0).view(2, 3)).sum(), logits)
+    entropies = entropy(logits, torch.zeros(2, 3, dtype=torch.long), Decoding(max_new_tokens=8), eos_id=0)
+    (ours,) = torch.autograd.grad((entropies * torch.arange(6.0).view(2, 3)).sum(), logits)
     probs = logits.softmax(-1)
     (expected,) = torch.autograd.grad((-(probs * probs.log()).sum(-1) * torch.arange(6.0).view(2, 3)).sum(), logits)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -23,6 +23,7 @@ command=(
   --output_dir "$OUTPUT/labeling"
 )
 [[ -z $LABEL_MAX_USD ]] || command+=(--max_cost_usd "$LABEL_MAX_USD" --yes)
+[[ -z $LABEL_TOKENIZER ]] || command+=(--tokenizer "$LABEL_TOKENIZER")
 [[ -z $LABEL_BASE_URL ]] || command+=(--base_url "$LABEL_BASE_URL")
 
 # Braces, because bash reads them whole: editing this file while it runs does no harm.

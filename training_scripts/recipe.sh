@@ -37,6 +37,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${LABEL_MODEL:=gpt-4-0125-preview}"
 : "${LABEL_BASE_URL:=}"                     # another OpenAI-compatible endpoint; empty: OpenAI's
 : "${LABEL_MAX_USD=1000}"                    # labelling stops before it could cost more; empty: it asks
+: "${LABEL_TOKENIZER:=}"                    # for data of chat messages: the model whose template makes their prompts
 : "${API_KEY_ENV:=OPENAI_API_KEY}"          # name of the variable that holds the key
 
 # ---- step1.sh: supervised fine-tuning ----
@@ -116,7 +117,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${REWARD_ZERO_STAGE:=3}"
 : "${PPO_OFFLOAD:=1}"                       # actor's and critic's optimisers in host memory
 : "${PPO_GRADIENT_CHECKPOINTING:=1}"
-: "${PPO_SAVE_INTERVAL:=50}"                # steps between checkpoints to continue from; 0: none
+: "${PPO_SAVE_INTERVAL:=50}"                # steps between checkpoints to continue from; 0: an epoch
 
 # ---- where one stage finds what another made; set them to start from something of your own ----
 : "${SFT_MODEL:=$OUTPUT/step1_sft}"

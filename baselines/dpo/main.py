@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer
 
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -122,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     options = parse_args(argv)
     require_writable(options.output_dir)
+    if is_finished(options):
+        return
     runtime = runtimes.start(options.precision, options.seed)
     if runtime.is_main:
         announce(options, options.output_dir)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.saving import require_writable
@@ -118,13 +119,15 @@ class FigaTrainer(StageTrainer):
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
-    revisions = load_revisions(options)
+    if is_finished(options):
+        return
+    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
+    revisions = load_revisions(options, tokenizer)
     runtime = runtimes.start(options.precision, options.seed)
     if runtime.is_main:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)
 
-    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     pairs = {}
     for split in ("train", "eval"):
         pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split)

@@ -80,6 +80,11 @@ class Condition:
 STANDARD = Condition()
 
 
+UNCLIPPED = 1e6
+"""A clip of sequence scores would be of raw ones, before units: +-5 cuts most of PPO_synthetic's, whose model's spread
+is ten times that of PPO_seq's. ReMax keeps its clip, which is of differences in units."""
+
+
 @dataclass(frozen=True)
 class Artefacts:
     """The steps of one seed, made on demand: equal steps are one, whoever asks."""
@@ -263,6 +268,7 @@ class Artefacts:
                 critic_learning_rate=scale.critic_learning_rate,
                 num_warmup_steps=0,
                 kl_ctl=setting.kl,
+                clip_reward_value=UNCLIPPED if unit is not None and not half else None,
                 whiten_advantages=not half,
                 dtype=scale.dtype,
                 seed=self.seed,

@@ -59,7 +59,9 @@ class Options:
         [], "known.json[.gz] of other outputs, whose runs and trials are taken from there, not made"
     )
     grid_seed: int = option(0, "the world that settings are chosen on; none of --seeds")
-    learning_rates: list[float] = option([1e-4, 3e-4, 1e-3], "the grid's learning rates, the same for every method")
+    learning_rates: list[float] = option(
+        [3e-5, 1e-4, 3e-4, 1e-3, 3e-3], "the grid's learning rates, the same for every method"
+    )
     kls: list[float] = option([0.03, 0.3, 1.0], "the grid's KL coefficients (DPO: beta) besides 0.1")
     reward_scales: list[float] = option(
         [], "the grid's reward scales besides 1; a KL coefficient of 1 is a scale of 0.1 at 0.1, so none by default"
