@@ -92,16 +92,18 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
     return config
 
 
+_LEARNT_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")
+
+
 def require_positions(path: str, length: int, flags: str) -> None:
     """Raise ``InputError`` if a model with learnt position embeddings has fewer than ``length`` of them.
 
     Rotary and relative positions have no end, only one that they were trained up to.
     """
     config = load_config(path)
-    positions = getattr(config, "max_position_embeddings", None)
-    rotary = any(name.startswith(("rope", "rotary")) for name in config.to_dict())
-    if positions is not None and not rotary and length > positions:
-        raise InputError(f"{flags}: {length} tokens are more than the {positions} positions of {path!r}")
+    if config.model_type in _LEARNT_POSITIONS and length > config.max_position_embeddings:
+        known = config.max_position_embeddings
+        raise InputError(f"{flags}: {length} tokens are more than the {known} positions that {path!r} knows")
 
 
 def dropout_names(config: PretrainedConfig) -> list[str]:

@@ -200,13 +200,13 @@ def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     Raises ``InputError`` for a tracker of ``--report_to`` that is not there, and for numbers that make no sense, before
     anything loads.
     """
+    require_trackers(options.report_to)
     ones = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_faults")
     ones += ("num_train_epochs", "max_seq_len", "save_total_limit")
     zeros = ("learning_rate", "lora_learning_rate", "weight_decay", "max_grad_norm", "num_warmup_steps", "lora_dim")
     zeros += ("save_interval", "eval_interval", "neutral_weight", "beta")
     require_ranges(options, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
     require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
-    require_trackers(options.report_to)
     return build_config(
         dtype=runtime.dtype,
         zero_stage=options.zero_stage,

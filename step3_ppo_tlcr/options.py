@@ -244,14 +244,15 @@ class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOption
     def fork_rewards(self) -> list[str]:
         """The forks' flags that were given and choose a reward; more than one where they contradict each other.
 
-        ``--discriminate_reward`` goes with those that say what becomes of the discriminator's D, and ``--fixed_reward``
-        with the one part of it that is to stay (``fixed_values``).
+        ``--discriminate_reward`` goes with those that say what every token gets, and ``--fixed_reward`` with the one
+        part of it that is to stay (``fixed_values``).
         """
         parts = [n for n in ("use_positive_reward_only", "use_negative_reward_only") if getattr(self, n)]
         dense = ["fixed_reward"] if self.fixed_reward and len(parts) < 2 else parts
+        dense += ["random_dense_reward"] if self.random_dense_reward else []
         if self.discriminate_reward and not dense:
             dense = ["discriminate_reward"]
-        return dense + [name for name in ("random_dense_reward", "holistic_reward") if getattr(self, name)]
+        return dense + (["holistic_reward"] if self.holistic_reward else [])
 
     @property
     def fixed_values(self) -> dict[str, float]:

@@ -22,6 +22,8 @@ from transformers import (
     set_seed,
 )
 
+import baselines.figa.main
+import labeling.main
 import step1_sft.main
 import step2_discriminator.main
 import step3_ppo_tlcr.main
@@ -230,3 +232,18 @@ def test_chat_template_is_used_and_saved(tiny, tmp_path, in_process):
         assert shown == "[u]the cat 0[a] is lovely"
         generation = json.loads((out / "generation_config.json").read_text())
         assert generation["eos_token_id"] == saved.eos_token_id
+
+    # The same data through labelling, the discriminator and FIGA.
+    label = ("--data_path", data, "--data_split", "0,10,0", "--reviser", "chosen", "--output_dir", tmp_path / "labels")
+    with pytest.raises(InputError, match="--tokenizer"):
+        labeling.main.main.__wrapped__(list(map(str, label)))
+    assert labeling.main.main.__wrapped__([*map(str, label), "--tokenizer", str(model)]) == 0
+    revised = [json.loads(line) for line in (tmp_path / "labels" / "revisions.jsonl").read_text().splitlines()]
+    assert {(one["prompt"][:11], one["modified"]) for one in revised} == {("[u]the cat ", " is lovely")}
+    for stage in (step2_discriminator.main, baselines.figa.main):
+        in_process(
+            stage.main,
+            *("--model_name_or_path", model, "--data_path", data, "--data_split", "0,10,0", "--dtype", "fp32"),
+            *("--per_device_train_batch_size", 4, "--output_dir", tmp_path / stage.__name__),
+            *("--revisions", tmp_path / "labels" / "revisions.jsonl"),
+        )

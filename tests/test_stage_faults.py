@@ -94,6 +94,32 @@ def test_a_killed_stage_ends_where_the_uninterrupted_one_ends(stage, tmp_path, m
     require_same_end(tmp_path / "whole", tmp_path / "half")
 
 
+def test_a_resumed_stage_goes_by_the_rates_of_its_flags(stage, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            stage("sft", tmp_path)
+    with pytest.raises(InputError, match=r"checkpoint-2 does not fit .*--zero_stage: 0 -> 2"):
+        stage("sft", tmp_path, "--zero_stage", 2)
+    stage("sft", tmp_path, "--learning_rate", 1e-6, "--lr_scheduler_type", "constant")
+    assert "--learning_rate: 0.001 -> 1e-06" in capsys.readouterr().out
+    rates = {
+        line["step"]: line["train/learning_rate"] for line in comparable(tmp_path) if "train/learning_rate" in line
+    }
+    assert rates[2] > 1e-4
+    assert [rates[step] for step in (3, 4)] == pytest.approx([1e-6, 1e-6])
+
+
+def test_a_finished_stage_is_left_alone(stage, tmp_path, capsys):
+    stage("sft", tmp_path)
+    written = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    stage("sft", tmp_path)
+    assert "finished already" in capsys.readouterr().out
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
+    stage("sft", tmp_path, "--seed", 5)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns > written
+
+
 def test_killed_after_the_checkpoint_of_an_epochs_end(stage, tmp_path, monkeypatch):
     """Its evaluation draws random numbers, and dropout is on: the checkpoint must stand behind it."""
     more = ("--save_interval", 3)  # 3 steps an epoch

@@ -394,6 +394,143 @@ def test_another_number_of_ranks_is_refused(run, tmp_path, capsys):
     assert "written by 2 rank(s), this run has 1" in capsys.readouterr().err
 
 
+def stopped(run, name: str, tmp_path, monkeypatch, *more: object) -> None:
+    """A run of three steps that SIGTERM ends after the first."""
+    reward = own_reward(tmp_path, monkeypatch, "if calls == 1: os.kill(os.getpid(), signal.SIGTERM)\nreturn plain")
+    run(name, "--reward", reward, *more)
+    monkeypatch.delitem(sys.modules, f"reward_of_{tmp_path.name}")
+    own_reward(tmp_path, monkeypatch, "return plain")
+
+
+def test_a_resumed_run_goes_by_the_rates_of_its_flags(run, tmp_path, monkeypatch, capsys):
+    """Cosine over 10 updates or more from a new peak, at the old place; beta too, and weight decay."""
+    reward = ("--reward", f"python:reward_of_{tmp_path.name}:reward")
+    stopped(run, "rates", tmp_path, monkeypatch)
+    changed = ("--actor_learning_rate", 1e-6, "--kl_ctl", 0.9, "--lr_scheduler_type", "constant")
+    lines = run("rates", *reward, *changed)
+    assert "--kl_ctl: 0.1 -> 0.9" in capsys.readouterr().out
+    assert [line["policy/kl_coefficient"] for line in lines] == [0.1, 0.9, 0.9]
+    assert lines[0]["optimiser/actor_learning_rate"] > 1e-4
+    assert [line["optimiser/actor_learning_rate"] for line in lines[1:]] == pytest.approx([1e-6, 1e-6])
+
+
+def test_what_does_not_fit_a_checkpoint_is_named_before_a_model_is_loaded(run, tmp_path, monkeypatch, capsys):
+    reward = ("--reward", f"python:reward_of_{tmp_path.name}:reward")
+    stopped(run, "unfit", tmp_path, monkeypatch)
+    for more, words in (
+        (("--actor_zero_stage", 2), "--actor_zero_stage: 0 -> 2"),
+        (("--offload",), "--offload: False -> True"),
+        (("--actor_lora_dim", 2, "--actor_lora_module_name", "layers."), "--actor_lora_dim: 0 -> 2"),
+        (("--algo", "remax"), "--algo: ppo -> remax"),
+        (("--enable_ema",), "--enable_ema: False -> True"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(step3, "build", lambda *args: pytest.fail("a model is loaded"))
+            with pytest.raises(SystemExit) as ended:
+                run("unfit", *reward, *more)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+    generators = tmp_path / "unfit" / "checkpoints" / "step-1" / "generators-0.pt"
+    generators.write_bytes(generators.read_bytes()[:50])
+    with pytest.raises(SystemExit) as ended:
+        run("unfit", *reward)
+    assert ended.value.code == 2
+    assert "step-1 cannot be read" in capsys.readouterr().err
+
+
+def test_other_data_than_before_is_said(run, tiny, tmp_path, monkeypatch, capsys):
+    stopped(run, "other", tmp_path, monkeypatch)
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join((tiny / "data.jsonl").read_text().splitlines(keepends=True)[:50]))
+    run("other", "--reward", f"python:reward_of_{tmp_path.name}:reward", "--data_path", fewer)
+    assert "the data is not what this run began with" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeypatch, capsys):
+    """The last step's checkpoint stands: the same command has only the models to save; once more, nothing at all."""
+    save, calls = step3.Run.save_models, []
+
+    def full(self):
+        def no_space(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        calls.append(self.done)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(self.trainer.models.actor.module), "save_pretrained", no_space)
+            save(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step3.Run, "save_models", full)
+        patch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
+        with pytest.raises(SystemExit) as ended:
+            run("models")
+    assert (ended.value.code, calls) == (1, [0])
+    assert "model could not be written" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "models" / "checkpoints").iterdir()] == ["step-3"]
+    assert not (tmp_path / "models" / "results.json").exists()
+    lines = run("models")
+    shown = capsys.readouterr().out
+    assert "continuing from step 3" in shown
+    results = json.loads((tmp_path / "models" / "results.json").read_text())
+    assert results["reward/per_token"] == lines[-1]["reward/per_token"]
+    assert results["steps"] == 3
+    before = weights(tmp_path / "models" / "actor")
+    written = (tmp_path / "models" / "actor" / "model.safetensors").stat().st_mtime_ns
+    run("models")
+    assert "finished already" in capsys.readouterr().out
+    assert (tmp_path / "models" / "actor" / "model.safetensors").stat().st_mtime_ns == written
+    run("models", "--actor_learning_rate", 1e-2)
+    after = weights(tmp_path / "models" / "actor")
+    assert any(not before[name].equal(after[name]) for name in before), "another command is carried out"
+
+
+def test_a_checkpoint_at_each_epochs_end_where_no_interval_is_given(run, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(step3.Run, "save", lambda self, step: saved.append(step))
+    run("epochs", "--save_interval", 0, "--num_train_epochs", 2, "--test_stop_step", 9)
+    per_epoch = saved[0]
+    assert saved[:2] == [per_epoch, min(2 * per_epoch, 9)]
+    saved.clear()
+    run("default")
+    assert saved == [3], "the last step, by default every hundredth too"
+
+
+def test_a_cut_distribution_has_no_kl_to_itself(run):
+    """Rate 0: the policy stays the reference, whatever top-p and top-k cut from what is sampled."""
+    cut = ("--top_p", 0.7, "--top_k", 9, "--temperature", 0.9, "--actor_learning_rate", 0.0)
+    for more in ((), ("--ppo_epochs", 2), ("--algo", "remax"), ("--eval_interval", 3, "--eval_prompts", 2)):
+        lines = run(f"cut{len(more)}{more[-1:]}", *cut, *more)
+        measured = [v for line in lines for k, v in line.items() if k.endswith(("policy/kl", "kl_per_token"))]
+        assert measured == pytest.approx([0.0] * len(measured), abs=1e-4)
+        assert all(0 < line["policy/entropy"] <= math.log(9) + 1e-4 for line in lines if line["step"])
+
+
+def test_answers_and_metrics_tell_rewards_before_any_scaling(run, tmp_path):
+    for name, more in (("ppo", ()), ("remax", ("--algo", "remax", "--gamma", 0.9))):
+        lines = run(name, *more, "--reward", "tlcr@0.05", "--scale_rewards", "--save_answers", "--ppo_epochs", 2)
+        answers = [json.loads(text) for text in (tmp_path / name / "answers-0.jsonl").read_text().splitlines()]
+        for line in lines:
+            told = [answer["reward"] for answer in answers if answer["step"] == line["step"]]
+            assert line["reward/per_sequence"] == pytest.approx(sum(told) / len(told), abs=1e-5)
+            assert abs(line["reward/per_token"]) <= 0.05
+            assert line["reward/scale"] > 0
+
+
+def test_passes_over_a_set_of_rollouts_come_in_another_order(run, monkeypatch):
+    orders, update = [], PPO._optimiser_step
+    monkeypatch.setattr(
+        PPO,
+        "_optimiser_step",
+        lambda self, batches, *rest: orders.append(id(batches[0])) or update(self, batches, *rest),
+    )
+    more = ("--per_device_training_batch_size", 1, "--ppo_epochs", 6, "--test_stop_step", 1)
+    run("shuffled", *more)
+    passes = [orders[begin : begin + 4] for begin in range(0, 24, 4)]
+    assert len(orders) == 24
+    assert all(sorted(one) == sorted(passes[0]) for one in passes)
+    assert len(set(map(tuple, passes))) > 1
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_the_average_of_weights_by_hand(run, tiny, tmp_path, monkeypatch, stage):
     """Decay 0.5 over two updates: a quarter of the first weights, a quarter of the second, half of the last."""
@@ -409,7 +546,8 @@ def test_the_average_of_weights_by_hand(run, tiny, tmp_path, monkeypatch, stage)
         update(self)
 
     monkeypatch.setattr(ema.WeightAverage, "update", noting)
-    more = ("--enable_ema", "--ema_decay", 0.5, "--test_stop_step", 2, "--actor_zero_stage", stage)
+    # Two updates of one set of rollouts.
+    more = ("--enable_ema", "--ema_decay", 0.5, "--test_stop_step", 1, "--ppo_epochs", 2, "--actor_zero_stage", stage)
     run("ema", *more, "--critic_zero_stage", stage)
     first = AutoModelForCausalLM.from_pretrained(tiny / "model").state_dict()
     averaged, last = weights(tmp_path / "ema" / "actor_ema"), weights(tmp_path / "ema" / "actor")
@@ -473,8 +611,8 @@ def test_models_are_written_as_deepspeed_chat_reads_them(run, tmp_path):
         (("--discriminate_reward", "--uni_discriminator_head", "--sum_to_one_reward"), ["tlcr"]),
         (("--discriminate_reward", "--fixed_reward"), ["tlcr_fixed"]),
         (("--use_positive_reward_only", "--discriminate_reward"), ["tlcr_positive_only"]),
-        (("--random_dense_reward",), ["random"]),
-        (("--fixed_reward", "--reward", "tlcr"), ["tlcr"]),
+        (("--random_dense_reward", "--discriminate_reward"), ["random"]),
+        (("--fixed_reward", "--use_negative_reward_only"), ["tlcr_fixed"]),
         ((), ["auto"]),
     ],
 )
@@ -482,6 +620,22 @@ def test_rewards_by_the_flags_of_the_fork(more, terms):
     options = step3.parse_args(["--actor_model_name_or_path", "A", "--reward_model_name_or_path", "C", *more])
     assert options.reward_terms == terms
     assert options.critic_model_name_or_path == "C"
+
+
+def test_a_fixed_reward_of_one_sign_only():
+    """In the fork the two flags are one after the other: +-1 first, then one sign of it."""
+    parse = ["--actor_model_name_or_path", "A", "--reward_model_name_or_path", "C", "--fixed_reward"]
+    assert step3.parse_args([*parse, "--use_negative_reward_only"]).fixed_values == {"positive": 0, "negative": -1}
+    assert step3.parse_args([*parse, "--use_positive_reward_only"]).fixed_values == {"positive": 1, "negative": 0}
+    assert step3.parse_args([*parse, "--fixed_positive_reward", "3"]).fixed_values == {"positive": 3, "negative": -1}
+
+
+def test_training_batches_are_no_larger_than_what_is_generated():
+    """As DeepSpeed-Chat's MiniDataset, which cuts each generation batch: a default of 16 is no reason to refuse 4."""
+    parse = ["--actor_model_name_or_path", "A", "--reward_model_name_or_path", "C"]
+    options = step3.parse_args([*parse, "--per_device_generation_batch_size", "4"])
+    check(options)
+    assert (options.per_device_training_batch_size, options.micro_batches) == (4, 1)
 
 
 # What the scripts of the peers for Llama-2 7B pass, in their order.
@@ -548,6 +702,18 @@ def test_options_that_cannot_work_together_are_refused(run, capsys):
         (("--unsupervised_dataset_name", "/nowhere.txt"), "/nowhere.txt"),
         (("--algo", "remax", "--whiten_advantages"), "--whiten_advantages"),
         (("--max_faults", 0), "--max_faults 0"),
+        (("--kl_target", 0), "--kl_target 0"),
+        (("--kl_ctl", -0.1), "--kl_ctl -0.1"),
+        (("--actor_learning_rate", "nan"), "--actor_learning_rate nan"),
+        (("--gamma", 1.1), "--gamma 1.1"),
+        (("--max_answer_seq_len", 0), "--max_answer_seq_len 0"),
+        (("--print_answers", "--print_answers_interval", 0), "--print_answers_interval 0"),
+        (("--num_train_epochs", 0), "--num_train_epochs 0"),
+        (("--fixed_reward", "--reward", "tlcr"), "--reward and --fixed_reward"),
+        (("--random_dense_reward", "--holistic_reward"), "--random_dense_reward and --holistic_reward"),
+        (("--use_positive_reward_only", "--use_negative_reward_only"), "ask for different rewards"),
+        (("--reward", "sequence"), "not a sequence reward model"),
+        (("--reward", "python:nowhere_at_all:f"), "nowhere_at_all"),
     ):
         with pytest.raises(SystemExit) as ended:
             run("refused", *more)

@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import byte_level_tokenizer, launch, tiny_llama, write_jsonl
 from torch.utils.cpp_extension import _get_build_directory
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, pipeline
 
 import step1_sft.main
 import step2_discriminator.main
 import step3_ppo_tlcr.main
 from deepspeed_chat_tlcr import operators
+from deepspeed_chat_tlcr.deepspeed_config import build_config, read_overrides
 from deepspeed_chat_tlcr.metrics import read_metrics
 
 
@@ -295,6 +296,11 @@ def refusal(main, arguments: tuple, capsys) -> str:
 
 def test_bad_input_of_step_1(tiny, tmp_path, capsys):
     good = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / "a")
+    batches, optimizer = tmp_path / "batches.json", tmp_path / "optimizer.json"
+    batches.write_text(json.dumps({"train_batch_size": 8}))
+    optimizer.write_text(json.dumps({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}}))
+    few = tmp_path / "few_positions"
+    GPT2Config(n_positions=64).save_pretrained(few)
     for more, words in (
         (("--per_device_train_batch_size", 64), "do not fill one batch of 64"),
         (("--data_split", "2,4"), "2,4"),
@@ -304,8 +310,27 @@ def test_bad_input_of_step_1(tiny, tmp_path, capsys):
         (("--dtype", "fp16"), "--dtype fp16"),
         (("--output_dir", tiny / "data.jsonl"), "--output_dir"),
         (("--deepspeed_config", tmp_path / "none.json"), "none.json"),
+        (("--deepspeed_config", batches), "take out 'train_batch_size'"),
+        (("--deepspeed_config", optimizer), "take out 'optimizer'"),
+        (("--num_train_epochs", 0), "--num_train_epochs 0"),
+        (("--learning_rate", "nan"), "--learning_rate nan"),
+        (("--learning_rate", -1), "--learning_rate -1"),
+        (("--model_name_or_path", few, "--max_seq_len", 65), "65 tokens are more than the 64 positions"),
     ):
         assert words in refusal(step1_sft.main.main, (*good, *more), capsys)
+
+
+def test_a_deepspeed_config_overrides_what_flags_do_not_say(tmp_path):
+    """transformers' files say "auto" where the flags decide; what is left of them is read."""
+    file = tmp_path / "config.json"
+    zero = {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}
+    scheduler = {"type": "auto", "params": {"warmup_num_steps": "auto"}}
+    said = {"train_batch_size": "auto", "zero_optimization": zero, "scheduler": scheduler, "zero_force_ds_cpu": True}
+    file.write_text(json.dumps(said))
+    assert read_overrides(file) == {"zero_optimization": {"stage": 2}, "zero_force_ds_cpu": True}
+    sizes = {"zero_stage": 0, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "world_size": 4}
+    config = build_config(dtype="fp32", **sizes, overrides=file)
+    assert (config["train_batch_size"], config["zero_optimization"]["stage"]) == (24, 2)
 
 
 def test_bad_input_of_step_2(tiny, tmp_path, capsys):
@@ -353,7 +378,7 @@ def test_bad_input_of_step_3(tiny, trained, tmp_path, capsys):
         ((critic, other, "--reward", "random"), "differ"),
         (("--reward", f"tlcr:{foreign}"), f"({foreign})"),
         ((critic, trained / "sft"), "neither a discriminator nor a reward model"),
-        ((critic, trained / "sft", "--reward", "tlcr"), "not a trained discriminator"),
+        ((critic, trained / "sft", "--reward", "tlcr"), "is not a discriminator"),
         (("--reward", f"tlcr:{trained / 'rm'}"), "1 label"),
         (("--reward", f"tlcr:{broken}"), "9 missing: model.layers.2"),
     ):
