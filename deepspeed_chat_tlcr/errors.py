@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,6 +63,14 @@ def _lost_a_rank(error: RuntimeError) -> bool:
     # NCCL's errors have a class of their own, Gloo's are known by their text.
     kinds = {kind.__name__ for kind in type(error).__mro__}
     return "DistError" in kinds or "gloo/transport" in str(error)
+
+
+def told(error: Exception) -> str:
+    """An error of somebody else's code in one line: its kind, its message, and the line of theirs that raised it."""
+    lines = str(error).strip().splitlines()
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({place[0].filename}:{place[0].lineno})" if place else ""
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}"
 
 
 def cannot_load(what: str, path: str | Path, error: Exception) -> InputError:

@@ -5,6 +5,8 @@ but PyTorch, transformers and DeepSpeed, once imported, need not be imported aga
 PyTorch's autograd does not survive a fork.
 """
 
+import contextlib
+import ctypes
 import importlib
 import os
 import signal
@@ -13,6 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBRARIES = ("deepspeed", "torch", "transformers.trainer", "datasets")
 
 
@@ -40,6 +43,7 @@ def start(program: str, arguments: Sequence[str], log: Path, variables: Mapping[
     status = 1
     try:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whatever the parent does about it
+        _die_with_parent()
         with log.open("ab", buffering=0) as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
@@ -56,6 +60,12 @@ def start(program: str, arguments: Sequence[str], log: Path, variables: Mapping[
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _die_with_parent() -> None:
+    """A parent that is killed outright cannot end its children; alone they would write where its successor does."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def run(program: str, arguments: Sequence[str], log: Path, variables: Mapping[str, str] | None = None) -> int:

@@ -9,7 +9,6 @@ One process at a time may write (an advisory lock, which the system drops when a
 """
 
 import asyncio
-import fcntl
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.records import read_jsonl
 
 ACCEPTED, FAILED, LOST = "accepted", "failed", "lost"
@@ -98,18 +98,7 @@ class RunFolder:
         self.repairs: list[str] = []
 
     def __enter__(self) -> "RunFolder":
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise InputError(f"--output_dir {self.path}: cannot be written ({error.strerror})") from None
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self.lock.close()
-            raise InputError(
-                f"--output_dir {self.path}: another run is writing there; wait for it or choose another folder"
-            ) from None
+        self.lock = lock(self.path)
         for path in (self.results, self.failures, self.calls):
             self.repair(path)
         return self

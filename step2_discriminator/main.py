@@ -92,14 +92,19 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     return parse(Options, argv)
 
 
-def token_pairs(revisions: Iterable[Revision], tokenizer, max_length: int, what: str) -> tuple[list[Pair], str]:
-    """Labelled (modified, rejected) pairs, and one sentence on what was dropped, cut or unedited."""
+def token_pairs(
+    revisions: Iterable[Revision], tokenizer, max_length: int, what: str, soft: bool = True
+) -> tuple[list[Pair], str]:
+    """Labelled (modified, rejected) pairs, and one sentence on what was dropped, cut or unedited.
+
+    Several revisions of one rejected response (labeling's ``--n``) label it together, softly; each by itself, hard,
+    where ``soft`` is false.
+    """
     pairs: list[Pair] = []
     dropped = identical = cut = 0
-    # Several revisions of one rejected response (labeling's --n) label it together, softly.
-    samples: dict[str, list[Revision]] = {}
-    for revision in revisions:
-        samples.setdefault(revision.id, []).append(revision)
+    samples: dict[str | int, list[Revision]] = {}
+    for number, revision in enumerate(revisions):
+        samples.setdefault(revision.id if soft else number, []).append(revision)
         identical += revision.modified == revision.rejected
     for group in samples.values():
         rejected, modified = label_revisions(tokenizer, group, max_length)
@@ -207,6 +212,21 @@ def collate(tokenizer):
     return collated
 
 
+def require_meaning(options: Options) -> None:
+    """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    if options.token_level:
+        if options.pairs != "preferences" or options.score_positions != "end":
+            raise InputError("--pairs and --score_positions are the sequence objective's; give --objective sequence")
+        return
+    if options.pairs == "preferences" and (options.revisions or options.eval_revisions):
+        raise InputError(
+            "--revisions: --objective sequence learns from chosen and rejected responses; --pairs modified makes it "
+            "learn from revisions (PPO_synthetic), --objective token is the discriminator"
+        )
+    if options.neutral_weight != 1.0:
+        raise InputError("--neutral_weight is the token objective's; the sequence objective has no tokens to weigh")
+
+
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
@@ -214,6 +234,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     token_level = options.token_level
     if token_level and options.save_format == "deepspeed_chat":
         raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
+    require_meaning(options)
     objective = "token" if token_level else "sequence"
     if is_finished(options):
         return

@@ -1,6 +1,7 @@
 """The models of step 3 as DeepSpeed engines: actor, critic, reference and what the rewards need."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
 from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
-from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.errors import InputError, told
 from deepspeed_chat_tlcr.gradients import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
@@ -129,7 +130,9 @@ class RewardSum:
         options: "Options",
         runtime: Runtime,
     ):
-        self.specs, self.tokenizer, self.clip = specs, tokenizer, options.clip_reward_value
+        self.specs, self.tokenizer = specs, tokenizer
+        # ReMax clips the difference of two scores, which clipped ones would often make 0.
+        self.clip = math.inf if options.algo == "remax" else options.clip_reward_value
         self.names = names_of(specs)
         self.fixed = options.fixed_values
         self.models: dict[str, DeepSpeedEngine | PreTrainedModel] = {}
@@ -158,7 +161,10 @@ class RewardSum:
     def _term(self, spec: RewardSpec, rollout: Rollout, scored: dict[str, torch.Tensor]) -> torch.Tensor:
         mask = rollout.action_mask
         if spec.name == "python":
-            term = self.functions[spec.path](rollout, self.tokenizer)
+            try:
+                term = self.functions[spec.path](rollout, self.tokenizer)
+            except Exception as error:  # whatever a stranger's function raises
+                raise InputError(f"--reward python:{spec.path}: {told(error)}") from error
             if not isinstance(term, torch.Tensor) or term.shape != mask.shape:
                 found = tuple(term.shape) if isinstance(term, torch.Tensor) else type(term).__name__
                 raise InputError(f"--reward python:{spec.path} returned {found}, expected a tensor {tuple(mask.shape)}")

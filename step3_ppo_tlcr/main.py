@@ -143,13 +143,14 @@ def train(
         run.write(step, last_step, metrics, bar)
         bar.update()
         limit = options.target_kl if options.algo == "remax" and options.target_kl else math.inf
-        ended = step == last_step or metrics.get("eval/policy/kl_per_token", 0) > limit
+        measured = "eval/policy/kl_per_token" if held_out else "policy/kl_per_token"
+        ended = step == last_step or metrics.get(measured, 0) > limit
         stopping = step < last_step and preemption.agreed(trainer.device)
         # Also before the models are saved: whatever happens meanwhile, nothing has to be trained again.
         if stopping or ended or step % save_interval == 0:
             run.save(step)
         if ended and step < last_step:
-            run.runtime.say(f"step {step}: the held-out KL is above --target_kl {options.target_kl}; the run ends here")
+            run.runtime.say(f"step {step}: {measured} is above --target_kl {options.target_kl}; the run ends here")
             break
         if stopping:
             preemption.heeded = True

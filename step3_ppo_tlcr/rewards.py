@@ -4,6 +4,7 @@ Everything is ``(B, A)``: entry ``[b, a]`` speaks about the token that the polic
 """
 
 import importlib
+import math
 import os
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.errors import InputError, told
 from deepspeed_chat_tlcr.metrics import NEUTRAL_ZONE
 from step3_ppo_tlcr.objectives import counted
 
@@ -123,10 +124,12 @@ def parse_reward(text: str, default_path: str | None) -> RewardSpec:
         try:
             weight = float(weight_text)
         except ValueError:
-            raise InputError(f"--reward {text}: {weight_text!r} after @ is not a number") from None
+            weight = math.nan
+        if not math.isfinite(weight):
+            raise InputError(f"--reward {text}: {weight_text!r} after @ is not a finite number")
     name, _, path = (body if at else text).partition(":")
     if name == "python":
-        if path.count(":") != 1:
+        if path.count(":") != 1 or not all(path.split(":")):
             raise InputError(f"--reward {text}: expected python:package.module:function")
         return RewardSpec(name, path, weight)
     if name not in REWARDS:
@@ -165,8 +168,8 @@ def load_function(path: str) -> Callable:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"--reward python:{path}: {error}") from None
+    except Exception as error:  # whatever a stranger's module raises
+        raise InputError(f"--reward python:{path}: {told(error)}") from error
     if not callable(function):
         raise InputError(f"--reward python:{path}: is not a function")
     return function

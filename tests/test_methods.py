@@ -83,6 +83,23 @@ def test_unknown_method_lists_the_known():
     assert "known: sft dpo figa" in done.stderr
 
 
+def test_a_reward_model_of_ones_own_is_not_made_again():
+    done = run("run_method.sh", "ppo_seq", "out", PLAN=1, SEQUENCE_MODEL="/my/reward_model")
+    assert done.returncode == 0
+    assert list(planned(done.stdout)) == ["step1_sft", "step3_ppo_seq"]
+    policy = options({"ppo_seq": done.stdout}, "ppo_seq", "step3_ppo_seq")
+    assert policy.critic_model_name_or_path == "/my/reward_model"
+
+
+def test_a_misspelt_method_or_number_stops_before_anything_is_made():
+    done = run("run_table1.sh", "out", PLAN=1, METHODS="sft bogus", SEEDS="1")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert 'no method "bogus"' in done.stderr
+    done = run("run_iterated.sh", "out", PLAN=1, ROUNDS="x")
+    assert done.returncode == 2
+    assert "ROUNDS=x: must be a whole number" in done.stderr
+
+
 def test_table_pays_for_labels_once():
     plan = run("run_table1.sh", "out", PLAN=1, METHODS="tlcr", SEEDS="1 2").stdout
     folders = ["labeling", "seed-1/step1_sft", "seed-1/step2_discriminator", "seed-1/step3_ppo_tlcr"]

@@ -51,6 +51,16 @@ def test_token_pairs_count_what_is_dropped_cut_and_unedited(tokenizer):
     assert set(long[0].targets[1:]) == {0.5}
 
 
+def test_several_revisions_of_one_response_are_labelled_together_or_each_by_itself(tokenizer):
+    """Two that disagree on a word: half labels for the discriminator, whole ones for FIGA."""
+    two = [revision("Assistant:", " I do hate you", text) for text in (" I do like you", " I do hate you")]
+    together, _ = token_pairs(two, tokenizer, max_length=24, what="train")
+    assert 0.25 in together[0][1].targets
+    alone, _ = token_pairs(two, tokenizer, max_length=24, what="train", soft=False)
+    assert [{*rejected.targets} for _, rejected in alone] == [{0.0, 0.5}, {0.5}]
+    assert [{*modified.targets} for modified, _ in alone] == [{0.5, 1.0}, {0.5}]
+
+
 def test_nothing_left_to_train_on_is_an_error(tokenizer):
     with pytest.raises(InputError, match="--max_seq_len 3"):
         token_pairs([revision(TEXT, " a", " b")], tokenizer, 3, "train")

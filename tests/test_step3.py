@@ -22,7 +22,8 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from step3_ppo_tlcr.engines import action_logits
+from step3_ppo_tlcr import engines
+from step3_ppo_tlcr.engines import action_logits, token_scores
 from step3_ppo_tlcr.logprobs import entropy
 from step3_ppo_tlcr.objectives import remax_loss, remax_weights
 from step3_ppo_tlcr.options import check
@@ -98,6 +99,22 @@ def test_remax_weights_by_hand():
     found = remax_weights(rewards, torch.tensor([0.5, 1.5, 0.0]), mask, gamma=0.5, clip=5.0)
     expected = torch.tensor([[0.375, 0.75, 0], [-0.125, -0.25, -0.5], [2.5, 0, 0]])
     torch.testing.assert_close(found, expected)
+
+
+def test_remax_clips_the_difference_of_scores_and_not_the_scores(run, tmp_path):
+    """The reward model's scores, times 1000, are beyond +-5: clipped ones would make every difference 0 or 10."""
+    seen, weigh = [], step3.ReMax.score
+
+    def noting(self, rollouts, averages):
+        found = weigh(self, rollouts, averages)
+        seen.append([self.models.reward(one)[0].sum(1) for one in (*rollouts, *self.greedy)])
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step3.ReMax, "score", noting)
+        patch.setattr(engines, "token_scores", lambda *args: 1000 * token_scores(*args))
+        run("unclipped", "--algo", "remax", "--test_stop_step", 1, critic="rm")
+    assert max(scores.abs().max() for scores in seen[0]) > 5
 
 
 def test_remax_loss_is_reinforce_over_counted_tokens():
@@ -438,6 +455,16 @@ def test_what_does_not_fit_a_checkpoint_is_named_before_a_model_is_loaded(run, t
     assert "step-1 cannot be read" in capsys.readouterr().err
 
 
+def test_a_reward_function_that_raises_is_named(run, tmp_path, monkeypatch, capsys):
+    reward = own_reward(tmp_path, monkeypatch, "raise KeyError('no such word')")
+    with pytest.raises(SystemExit) as ended:
+        run("raises", "--reward", reward)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert f"--reward {reward}: KeyError: 'no such word'" in message
+    assert f"reward_of_{tmp_path.name}.py:" in message
+
+
 def test_other_data_than_before_is_said(run, tiny, tmp_path, monkeypatch, capsys):
     stopped(run, "other", tmp_path, monkeypatch)
     fewer = tmp_path / "fewer.jsonl"
@@ -714,6 +741,8 @@ def test_options_that_cannot_work_together_are_refused(run, capsys):
         (("--use_positive_reward_only", "--use_negative_reward_only"), "ask for different rewards"),
         (("--reward", "sequence"), "not a sequence reward model"),
         (("--reward", "python:nowhere_at_all:f"), "nowhere_at_all"),
+        (("--reward", "python::f"), "expected python:package.module:function"),
+        (("--reward", "random@nan"), "'nan' after @ is not a finite number"),
     ):
         with pytest.raises(SystemExit) as ended:
             run("refused", *more)

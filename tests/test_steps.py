@@ -54,7 +54,7 @@ def trained(tiny: Path, tmp_path_factory) -> Path:
     batch = ("--per_device_train_batch_size", 4)
     step1(tiny, folder / "sft", *batch)
     step2(tiny, folder / "disc", *batch, "--num_train_epochs", 4)
-    step2(tiny, folder / "rm", *batch, "--objective", "sequence")
+    step2(tiny, folder / "rm", *batch, "--objective", "sequence", "--revisions")
     step3(tiny, folder / "ppo", folder / "sft", folder / "disc", "--actor_learning_rate", 1e-3)
     return folder
 
@@ -347,6 +347,10 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
         (("--revisions", empty), "no revisions in it"),
         (("--revisions", tmp_path / "none.jsonl"), "no such file"),
         (("--objective", "token", "--revisions"), "--revisions is missing"),
+        (("--objective", "sequence"), "--pairs modified"),
+        (("--objective", "token", "--pairs", "modified"), "--objective sequence"),
+        (("--objective", "token", "--score_positions", "all"), "--objective sequence"),
+        (("--objective", "sequence", "--pairs", "modified", "--neutral_weight", 0.5), "--neutral_weight"),
         (("--only_optimize_lora", "--per_device_train_batch_size", 4), "--lora_dim"),
         (("--lora_dim", 2, "--per_device_train_batch_size", 4), "matches no linear layer"),
     ):
@@ -367,7 +371,7 @@ def test_bad_input_of_step_3(tiny, trained, tmp_path, capsys):
     critic = "--critic_model_name_or_path"
     for more, words in (
         (("--reward", "tlcrr"), "known: tlcr, tlcr_fixed"),
-        (("--reward", "tlcr@much"), "'much' after @ is not a number"),
+        (("--reward", "tlcr@much"), "'much' after @ is not a finite number"),
         (("--reward", "python:nowhere:nothing"), "python:nowhere:nothing"),
         (("--per_device_training_batch_size", 3), "no multiple"),
         (

@@ -18,15 +18,17 @@ import pytest
 from conftest import ROOT
 
 from deepspeed_chat_tlcr.errors import InputError
-from testbed.study import schedule
+from deepspeed_chat_tlcr.locking import lock
+from testbed.study import parts, schedule
 from testbed.study.analysis import band, best_of_curve, interval, paired_difference, score_at_tokens, win_rate
 from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags, in_order
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
-from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world, known_steps
+from testbed.study.options import PAPER, SENSITIVITY, Options, check_grid, chosen_world, known_steps
 from testbed.study.pages import write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
+from testbed.study.scoring import checked
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -246,8 +248,11 @@ def test_another_world_is_read_before_anything_is_trained(tmp_path):
     pairs, revisions = external_world.write(tmp_path, 20)
     given = {"preferences": str(pairs), "revisions": str(revisions), "scorer": "python:external_world:score"}
     options = Options(output_dir=str(tmp_path / "out"), **given)
-    assert chosen_world(options) == World(**given)
-    with pytest.raises(InputError, match=r"--scorer python:test_study:fails: KeyError for the first pair"):
+    world = chosen_world(options)
+    assert replace(world, files="", truth="") == World(**given)
+    assert world.files
+    assert world.truth
+    with pytest.raises(InputError, match=r"--scorer python:test_study:fails, prompt .*: KeyError: "):
         chosen_world(replace(options, scorer="python:test_study:fails"))
     for path, key in ((revisions, "modified"), (pairs, "chosen")):
         lines = path.read_text().splitlines()
@@ -273,6 +278,88 @@ def test_sensitivity_varies_one_thing_at_a_time(tmp_path):
     # Each question's standard level is the study's own run, which is not made twice.
     own = study.runs()[0].policy.step
     assert sum(run.policy.step == own for run in runs) == len(SENSITIVITY)
+
+
+def test_an_edited_file_is_another_world(tmp_path):
+    pairs, revisions = external_world.write(tmp_path, 20)
+    given = {"preferences": str(pairs), "revisions": str(revisions), "scorer": "python:external_world:score"}
+    options = Options(output_dir=str(tmp_path / "out"), **given)
+    before = Artefacts(chosen_world(options), Scale(), seed=1)
+    assert Artefacts(chosen_world(options), Scale(), seed=1).discriminator() == before.discriminator()
+    pairs.write_text(pairs.read_text().replace("lovely", "lively"))
+    after = Artefacts(chosen_world(options), Scale(), seed=1)
+    assert after.sft().step.key != before.sft().step.key
+    scorer = replace(chosen_world(options), truth="another")
+    assert Artefacts(scorer, Scale(), seed=1).sft().step.key == after.sft().step.key
+    assert Artefacts(scorer, Scale(), seed=1).measured(after.sft()).key != after.measured(after.sft()).key
+
+
+def test_another_world_holds_the_same_prompts_out_for_every_seed(tmp_path):
+    """Else one seed's test prompts would be another's training prompts, and the grid's."""
+    pairs, _ = external_world.write(tmp_path, 120)
+    held_out, trained = [], []
+    for seed in (0, 1, 2):
+        folder = tmp_path / str(seed)
+        sizes = ("--validation", "4", "--test", "6", "--data_seed", str(seed), "--fixed_held_out")
+        parts.main(["--preferences", str(pairs), "--output_dir", str(folder), *sizes])
+        held_out.append([(folder / name).read_text() for name in ("validation.jsonl", "test.jsonl")])
+        trained.append({line for part in ("sft", "reward", "rl") for line in prompts_of(folder / part / "train.jsonl")})
+    validation, test = ({json.loads(line)["prompt"] for line in text.splitlines()} for text in held_out[0])
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert (len(validation), len(test)) == (4, 6)
+    assert not validation & test
+    assert not any(one & (validation | test) for one in trained)
+    assert trained[0] != trained[1]
+
+
+def prompts_of(file) -> list[str]:
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+
+
+def test_a_score_that_is_no_number_is_named_and_nothing_is_marked_done(capsys):
+    scored = checked(lambda prompt, response, ended: math.nan if response == "bad" else 1, "python:a:b")
+    assert scored("p", "good", True) == 1.0
+    with pytest.raises(InputError, match=r"--scorer python:a:b, prompt 'p', response 'bad', ended False: nan"):
+        scored("p", "bad", False)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"learning_rates": []}, "--learning_rates: give at least one"),
+        ({"learning_rates": [0.0]}, "--learning_rates 0.0"),
+        ({"kls": [math.nan]}, "--kls nan"),
+        ({"kls": [-1.0]}, "--kls -1.0"),
+        ({"reward_scales": [math.inf]}, "--reward_scales inf"),
+    ],
+)
+def test_a_grid_that_no_run_could_have_is_refused(given, words):
+    with pytest.raises(InputError, match=words):
+        check_grid(Options(output_dir="o", **given))
+
+
+def test_a_killed_study_leaves_no_step_running_and_two_do_not_share_a_folder(tmp_path):
+    """The parent of a sleeping step is killed outright; a second study in a folder that is taken says so."""
+    slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
+    code = "import sys; sys.path[:0] = sys.argv[1:3]; from testbed.study import schedule; import test_study as t; "
+    code += "t.schedule.run(t.Store(sys.argv[3]), [t.Step('slow', 'study_steps.py', t.flags(sleep=60))], 1, 'test')"
+    study = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path)])
+    note = ran(store, slow)
+    deadline = time.monotonic() + 120
+    while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = int(note.read_text().split()[1])
+    study.kill()
+    study.wait()
+    while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+    taken = lock(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["--output_dir", str(tmp_path), "--quick", "--stage", "report"])
+    assert ended.value.code == 2
+    taken.close()
 
 
 # ---- what the runs say -----------------------------------------------------------------------------------------------

@@ -124,7 +124,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${REFERENCE_MODEL:=}"                    # what step 3's KL is measured from; empty: SFT_MODEL
 : "${REVISIONS:=$OUTPUT/labeling/revisions.jsonl}" # several files: blanks between them
 : "${EVAL_REVISIONS:=}"                     # held-out revisions; empty: step 2 holds out 5 % of the prompts
-: "${DISCRIMINATOR_MODEL:=$OUTPUT/step2_discriminator}"
+: "${DISCRIMINATOR_MODEL:=$OUTPUT/step2_discriminator}" # of token rewards; ppo_seq, ppo_synthetic, remax: SEQUENCE_MODEL
 
 set +a
 

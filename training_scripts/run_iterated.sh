@@ -16,6 +16,12 @@ set -a
 OUTPUT=${1:-${OUTPUT:-output/llama2-7b}}
 : "${ROUNDS:=3}" "${ROUND_PROMPTS:=2000}" "${ROUND_EVAL_PROMPTS:=200}" # prompts that are answered in a round
 set +a
+for number in ROUNDS ROUND_PROMPTS ROUND_EVAL_PROMPTS; do
+  if [[ ! ${!number} =~ ^[1-9][0-9]*$ ]]; then
+    printf 'error: %s=%s: must be a whole number above 0\n' "$number" "${!number}" >&2
+    exit 2
+  fi
+done
 
 # shellcheck source=training_scripts/recipe.sh
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
@@ -65,4 +71,8 @@ for ((number = 1; number <= ROUNDS; number++)); do
   SFT_MODEL=$actor REFERENCE_MODEL=$run/step1_sft DISCRIMINATOR_MODEL=$judge attended bash "$scripts/step3.sh"
   actor=$round/step3_ppo_tlcr/actor
 done
-[[ $PLAN == 1 ]] || python3 "${at}evaluation/iterated.py" --run_dir "$run" --rounds "$ROUNDS"
+if [[ $PLAN == 1 ]]; then
+  printf '\nLabelling: %s rounds x 2, each at most US$ %s (LABEL_MAX_USD)\n' "$ROUNDS" "${LABEL_MAX_USD:-not limited}"
+else
+  python3 "${at}evaluation/iterated.py" --run_dir "$run" --rounds "$ROUNDS"
+fi

@@ -41,6 +41,11 @@ case $METHOD in
     exit 2
     ;;
 esac
+if [[ -n ${SEQUENCE_MODEL:-} && $STAGES == *step2_sequence* ]]; then
+  STAGES=${STAGES/ step2_sequence/}
+  DISCRIMINATOR_MODEL=$SEQUENCE_MODEL
+fi
+[[ ${CHECK_NAME:-0} == 0 ]] || exit 0
 [[ $METHOD == tlcr ]] || PPO_FOLDER=step3_$METHOD
 set +a
 

@@ -18,6 +18,10 @@ if [[ ${PLAN:-0} == 1 ]]; then # what methods share is planned once
   trap 'rm -f "$PLANNED"' EXIT
 fi
 
+for method in $METHODS; do # before days of training, not after
+  CHECK_NAME=1 bash "$scripts/run_method.sh" "$method"
+done
+
 # Braces, because bash reads them whole: editing this file while it runs does no harm.
 {
   if [[ -z ${REVISIONS:-} && $METHODS == *@(tlcr|figa|ppo_synthetic|random)* ]]; then

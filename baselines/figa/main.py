@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     pairs = {}
     for split in ("train", "eval"):
-        pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split)
+        pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split, soft=False)
         runtime.say(summary)
     require_batch(options, runtime, len(pairs["train"]))
 

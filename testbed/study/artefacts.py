@@ -44,16 +44,17 @@ Argument = str | Output | Inverse | Joined
 
 @dataclass(frozen=True)
 class Step:
-    """``name`` is for people; ``program`` and ``arguments`` decide the content."""
+    """``name`` is for people; the rest decides what the step makes."""
 
     name: str
     program: str
     arguments: tuple[Argument, ...]
+    content: str = ""  # hash of what stands in the user's own files that the arguments name
 
     @cached_property
     def key(self) -> str:
         """A hash of the command, with the keys of other steps in the place of their folders."""
-        told = json.dumps([self.program, *map(_identity, self.arguments)])
+        told = json.dumps([self.program, *map(_identity, self.arguments), *([self.content] if self.content else [])])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     @cached_property

@@ -15,7 +15,8 @@ import torch
 
 from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.saving import require_writable, write_json
+from deepspeed_chat_tlcr.locking import lock
+from deepspeed_chat_tlcr.saving import write_json
 from testbed.study import results as tables
 from testbed.study import schedule
 from testbed.study.artefacts import Output, Step, Store, in_order
@@ -37,6 +38,7 @@ from testbed.study.options import (
     PAPER,
     SENSITIVITY,
     Options,
+    check_grid,
     chosen_methods,
     chosen_scale,
     chosen_seeds,
@@ -178,7 +180,7 @@ class Study:
 
     def told_world(self) -> dict:
         """Where everything comes from, and what makes the testbed hard: the noise of preferences and reviser."""
-        told = {name: value for name, value in asdict(self.world).items() if value is not None}
+        told = {name: value for name, value in asdict(self.world).items() if value}
         if self.world.preferences is None:
             told |= {"preference_sharpness": Testbed.preference_sharpness, "reviser_noise": STANDARD.noise}
         return {**told, "seeds": self.seeds}
@@ -236,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = absolute(parse(Options, argv))
     if options.jobs < 1:
         raise InputError(f"--jobs {options.jobs}: must be at least 1")
+    check_grid(options)
     folder = Path(options.output_dir)
     study = Study(
         options,
@@ -251,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = "done" if study.store.is_done(step) else "to do"
             print(f"{done:5}  {step.name}-{step.key}  {step.program}")
         return 0
-    require_writable(folder)
+    taken = lock(folder)
     # Small models gain nothing from two threads or a GPU; the jobs side by side do.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -270,6 +273,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     page = write_study_page(folder / "study.html", found)
     print(f"{folder / 'results.json'}, {page}: {len(found['runs'])} runs, {len(found['grid']['trials'])} trials")
     schedule.require(outcome, study.store)
+    taken.close()
     return 0
 
 

@@ -24,7 +24,7 @@ from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from evaluation.scoring import sequence_scores, token_probs
-from testbed.study.scoring import TESTBED, Scorer, load_scorer
+from testbed.study.scoring import TESTBED, Scorer, checked, load_scorer
 
 GREEDY = "greedy"
 NO_TRUTH = "none"
@@ -76,7 +76,7 @@ def measures(prompts: Sequence[str], written: Sequence[Answer], scorer: Scorer |
     }
     if scorer is None:
         return found
-    scores = [float(scorer(prompt, one.text, one.ended)) for prompt, one in zip(prompts, written, strict=True)]
+    scores = [scorer(prompt, one.text, one.ended) for prompt, one in zip(prompts, written, strict=True)]
     return {"true_score": statistics.fmean(scores), **found, "scores": [round(score, 4) for score in scores]}
 
 
@@ -123,7 +123,7 @@ def mean_score(texts: Iterable[dict], scorer: Scorer) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
     os.environ["TESTBED_WORLD_SEED"] = str(options.world_seed)
-    scorer = None if options.scorer == NO_TRUTH else load_scorer(options.scorer)
+    scorer = None if options.scorer == NO_TRUTH else checked(load_scorer(options.scorer), options.scorer)
     prompts = [record["prompt"] for _, record in read_jsonl(options.prompts)]
     tokenizer: PreTrainedTokenizerFast = load_tokenizer(options.sft)
     policy, sft = (load_causal_lm(path, torch.float32).eval() for path in (options.policy, options.sft))

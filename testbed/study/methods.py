@@ -22,6 +22,8 @@ class World:
     prompts: str | None = None  # to test on; None: prompts of the held-out pairs
     base_model: str | None = None  # None: for the testbed its own, else one is trained on the SFT part's texts
     scorer: str = TESTBED
+    files: str = ""  # hash of what stands in them: an edited file is another world
+    truth: str = ""  # hash of the scorer's source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,9 @@ class Artefacts:
                 validation=self.scale.validation,
                 test=self.scale.test,
                 data_seed=self.seed,
+                fixed_held_out=not self.on_testbed,
             ),
+            world.files,
         )
 
     def part(self, name: str) -> Output:
@@ -236,6 +240,7 @@ class Artefacts:
                 seed=self.seed,
                 **options,
             ),
+            self.world.truth,
         )
 
     # ---- methods: the policy that each one makes ----

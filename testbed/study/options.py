@@ -1,21 +1,25 @@
 """The study's command line, and the choices in it that are not a matter of any one method."""
 
 import gzip
+import hashlib
+import inspect
 import json
 import math
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.models import load_config
 from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import read_revisions
 from testbed.study.methods import METHODS, QUICK, Condition, Scale, Setting, World
-from testbed.study.scoring import TESTBED, Scorer, load_scorer
+from testbed.study.parts import read_prompts
+from testbed.study.scoring import TESTBED, Scorer, checked, load_scorer
 
 PAPER = Setting()
 """The study's settings before any grid: the paper's KL coefficient, rewards as they are."""
@@ -98,6 +102,16 @@ def chosen_methods(options: Options) -> list[str]:
     return named
 
 
+def check_grid(options: Options) -> None:
+    """Raises ``InputError`` for a grid without learning rates, or with values that no run could have."""
+    if not options.learning_rates:
+        raise InputError("--learning_rates: give at least one")
+    for name in ("learning_rates", "kls", "reward_scales"):
+        for value in getattr(options, name):
+            if not 0 < value < math.inf and not (name == "kls" and value == 0):
+                raise InputError(f"--{name} {value}: must be above 0 and finite")
+
+
 def chosen_seeds(options: Options) -> list[int]:
     seeds = options.seeds[:1] if options.quick and options.seeds == [1, 2, 3, 4, 5] else options.seeds
     if not seeds or len(set(seeds)) != len(seeds):
@@ -122,7 +136,7 @@ def chosen_scale(texts: Sequence[str]) -> Scale:
         if isinstance(changes[name], str):
             if changes[name] not in ("fp32", "bf16"):
                 raise InputError(f"--scale {text}: must be fp32 or bf16")
-        elif changes[name] < 0 or (name not in ("judge_weight_decay",) and changes[name] == 0):
+        elif not 0 <= changes[name] < math.inf or (name not in ("judge_weight_decay",) and changes[name] == 0):
             raise InputError(f"--scale {text}: must be above 0")
     return replace(Scale(), **changes)
 
@@ -138,8 +152,29 @@ def chosen_world(options: Options) -> World:
         if missing:
             raise InputError(f"another world than the testbed also needs {', '.join(missing)}")
         check_world(options, scorer)
-    names = ("preferences", "revisions", "prompts", "base_model", "scorer")
-    return World(**{name: getattr(options, name) for name in names})
+    names = ("preferences", "revisions", "prompts", "base_model")
+    paths = {name: getattr(options, name) for name in names}
+    if options.preferences is None:
+        return World(**paths, scorer=options.scorer)
+    source = inspect.getsourcefile(scorer)
+    return World(
+        **paths,
+        scorer=options.scorer,
+        files=content_of(filter(None, paths.values())),
+        truth=content_of([source] if source else []),
+    )
+
+
+def content_of(paths: Iterable[str]) -> str:
+    """A hash of files and folders: of what is in them; of weights, which are large, their sizes."""
+    digest = hashlib.sha256()
+    for path in map(Path, paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.is_file():
+                digest.update(f"{file.relative_to(path)} {file.stat().st_size}\n".encode())
+                if file.suffix not in (".safetensors", ".bin", ".pt"):
+                    digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def check_world(options: Options, scorer: Scorer) -> None:
@@ -150,10 +185,9 @@ def check_world(options: Options, scorer: Scorer) -> None:
             raise InputError(f"--{name} {path}: no such file or folder")
     pairs = load_preferences([options.preferences], "all", "train")
     deque(read_revisions(options.revisions), maxlen=0)  # every line is looked at
+    if options.prompts:
+        read_prompts(options.prompts)
+    if options.base_model:
+        load_config(options.base_model)
     first = pairs[0]
-    try:
-        score = float(scorer(first.prompt, first.chosen, True))
-    except Exception as error:  # whatever a stranger's function raises
-        raise InputError(f"--scorer {options.scorer}: {type(error).__name__} for the first pair: {error}") from None
-    if not math.isfinite(score):
-        raise InputError(f"--scorer {options.scorer}: {score} for the first pair; expected a finite number")
+    checked(scorer, options.scorer)(first.prompt, first.chosen, True)

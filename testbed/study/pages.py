@@ -91,9 +91,15 @@ def write_study_page(path: Path, results: Mapping) -> Path:
     sections.append(("The grid", grid_section(results["grid"], results["settings"])))
     sections.append(("Judges", judge_section(results["judges"])))
     sections.append(("The world", world_section(results)))
+    each = (
+        "each of which is another split of the same pairs and other models, tested on the same prompts: the intervals "
+        "say what another training would bring, not other prompts"
+        if results["world"].get("preferences")
+        else "each seed being a world of its own"
+    )
     lead = paragraph(
         "True scores on prompts that no method trained on and no setting was chosen on. Intervals are 95 %; methods "
-        "are compared seed by seed, each seed being a world of its own.",
+        f"are compared seed by seed, {each}.",
         "lead",
     )
     return write_page(path, "Which reward pays", sections, lead)

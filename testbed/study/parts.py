@@ -5,6 +5,7 @@ OUTPUT_DIR/{validation,test}.jsonl                      prompts that no stage tr
 OUTPUT_DIR/texts/{train,eval}.jsonl                     both responses of the SFT part: what a base model may read
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.preference_data import load_preferences
+from deepspeed_chat_tlcr.record_sources import find_source
 from deepspeed_chat_tlcr.records import Preference, read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 
@@ -26,6 +28,9 @@ class Options:
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
     data_seed: int = option(1234, "seed of that split")
     rl_prompts: int = option(5120, "training prompts of RL, the same for every method; fewer where there are fewer")
+    fixed_held_out: bool = option(
+        False, "hold out the same prompts whatever --data_seed: chosen by hash, their pairs in no training part"
+    )
     validation: int = option(256, "prompts that settings are chosen on")
     test: int = option(256, "other prompts, that are reported on")
     output_dir: str = option(MISSING, "folder for the parts")
@@ -43,14 +48,29 @@ def pair(one: Preference) -> dict:
     return {"prompt": one.prompt, "chosen": one.chosen, "rejected": one.rejected}
 
 
-def test_prompts(options: Options, held_out: Sequence[Preference], trained_on: set[str]) -> list[str]:
-    """Prompts, each once, that no training part holds. Raises ``InputError`` where there are too few."""
+def read_prompts(file: str) -> list[str]:
+    """The prompts of --prompts. Raises ``InputError`` for a line without one."""
+    found = [record.get("prompt") for _, record in read_jsonl(file)]
+    if not all(isinstance(prompt, str) for prompt in found):
+        raise InputError(f"{file}: every line needs a 'prompt' that is a string")
+    return found
+
+
+def fixed_prompts(options: Options) -> list[str]:
+    """The prompts to test on, whatever the seed: those of --prompts or of eval.jsonl, else some of all, by hash."""
     if options.prompts:
-        found = [record.get("prompt") for _, record in read_jsonl(options.prompts)]
-        if not all(isinstance(prompt, str) for prompt in found):
-            raise InputError(f"{options.prompts}: every line needs a 'prompt' that is a string")
-    else:
-        found = [one.prompt for one in held_out]
+        return read_prompts(options.prompts)
+    own_eval = find_source(options.preferences).eval is not None
+    pairs = load_preferences([options.preferences], "all", "eval" if own_eval else "train")
+    found = {one.prompt for one in pairs}
+    if not own_eval:
+        found |= {one.prompt for one in load_preferences([options.preferences], "all", "eval")}
+    ranked = sorted(found, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    return ranked[: options.validation + options.test]
+
+
+def test_prompts(options: Options, found: Sequence[str], trained_on: set[str]) -> list[str]:
+    """Prompts, each once, that no training part holds. Raises ``InputError`` where there are too few."""
     kept = [prompt for prompt in dict.fromkeys(found) if prompt not in trained_on]
     wanted = options.validation + options.test
     if len(kept) < wanted:
@@ -70,6 +90,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in ("sft", "reward", "rl")
         for split in ("train", "eval")
     }
+    if options.fixed_held_out:
+        candidates = fixed_prompts(options)
+        kept_out = set(candidates)
+        for part in ("sft", "reward", "rl"):
+            loaded[part, "train"] = [one for one in loaded[part, "train"] if one.prompt not in kept_out]
+            if not loaded[part, "train"]:
+                raise InputError(
+                    f"{options.preferences}: beside the test prompts no pairs are left for the {part} part"
+                )
+    elif options.prompts:
+        candidates = read_prompts(options.prompts)
+    else:
+        candidates = [one.prompt for (_, split), ones in loaded.items() if split == "eval" for one in ones]
     loaded["rl", "train"] = loaded["rl", "train"][: options.rl_prompts]
     counts = {
         f"{part}_{split}": write(folder / part / f"{split}.jsonl", map(pair, ps))
@@ -82,8 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         texts = [{"prompt": p.prompt, "chosen": text} for p in loaded["sft", split] for text in (p.chosen, p.rejected)]
         write(folder / "texts" / f"{split}.jsonl", texts)
     trained_on = {one.prompt for (_, split), ones in loaded.items() if split == "train" for one in ones}
-    held_out = [one for (_, split), ones in loaded.items() if split == "eval" for one in ones]
-    prompts = test_prompts(options, held_out, trained_on)
+    prompts = test_prompts(options, candidates, trained_on)
     write(folder / "validation.jsonl", ({"prompt": prompt} for prompt in prompts[: options.validation]))
     rest = prompts[options.validation : options.validation + options.test]
     write(folder / "test.jsonl", ({"prompt": prompt} for prompt in rest))

@@ -3,10 +3,11 @@
 import functools
 import importlib
 import inspect
+import math
 import os
 from collections.abc import Callable
 
-from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.errors import InputError, told
 from testbed.world import World
 
 TESTBED = "python:testbed.study.scoring:testbed_score"
@@ -23,10 +24,33 @@ def load_scorer(name: str) -> Scorer:
         raise InputError(f"--scorer {name}: expected python:package.module:function")
     try:
         scorer = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever a stranger's module raises
+        raise InputError(f"--scorer {name}: {told(error)}") from None
+    try:
         inspect.signature(scorer).bind("prompt", "response", True)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except (TypeError, ValueError) as error:
         raise InputError(f"--scorer {name}: {error}; expected a function of prompt, response, ended") from None
     return scorer
+
+
+def checked(scorer: Scorer, name: str) -> Scorer:
+    """``scorer``, but with ``InputError`` that names prompt and response where it fails or gives no finite number."""
+
+    def scored(prompt: str, response: str, ended: bool) -> float:
+        where = f"--scorer {name}, prompt {shortened(prompt)}, response {shortened(response)}, ended {ended}"
+        try:
+            score = float(scorer(prompt, response, ended))
+        except Exception as error:
+            raise InputError(f"{where}: {told(error)}") from error
+        if not math.isfinite(score):
+            raise InputError(f"{where}: {score}; expected a finite number")
+        return score
+
+    return scored
+
+
+def shortened(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
 def testbed_score(prompt: str, response: str, ended: bool) -> float:
