@@ -1,7 +1,9 @@
 """The report: everything by one command, hostile text stays text, and the page stands in a browser."""
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,6 +173,40 @@ def test_the_script_takes_a_file_of_variables(tmp_path):
     done = subprocess.run(["bash", str(script), "/nowhere"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert "RUN_FOLDER | CONFIG_FILE" in done.stderr
+
+
+def test_a_table_over_seeds_of_what_run_table1_left(tiny, tmp_path):
+    """Two seeds with SFT, one of them with a TLCR policy too, rated by a real server; its table from their results."""
+    other, root = other_model(tmp_path / "other", tiny), tmp_path / "table1"
+    for seed in ("1", "2"):
+        for folder, model in (("step1_sft", tiny / "model"), ("step3_ppo_tlcr/actor", other)):
+            shutil.copytree(model, root / f"seed-{seed}" / folder)
+        for folder in ("step1_sft", "step3_ppo_tlcr"):
+            (root / f"seed-{seed}" / folder / "results.json").write_text("{}")
+        write_jsonl(root / f"seed-{seed}" / "step3_ppo_tlcr" / "metrics.jsonl", [{"step": 1, "policy/kl": 0.1}])
+    shutil.rmtree(root / "seed-2" / "step3_ppo_tlcr")
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    ratings = itertools.cycle([4, 8, 5, 9, 2])
+    with judging(lambda prompt, asked: f"[[{next(ratings)}]]") as (_, url):
+        environment |= {"JUDGE": "j", "JUDGE_BASE_URL": url, "MT_BENCH_DIR": str(write_bench(tmp_path / "fastchat"))}
+        command = ["bash", str(ROOT / "training_scripts" / "evaluate_table1.sh"), str(root), "--dtype", "fp32"]
+        command += ["--max_new_tokens", "8", "--concurrency", "1"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    table = json.loads((root / "table1.json").read_text())
+    assert table["seeds"] == ["1", "2"]
+    by_seed = [load_results(root / f"seed-{seed}" / "evaluation", "mt_bench")["models"] for seed in ("1", "2")]
+    sft = table["models"]["sft"]["MT-Bench, overall"]
+    values = [models["sft"]["overall"] for models in by_seed]
+    assert sft["by_seed"] == dict(zip(("1", "2"), values, strict=True))
+    assert sft["mean"] == pytest.approx(sum(values) / 2)
+    assert sft["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+    tlcr = table["models"]["tlcr"]["MT-Bench, overall"]
+    assert (tlcr["mean"], tlcr["sd"]) == (by_seed[0]["tlcr"]["overall"], None)
+    assert "(1 of 2)" in done.stdout
+    empty = subprocess.run([*command[:2], str(tmp_path)], capture_output=True, text=True, env=environment)
+    assert empty.returncode == 2
+    assert "no seed-N folders" in empty.stderr
 
 
 def test_one_cost_cap_holds_for_all_judged_parts_together(tiny, tmp_path):
