@@ -26,7 +26,7 @@ from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
 from testbed.study.options import PAPER, SENSITIVITY, Options, check_grid, chosen_world, known_steps
-from testbed.study.pages import write_study_page
+from testbed.study.pages import at_edge, write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
 from testbed.study.scoring import checked
 
@@ -378,6 +378,15 @@ def test_differences_and_their_intervals_by_hand():
     assert paired_difference({1: [1.0]}, {2: [1.0]}) is None
     assert interval([1.0]) is None
     assert interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_settings_at_the_edge_of_what_was_tried():
+    tried = [{"learning_rate": rate, "kl": 0.1, "reward_scale": 1.0} for rate in (1e-4, 3e-4, 1e-3)]
+    tried.append({"learning_rate": 3e-4, "kl": 0.3, "reward_scale": 1.0})
+    assert at_edge(tried[0], tried) == "learning rate: smallest, KL coefficient: smallest"
+    assert at_edge(tried[1] | {"kl": 0.2}, tried) == ""
+    assert at_edge(tried[3], tried) == "KL coefficient: largest"
+    assert at_edge(tried[0], []) == ""
 
 
 def test_win_rates_bands_and_best_of_curve_by_hand():

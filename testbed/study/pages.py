@@ -297,8 +297,9 @@ def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -
 
 def grid_section(grid: Mapping, settings: Mapping[str, Mapping[str, Mapping]]) -> Html:
     names = ("learning_rate", "kl", "reward_scale")
+    tried_by = {method: [t["setting"] for t in grid["trials"] if t["method"] == method] for method in settings}
     chosen = [
-        [f"{NAMES[method]}, {variant}", *(f"{setting[name]:g}" for name in names)]
+        [f"{NAMES[method]}, {variant}", *(f"{setting[name]:g}" for name in names), at_edge(setting, tried_by[method])]
         for method, variants in settings.items()
         for variant, setting in variants.items()
     ]
@@ -311,11 +312,22 @@ def grid_section(grid: Mapping, settings: Mapping[str, Mapping[str, Mapping]]) -
         f"{len(grid['trials'])} of {grid['of']} trials are finished, on the world of seed {grid['seed']}, scored on "
         "validation prompts at T=1. A method whose trials are not all finished is reported at the default setting."
     )
-    parts = [paragraph(text), table_html(["reported", *header], chosen)]
+    parts = [paragraph(text), table_html(["reported", *header, "at the grid's edge"], chosen)]
     if tried:
         table = table_html(["tried", *header, "true score", "KL to SFT"], tried)
         parts.append(Html(f"<details><summary>All trials</summary>{table}</details>"))
     return join(parts)
+
+
+def at_edge(setting: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> str:
+    """What of a chosen setting is the smallest or the largest that was tried: what lies beyond might be better."""
+    words = {"learning_rate": "learning rate", "kl": "KL coefficient", "reward_scale": "reward scale"}
+    found = []
+    for name, word in words.items():
+        values = sorted({one[name] for one in tried})
+        if len(values) > 1 and setting[name] in (values[0], values[-1]):
+            found.append(f"{word}: {'smallest' if setting[name] == values[0] else 'largest'}")
+    return ", ".join(found)
 
 
 def judge_section(judges: Sequence[Mapping]) -> Html:
