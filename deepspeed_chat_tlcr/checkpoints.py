@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import pickle
 import random
 import shutil
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 
 from deepspeed_chat_tlcr.errors import InputError, SaveError
 from deepspeed_chat_tlcr.optim import Rates
+from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import write_json
 
 _STATE = "state.json"
@@ -197,11 +197,20 @@ def same_command(options: Any) -> str:
 OTHER_DATA = "warning: the data is not what this run began with; it goes on at the same place in other data"
 
 
-def is_finished(options: Any) -> bool:
-    """Whether this very command has been carried out already, so that a job started again destroys nothing.
+def is_finished(options: Any, runtime: Runtime) -> bool:
+    """Whether this very command has been carried out already, so that a job started again destroys nothing. Says so.
 
-    Asked before the ranks join: the first of them writes the files that are compared here after that. Says so.
+    A collective, asked before ``announce``: the first rank looks, which may have the only disk with the results.
     """
+    finished = torch.tensor(float(runtime.is_main and _has_finished(options)), device=runtime.device)
+    torch.distributed.broadcast(finished, src=0)
+    if finished:
+        where = Path(options.output_dir) / "results.json"
+        runtime.say(f"finished already: {where}; --resume never makes it anew")
+    return bool(finished)
+
+
+def _has_finished(options: Any) -> bool:
     folder = Path(options.output_dir)
     if options.resume == "never" or not (folder / "results.json").is_file():
         return False
@@ -209,8 +218,4 @@ def is_finished(options: Any) -> bool:
         before = json.loads((folder / "run_options.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    if any(before.get(name) != value for name, value in asdict(options).items() if name not in _HARMLESS):
-        return False
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"finished already: {folder / 'results.json'}; --resume never makes it anew", flush=True)
-    return True
+    return all(before.get(name) == value for name, value in asdict(options).items() if name not in _HARMLESS)

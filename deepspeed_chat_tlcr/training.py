@@ -307,7 +307,7 @@ def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
         print(f"continuing from {newest}", flush=True)
         for change in changes:
             print(f"warning: continuing with another setting than before: {change}", flush=True)
-        if saved.get("data") != fingerprint(trainer.train_lengths):
+        if saved.get("data") not in (None, fingerprint(trainer.train_lengths)):
             print(OTHER_DATA, flush=True)
     return str(newest), int(newest.name.rsplit("-", 1)[1])
 

@@ -236,11 +236,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
     require_meaning(options)
     objective = "token" if token_level else "sequence"
-    if is_finished(options):
-        return
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     revisions = load_revisions(options, tokenizer) if token_level or options.pairs == "modified" else None
     runtime = runtimes.start(options.precision, options.seed)
+    if is_finished(options, runtime):
+        runtime.finish()
+        return
     if runtime.is_main:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)

@@ -12,7 +12,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
 from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, RunError, told
 from deepspeed_chat_tlcr.gradients import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
@@ -164,7 +164,7 @@ class RewardSum:
             try:
                 term = self.functions[spec.path](rollout, self.tokenizer)
             except Exception as error:  # whatever a stranger's function raises
-                raise InputError(f"--reward python:{spec.path}: {told(error)}") from error
+                raise RunError(f"--reward python:{spec.path}: {told(error)}") from error
             if not isinstance(term, torch.Tensor) or term.shape != mask.shape:
                 found = tuple(term.shape) if isinstance(term, torch.Tensor) else type(term).__name__
                 raise InputError(f"--reward python:{spec.path} returned {found}, expected a tensor {tuple(mask.shape)}")

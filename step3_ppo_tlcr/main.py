@@ -164,14 +164,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(options)
     require_trackers(options.report_to)
     require_writable(options.output_dir)
-    if is_finished(options):
-        return
     specs = reward_specs(options)
     require_rewards(specs)
     longest = options.max_prompt_seq_len + options.max_answer_seq_len
     for path in {options.actor_model_name_or_path, options.critic_model_name_or_path}:
         require_positions(path, longest, "--max_prompt_seq_len + --max_answer_seq_len")
     runtime = runtimes.start(options.precision, options.seed)
+    if is_finished(options, runtime):
+        runtime.finish()
+        return
     preemption = Preemption()
     if runtime.is_main:
         announce(options, options.output_dir)

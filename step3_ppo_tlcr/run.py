@@ -58,7 +58,7 @@ def step_to_continue(checkpoints: Checkpoints, options: Options, prompts: str, r
     runtime.say(f"continuing from step {saved[-1]}")
     for change in changes:
         runtime.say(f"warning: continuing with another setting than before: {change}")
-    if state["prompts"] != prompts:
+    if state.get("prompts") not in (None, prompts):
         runtime.say(OTHER_DATA)
     return saved[-1]
 

@@ -200,7 +200,7 @@ class Trainer(ABC):
         }
 
     def restore(self, state: dict[str, Any], averages: dict[str, torch.Tensor]) -> None:
-        if self.options.kl_target is not None and state["kl_ctl"] == self.options.kl_ctl:
+        if self.options.kl_target is not None and state.get("kl_ctl", self.options.kl_ctl) == self.options.kl_ctl:
             self.beta = state["beta"]
         self.scale = RunningScale(*state["scale"])
         self.faults.in_a_row = state["faults_in_a_row"]

@@ -123,9 +123,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     options = parse_args(argv)
     require_writable(options.output_dir)
-    if is_finished(options):
-        return
     runtime = runtimes.start(options.precision, options.seed)
+    if is_finished(options, runtime):
+        runtime.finish()
+        return
     if runtime.is_main:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)

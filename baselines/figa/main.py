@@ -119,11 +119,12 @@ class FigaTrainer(StageTrainer):
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
-    if is_finished(options):
-        return
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     revisions = load_revisions(options, tokenizer)
     runtime = runtimes.start(options.precision, options.seed)
+    if is_finished(options, runtime):
+        runtime.finish()
+        return
     if runtime.is_main:
         announce(options, options.output_dir)
     config = stage_config(options, runtime)
