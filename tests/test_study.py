@@ -24,7 +24,17 @@ from testbed.study.analysis import band, best_of_curve, interval, paired_differe
 from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags, in_order
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
-from testbed.study.methods import METHODS, Artefacts, Condition, Scale, Setting, World, learning_rates, penalties
+from testbed.study.methods import (
+    METHODS,
+    Artefacts,
+    Condition,
+    Scale,
+    Setting,
+    World,
+    beyond,
+    learning_rates,
+    penalties,
+)
 from testbed.study.options import PAPER, SENSITIVITY, Options, check_grid, chosen_world, known_steps
 from testbed.study.pages import at_edge, write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
@@ -197,9 +207,9 @@ def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_
 
 
 def test_ablations_without_a_grid_of_their_own_take_tlcr_s_settings(tmp_path):
-    options = Options(output_dir=str(tmp_path), learning_rates=[1e-4, 1e-3], kls=[0.3])
+    options = Options(output_dir=str(tmp_path), learning_rates=[1e-4, 1e-3, 3e-3], kls=[0.3])
     study = Study(options, World(), Scale(), ["random", "tlcr", "ppo_seq"], [1], Store(tmp_path))
-    scores = iter((5.0, 6.0, 7.0))
+    scores = iter((5.0, 6.0, 4.0, 7.0))
     known = study.store.known
     for _ in range(2):  # the second round's trials are there once the first's are known
         for method, _, measured in study.trials():
@@ -378,6 +388,30 @@ def test_differences_and_their_intervals_by_hand():
     assert paired_difference({1: [1.0]}, {2: [1.0]}) is None
     assert interval([1.0]) is None
     assert interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+def test_the_rate_beyond_the_end_that_the_best_is_at():
+    rates = [1e-4, 3e-4, 1e-3]
+    assert [beyond(rates, best) for best in rates] == [3e-5, None, 3e-3]
+    assert beyond([3e-5, 1e-4], 3e-5) == 1e-5
+    assert beyond([1e-3, 3e-3], 3e-3) == 1e-2
+    assert beyond([2e-4, 5e-4], 5e-4) == 1e-3
+    assert beyond([1e-4], 1e-4) is None
+
+
+def test_a_grid_grows_until_a_method_s_best_rate_lies_inside(tmp_path):
+    """The smaller the rate the better, down to 1e-5: two rates more are tried, then penalties at 1e-5."""
+    options = Options(output_dir=str(tmp_path), learning_rates=[1e-4, 1e-3], kls=[0.3])
+    study = Study(options, World(), Scale(), ["tlcr"], [1], Store(tmp_path))
+    tried = []
+    while fresh := [trial for trial in study.trials() if not study.store.is_known(trial[2])]:
+        for _, setting, measured in fresh:
+            tried.append((setting.learning_rate, setting.kl))
+            score = -abs(math.log10(setting.learning_rate) + 5)
+            results = {"true_score": score, "response_length": 1.0, "kl": 0.0}
+            study.store.known[measured.key] = {"seconds": 1.0, "results": results}
+    assert tried == [(1e-4, 0.1), (1e-3, 0.1), (3e-5, 0.1), (1e-5, 0.1), (3e-6, 0.1), (1e-5, 0.3)]
+    assert study.settings()["tlcr"]["paper"].learning_rate == 1e-5
 
 
 def test_settings_at_the_edge_of_what_was_tried():

@@ -30,6 +30,7 @@ from testbed.study.methods import (
     Scale,
     Setting,
     World,
+    beyond,
     learning_rates,
     penalties,
 )
@@ -50,6 +51,7 @@ from testbed.study.results import Run
 from testbed.world import World as Testbed
 
 EXIT_RESUMABLE = 3
+MOST_GROWTH = 3  # learning rates that a method's grid may grow by
 Trial = tuple[str, Setting, Step]
 """Method, setting, and the measure of what came of them."""
 SEQUENCE = {"ppo_synthetic", "ppo_seq", "remax"}
@@ -89,17 +91,31 @@ class Study:
     def trials(self) -> list[Trial]:
         """What the grid has to run, on its own world: learning rates, then penalties at the best one of them.
 
-        The second round of a method is here as soon as its first is finished.
+        Where the best rate is the smallest or the largest, one beyond it is tried too, so that no method is reported
+        at a rate that its grid happened to end at. What depends on a trial is here as soon as that is finished.
         """
         found = []
         for method in self.methods:
-            first = [self.trial(method, one) for one in learning_rates(method, self.options.learning_rates, PAPER)]
+            first, best = self._rates(method)
             found += first
-            if all(self.store.is_known(measured) for _, _, measured in first):
-                chosen = tables.chosen_settings([self.finished(trial) for trial in first], PAPER)[method]["paper"]
-                second = penalties(method, self.options.kls, self.options.reward_scales, Setting(**chosen))
+            if best is not None:
+                second = penalties(method, self.options.kls, self.options.reward_scales, best)
                 found += [self.trial(method, one) for one in second]
         return found
+
+    def _rates(self, method: str) -> tuple[list[Trial], Setting | None]:
+        """The trials of a method's learning rates, and the best setting of them once all are finished."""
+        rates = sorted(self.options.learning_rates)
+        while True:
+            trials = [self.trial(method, one) for one in learning_rates(method, rates, PAPER)]
+            if not all(self.store.is_known(measured) for _, _, measured in trials):
+                return trials, None
+            finished = [self.finished(trial) for trial in trials]
+            best = Setting(**tables.chosen_settings(finished, PAPER)[method]["paper"])
+            further = beyond(rates, best.learning_rate)
+            if method == "sft" or further is None or len(rates) >= len(self.options.learning_rates) + MOST_GROWTH:
+                return trials, best
+            rates = sorted([*rates, further])
 
     def trial(self, method: str, setting: Setting) -> Trial:
         """A policy measured on validation prompts at temperature 1."""
@@ -262,8 +278,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     try:
         outcome = schedule.run(study.store, steps, options.jobs, options.stage)
-        if options.stage == "grid":  # whose second round depends on the first
-            outcome = schedule.run(study.store, wanted(study, "grid"), options.jobs, "grid, penalties")
+        while options.stage == "grid" and not outcome.failed:  # whose later trials depend on what the first ones say
+            more = [step for step in wanted(study, "grid") if not study.store.is_done(step)]
+            if not more:
+                break
+            outcome = schedule.run(study.store, more, options.jobs, "grid, what follows")
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", flush=True)
         return EXIT_RESUMABLE

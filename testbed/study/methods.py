@@ -4,6 +4,7 @@ What methods share within a seed (data, base model, SFT model, revisions, discri
 all of them. Every RL method gets the same prompts, the same number of answers per update and of updates.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -357,6 +358,21 @@ QUICK = ("sft", "ppo_seq", "tlcr_fixed", "tlcr")
 def learning_rates(method: str, rates: Sequence[float], default: Setting) -> list[Setting]:
     """The grid's first round: every learning rate at the default KL coefficient and reward scale."""
     return [default] if method == "sft" else [replace(default, learning_rate=rate) for rate in rates]
+
+
+def beyond(rates: Sequence[float], best: float) -> float | None:
+    """The next rate, of those that are 1 or 3 times a power of ten, beyond the end of ``rates`` that ``best`` is.
+
+    None where the best lies inside, or stands alone.
+    """
+    lowest, highest = min(rates), max(rates)
+    if lowest == highest or lowest < best < highest:
+        return None
+    power = math.floor(math.log10(best) + 1e-9)
+    series = [mantissa * 10.0**exponent for exponent in (power - 1, power, power + 1, power + 2) for mantissa in (1, 3)]
+    near = best * 1.001, best * 0.999
+    found = min(r for r in series if r > near[0]) if best == highest else max(r for r in series if r < near[1])
+    return float(f"{found:.0e}")
 
 
 def penalties(method: str, kls: Sequence[float], reward_scales: Sequence[float], best: Setting) -> list[Setting]:
