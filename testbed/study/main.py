@@ -89,7 +89,7 @@ class Study:
     # ---- the grid ----
 
     def trials(self) -> list[Trial]:
-        """What the grid has to run, on its own world: learning rates, then penalties at the best one of them.
+        """What the grid has to run, on its own world: learning rates, then penalties at the best two of them.
 
         Where the best rate is the smallest or the largest, one beyond it is tried too, so that no method is reported
         at a rate that its grid happened to end at. What depends on a trial is here as soon as that is finished.
@@ -98,21 +98,24 @@ class Study:
         for method in self.methods:
             first, best = self._rates(method)
             found += first
-            if best is not None:
-                second = penalties(method, self.options.kls, self.options.reward_scales, best)
-                found += [self.trial(method, one) for one in second]
+            for one in best:
+                second = penalties(method, self.options.kls, self.options.reward_scales, one)
+                found += [self.trial(method, setting) for setting in second]
         return found
 
-    def _rates(self, method: str) -> tuple[list[Trial], Setting | None]:
-        """The trials of a method's learning rates, and the best setting of them once all are finished."""
+    def _rates(self, method: str) -> tuple[list[Trial], list[Setting]]:
+        """The trials of a method's learning rates, and the best two settings of them once all are finished.
+
+        Two, since the rate that is best at one penalty may not be at another.
+        """
         rates = sorted(self.options.learning_rates)
         while True:
             trials = [self.trial(method, one) for one in learning_rates(method, rates, PAPER)]
             if not all(self.store.is_known(measured) for _, _, measured in trials):
-                return trials, None
-            finished = [self.finished(trial) for trial in trials]
-            best = Setting(**tables.chosen_settings(finished, PAPER)[method]["paper"])
-            further = beyond(rates, best.learning_rate)
+                return trials, []
+            ranked = sorted(trials, key=lambda trial: self.store.results(trial[2])["true_score"], reverse=True)
+            best = [setting for _, setting, _ in ranked[:2]]
+            further = beyond(rates, best[0].learning_rate)
             if method == "sft" or further is None or len(rates) >= len(self.options.learning_rates) + MOST_GROWTH:
                 return trials, best
             rates = sorted([*rates, further])
