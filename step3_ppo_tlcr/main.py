@@ -68,8 +68,9 @@ def require_rewards(specs: Sequence[RewardSpec]) -> None:
     for spec in specs:
         if spec.name == "python":
             load_function(spec.path)
-        elif spec.path is not None and label_count(spec.path) != (needed := REWARDS[spec.name].labels):
-            raise InputError(f"--reward {spec.name}: {spec.path!r} is not {what[needed]}")
+        elif spec.path is not None and (labels := label_count(spec.path)) != (needed := REWARDS[spec.name].labels):
+            found = f"{labels or 'no'} label" + "s" * (labels != 1)
+            raise InputError(f"--reward {spec.name}: {spec.path!r} is not {what[needed]}: it has {found}")
 
 
 def build(

@@ -623,7 +623,7 @@ def test_bad_chats(tmp_path, tokenizer, row, message):
 
 def test_chats_need_a_tokenizer_with_a_template(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "chats.jsonl", [CHATS["prompt as string"]])
-    with pytest.raises(InputError, match=r"chats\.jsonl: the records are chat messages: a tokenizer"):
+    with pytest.raises(InputError, match=r"chats\.jsonl: the records are chat messages; name a model"):
         load_preferences(str(path), "all", "train")
     tokenizer.chat_template = None
     with pytest.raises(InputError, match=r"chats\.jsonl: the records are chat messages but .* has no chat template"):
