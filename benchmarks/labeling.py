@@ -110,10 +110,10 @@ async def bare_loop(url: str, questions: list[list[dict]], concurrency: int) -> 
 
 
 async def our_run(url: str, pairs: list, concurrency: int, output: Path) -> float:
-    from labeling.dispatch import Dispatcher, Limits
-    from labeling.endpoint import Endpoint
-    from labeling.journal import RunFolder
-    from labeling.money import Account, price_of
+    from deepspeed_chat_tlcr.asking.dispatch import Dispatcher, Limits
+    from deepspeed_chat_tlcr.asking.endpoint import Endpoint
+    from deepspeed_chat_tlcr.asking.journal import RunFolder
+    from deepspeed_chat_tlcr.asking.money import Account, price_of
     from labeling.revising import question
 
     endpoint = Endpoint(MODEL, url)

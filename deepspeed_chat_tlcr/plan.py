@@ -2,7 +2,7 @@
 
 ``PLAN=1 bash training_scripts/run_7b.sh`` prints it. Needs no GPU, API key, network or installed package; local data is
 counted exactly where the packages are there. All numbers are estimates: memory.py has the formulas for memory,
-labeling/money.py those for calls.
+deepspeed_chat_tlcr/asking/money.py those for calls.
 """
 
 import math
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr import memory
+from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, REASONING_TOKENS, Estimate, estimate, price_of
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.memory import GIB, Need
 from deepspeed_chat_tlcr.model_shapes import ModelShape, shape_of
 from deepspeed_chat_tlcr.recipe import Recipe
-from labeling.money import BYTES_PER_TOKEN, REASONING_TOKENS, Estimate, estimate, price_of
 from labeling.prompt import TEMPLATE
 
 HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}

@@ -16,9 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_chat_tlcr.arguments import option
-from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import read_jsonl
-from labeling.asking import (
+from deepspeed_chat_tlcr.asking.client import (
     EndpointOptions,
     agreed,
     check_endpoint,
@@ -27,10 +25,12 @@ from labeling.asking import (
     run_all,
     signals_interrupt,
 )
-from labeling.endpoint import ChatAnswer, ChatRequest, Endpoint, Sampling, Unusable
-from labeling.journal import RunFolder, State
-from labeling.money import Account, Price, estimate_tokens, question_size
-from labeling.progress import Progress, Totals
+from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, ChatRequest, Endpoint, Sampling, Unusable
+from deepspeed_chat_tlcr.asking.journal import RunFolder, State
+from deepspeed_chat_tlcr.asking.money import Account, Price, estimate_tokens, question_size
+from deepspeed_chat_tlcr.asking.progress import Progress, Totals
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import read_jsonl
 
 VERDICT_TOKENS = 300  # of a typical verdict with its explanation, for estimates
 NAMES = ("questions", "verdicts")

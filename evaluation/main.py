@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from deepspeed_chat_tlcr.arguments import announce, parse
+from deepspeed_chat_tlcr.asking.client import check_endpoint
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
@@ -23,7 +24,6 @@ from evaluation.pairwise import read_pair_prompt
 from evaluation.policies import PolicyOptions, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
 from evaluation.report import conclude
-from labeling.asking import check_endpoint
 
 
 @dataclass(frozen=True, kw_only=True)

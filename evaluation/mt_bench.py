@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.asking.endpoint import Unusable
+from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_jsonl
 from evaluation.judging import JudgeOptions, Verdicts, file_name, judge_all, message_id
@@ -35,8 +37,6 @@ from evaluation.policies import (
 from evaluation.report import conclude
 from evaluation.results import save_results
 from evaluation.stats import bootstrap_interval
-from labeling.endpoint import Unusable
-from labeling.journal import replace_file
 
 NEEDS_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
 # FastChat's sampling temperatures; a category that it does not know gets 0.7.

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
-from labeling.endpoint import Unusable
 
 SYSTEM = (
     "You compare two answers to the same instruction and decide which of them serves the person who asked better. "

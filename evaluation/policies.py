@@ -15,6 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.arguments import Dtype, option
+from deepspeed_chat_tlcr.asking.journal import cut_torn_line
 from deepspeed_chat_tlcr.dataset_formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
@@ -23,7 +24,6 @@ from deepspeed_chat_tlcr.records import read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
-from labeling.journal import cut_torn_line
 
 LEAST = {"max_new_tokens": 1, "max_answer_seq_len": 1, "generation_batch_size": 1, "scoring_batch_size": 1}
 LEAST |= {"judge_max_tokens": 1, "shown": 1, "prompt_count": 0, "temperature": 0}

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     Html,
@@ -33,7 +34,6 @@ from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.audit_statistics import POSITIONS, Audit, Span
 from labeling.importing import qa_feedback_preference
-from labeling.journal import replace_file
 from labeling.revising import MAX_EDIT_RATIO
 from labeling.show import revision_sample
 

@@ -9,13 +9,14 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from deepspeed_chat_tlcr.asking.endpoint import Unusable
+from deepspeed_chat_tlcr.asking.journal import RunFolder
+from deepspeed_chat_tlcr.asking.progress import Totals
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import Preference, Revision, read_jsonl
-from labeling.endpoint import Unusable
-from labeling.journal import RunFolder
 from labeling.options import Options
-from labeling.progress import Totals, describe
 from labeling.prompt import has_stray_tag, parse_answer, prompt_of, with_white_space_of
+from labeling.revising import describe
 
 Read = Callable[[dict], Revision]
 

@@ -16,19 +16,19 @@ from contextlib import suppress
 from functools import partial
 
 from deepspeed_chat_tlcr.arguments import parse
+from deepspeed_chat_tlcr.asking.client import agreed, known_price, make_endpoint, run_all, signals_interrupt
+from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, Sampling
+from deepspeed_chat_tlcr.asking.journal import RunFolder
+from deepspeed_chat_tlcr.asking.money import Account, Estimate, Price, estimate
+from deepspeed_chat_tlcr.asking.progress import Progress, Totals
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.preference_data import Preferences, load_preferences, parse_data_split
 from deepspeed_chat_tlcr.record_sources import find_source
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from labeling.asking import agreed, known_price, make_endpoint, run_all, signals_interrupt
-from labeling.endpoint import ChatRequest, Endpoint, Sampling
 from labeling.importing import import_revisions
-from labeling.journal import RunFolder
-from labeling.money import Account, Estimate, Price, estimate
 from labeling.options import Options, check
-from labeling.progress import Progress, Totals, describe
 from labeling.prompt import TEMPLATE, load_template
-from labeling.revising import question
+from labeling.revising import describe, question
 from labeling.selection import Selection, Shard, select, stream, to_ask
 from labeling.without_model import copy_chosen
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from deepspeed_chat_tlcr.asking.journal import RunFolder, line_ids
+from deepspeed_chat_tlcr.asking.progress import Totals
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from labeling.journal import RunFolder, line_ids
-from labeling.progress import Totals, describe
+from labeling.revising import describe
 from labeling.selection import Shard
 
 

@@ -4,8 +4,8 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.asking.client import EndpointOptions, check_endpoint
 from deepspeed_chat_tlcr.errors import InputError
-from labeling.asking import EndpointOptions, check_endpoint
 from labeling.revising import MAX_EDIT_RATIO
 
 

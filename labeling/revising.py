@@ -1,11 +1,12 @@
 """From a preference to a question, and from its answer to a revision, or to the reason why it cannot be one."""
 
 import re
+from collections import Counter
 
 from rapidfuzz.distance import LCSseq
 
+from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, ChatRequest, Unusable
 from deepspeed_chat_tlcr.records import Preference, Revision
-from labeling.endpoint import ChatAnswer, ChatRequest, Unusable
 from labeling.prompt import TEMPLATE, build_messages, has_stray_tag, parse_answer
 
 MAX_EDIT_RATIO = 0.85
@@ -94,3 +95,19 @@ def question(
         return read_revision(preference, answer, usage, model, max_edit_ratio).to_json()
 
     return ChatRequest(id, build_messages(preference, template), accept, seed)
+
+
+def describe(summary: dict, path) -> str:
+    """The closing words of a run: where things are, and how often each kind of failure came up."""
+    counts, tokens = summary["counts"], summary["tokens"]
+    cost = "" if summary["usd"] is None else f", US$ {summary['usd']:.2f}"
+    found = f"{counts['revisions']} revisions, {counts['failures']} failures of {counts['pairs']} pairs"
+    spent = f"{tokens['prompt']:,} tokens in, {tokens['completion']:,} out{cost}, {summary['seconds']:.0f} s"
+    lines = [f"{path}: {found}; {spent}"]
+    unusable = Counter(counts["unusable_answers"]).most_common()
+    lines += [f"  {count} answers unusable: {reason} ({UNUSABLE.get(reason, '')})" for reason, count in unusable]
+    faults = Counter(counts["calls_without_answer"]).most_common()
+    lines += [f"  {count} calls without an answer: {kind}" for kind, count in faults]
+    if counts["failures"]:
+        lines.append("  failures.jsonl holds reasons and raw texts; --retry_failed asks for those again")
+    return "\n".join(lines)

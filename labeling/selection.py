@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from deepspeed_chat_tlcr.asking.journal import State
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.preference_data import Preferences
 from deepspeed_chat_tlcr.records import Preference
-from labeling.journal import State
 
 REOPEN_EVERY = 10_000  # pairs
 

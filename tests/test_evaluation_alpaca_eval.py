@@ -12,10 +12,10 @@ from evaluation_helpers import other_model, texts_of
 from judge_server import judging
 from scipy import stats
 
+from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from evaluation import alpaca_eval
 from evaluation.pairwise import PairPrompt, read_pair_prompt, read_verdict
 from evaluation.stats import head_to_head, longer_preferred, wilson_interval
-from labeling.endpoint import Unusable
 
 INSTRUCTIONS = [{"instruction": f"Say {number} things of the sea."} for number in range(12)]
 

@@ -18,12 +18,12 @@ from labeling_helpers import fault_server
 from tokenizers import processors
 from transformers import GenerationConfig
 
+from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import mt_bench
 from evaluation.policies import Policy, PolicyOptions, Question, prompt_ids, prompt_text
 from evaluation.stats import bootstrap_interval
-from labeling.endpoint import Unusable
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_scores_are_right_and_nothing_is_paid_twice(models, tmp_path, monkeypatc
         troubles = ["It is nice.", "Rating: [[11]]", 500][len(prompt) % 3 :]
         return troubles[asked] if asked < len(troubles) else f"Good. Rating: [[{expected_rating(prompt)}]] [[3]]"
 
-    monkeypatch.setattr("labeling.dispatch.back_off", lambda retry, wait: 0.0)
+    monkeypatch.setattr("deepspeed_chat_tlcr.asking.dispatch.back_off", lambda retry, wait: 0.0)
     with judging(verdict) as (judge, url):
         assert bench(models, folder, out, url) == 0
         first = judge.asked.total()
@@ -123,8 +123,8 @@ def test_a_judge_that_never_rates_costs_three_attempts_and_leaves_a_gap(models, 
 
 def test_a_judge_that_dies_is_continued_without_paying_again(models, tmp_path, monkeypatch):
     folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
-    monkeypatch.setattr("labeling.dispatch.GIVEN_UP_IN_A_ROW", 2)
-    monkeypatch.setattr("labeling.dispatch.back_off", lambda retry, wait: 0.0)
+    monkeypatch.setattr("deepspeed_chat_tlcr.asking.dispatch.GIVEN_UP_IN_A_ROW", 2)
+    monkeypatch.setattr("deepspeed_chat_tlcr.asking.dispatch.back_off", lambda retry, wait: 0.0)
     answered = []
 
     def dies(prompt: str, asked: int):

@@ -8,12 +8,21 @@ import time
 
 import pytest
 
+from deepspeed_chat_tlcr.asking import pace
+from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, redactor, retry_after, without_secrets
+from deepspeed_chat_tlcr.asking.journal import DurableFile, RunFolder, id_array
+from deepspeed_chat_tlcr.asking.money import (
+    Account,
+    CapReached,
+    Price,
+    Usage,
+    counted_usage,
+    estimate,
+    most_prompt_tokens,
+    price_of,
+)
+from deepspeed_chat_tlcr.asking.pace import AdaptiveLimit, RateLimit, back_off
 from deepspeed_chat_tlcr.errors import InputError
-from labeling import pace
-from labeling.endpoint import ChatRequest, Endpoint, redactor, retry_after, without_secrets
-from labeling.journal import DurableFile, RunFolder, id_array
-from labeling.money import Account, CapReached, Price, Usage, counted_usage, estimate, most_prompt_tokens, price_of
-from labeling.pace import AdaptiveLimit, RateLimit, back_off
 
 ASKED = [{"role": "user", "content": "x" * 400}]
 

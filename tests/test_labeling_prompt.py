@@ -7,10 +7,10 @@ import json
 import pytest
 from conftest import shared
 
+from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, Unusable
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import Preference
 from labeling import prompt
-from labeling.endpoint import ChatAnswer, Unusable
 from labeling.prompt import build_messages, context_of, load_template, parse_answer, prompt_of
 from labeling.revising import MAX_EDIT_RATIO, edit_ratio, read_revision
 
@@ -203,7 +203,7 @@ def test_a_users_own_instruction(tmp_path):
 
 
 def test_text_that_json_cannot_spell_in_utf8_is_still_written():
-    from labeling.endpoint import read_completion
+    from deepspeed_chat_tlcr.asking.endpoint import read_completion
 
     body = json.loads('{"choices": [{"message": {"content": "a\\ud83db"}, "finish_reason": "stop"}]}')
     assert read_completion(body).text.encode() == b"a?b"

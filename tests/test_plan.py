@@ -376,7 +376,7 @@ def test_labelling_by_hand(monkeypatch):
     cost = plan.labelling(recipe(), plan.Texts(10, 20, 40, 40, exact=True))
     assert (cost.calls, cost.prompt_tokens) == (4, 500)
     # An answer: reasoning and tags, and a response of 10 tokens like the rejected one.
-    from labeling.money import REASONING_TOKENS, TAG_TOKENS
+    from deepspeed_chat_tlcr.asking.money import REASONING_TOKENS, TAG_TOKENS
 
     assert cost.completion_tokens == 4 * (REASONING_TOKENS + TAG_TOKENS + 10)
     # gpt-4-0125-preview: US$ 10 a million in, 30 out

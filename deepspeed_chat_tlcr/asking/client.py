@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.asking.batch import BatchRunner
+from deepspeed_chat_tlcr.asking.dispatch import Dispatcher, Limits
+from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, Sampling
+from deepspeed_chat_tlcr.asking.journal import RunFolder, State
+from deepspeed_chat_tlcr.asking.money import BATCH_DISCOUNT, PRICES, Account, Estimate, Price, price_of
+from deepspeed_chat_tlcr.asking.progress import Progress
 from deepspeed_chat_tlcr.errors import InputError
-from labeling.batch import BatchRunner
-from labeling.dispatch import Dispatcher, Limits
-from labeling.endpoint import ChatRequest, Endpoint, Sampling
-from labeling.journal import RunFolder, State
-from labeling.money import BATCH_DISCOUNT, PRICES, Account, Estimate, Price, price_of
-from labeling.progress import Progress
 
 ASK_ABOVE_USD = 10.0
 

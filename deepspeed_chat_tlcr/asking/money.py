@@ -1,6 +1,6 @@
 """What calls cost: prices, an estimate before the first call, the account while they run.
 
-Prices are US$ per million tokens, in ``labeling/prices.json`` or a file of the user's own.
+Prices are US$ per million tokens, in ``deepspeed_chat_tlcr/asking/prices.json`` or a file of the user's own.
 """
 
 import asyncio

@@ -10,10 +10,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from labeling.endpoint import ChatAnswer, ChatRequest, Endpoint, EndpointRefused, Fault, RequestRefused, Unusable
-from labeling.journal import ACCEPTED, FAILED, RunFolder, State
-from labeling.money import BYTES_PER_TOKEN, Account, CapReached, Usage, counted_usage, question_size
-from labeling.pace import AdaptiveLimit, RateLimit, back_off
+from deepspeed_chat_tlcr.asking.endpoint import (
+    ChatAnswer,
+    ChatRequest,
+    Endpoint,
+    EndpointRefused,
+    Fault,
+    RequestRefused,
+    Unusable,
+)
+from deepspeed_chat_tlcr.asking.journal import ACCEPTED, FAILED, RunFolder, State
+from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, Account, CapReached, Usage, counted_usage, question_size
+from deepspeed_chat_tlcr.asking.pace import AdaptiveLimit, RateLimit, back_off
 
 LONGEST_WAIT = 900.0  # seconds; a server that asks for more is asked again by the next run
 TRIES_TO_CONNECT = 3  # before the first answer: a wrong address should not take minutes to tell

@@ -20,12 +20,19 @@ from pathlib import Path
 
 import numpy as np
 
+from deepspeed_chat_tlcr.asking.dispatch import Limits, Outage, on_stop_signals, record_answer
+from deepspeed_chat_tlcr.asking.endpoint import (
+    ChatRequest,
+    Endpoint,
+    EndpointRefused,
+    Fault,
+    RequestRefused,
+    read_completion,
+)
+from deepspeed_chat_tlcr.asking.journal import ACCEPTED, RunFolder, State, replace_file, write_synced
+from deepspeed_chat_tlcr.asking.money import Account, counted_usage
+from deepspeed_chat_tlcr.asking.pace import back_off
 from deepspeed_chat_tlcr.records import read_jsonl
-from labeling.dispatch import Limits, Outage, on_stop_signals, record_answer
-from labeling.endpoint import ChatRequest, Endpoint, EndpointRefused, Fault, RequestRefused, read_completion
-from labeling.journal import ACCEPTED, RunFolder, State, replace_file, write_synced
-from labeling.money import Account, counted_usage
-from labeling.pace import back_off
 
 MOST_BYTES = 190_000_000  # OpenAI takes files of 200 MB
 WAVE = 50_000  # requests held in memory at a time

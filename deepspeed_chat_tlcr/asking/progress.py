@@ -1,15 +1,13 @@
-"""What a run shows while it works and writes when it ends: the bar, run.json, the summary."""
+"""What a run shows while it works and writes into run.json: the bar, the counts over all runs in a folder."""
 
 import sys
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 
 from tqdm import tqdm
 
-from labeling.journal import RunFolder, State
-from labeling.money import Account
-from labeling.revising import UNUSABLE
+from deepspeed_chat_tlcr.asking.journal import RunFolder, State
+from deepspeed_chat_tlcr.asking.money import Account
 
 WRITE_EVERY = 10.0  # seconds between two writings of run.json
 
@@ -85,19 +83,3 @@ class Progress:
 
     def close(self):
         self.bar.close()
-
-
-def describe(summary: dict, path) -> str:
-    """The closing words of a run: where things are, and how often each kind of failure came up."""
-    counts, tokens = summary["counts"], summary["tokens"]
-    cost = "" if summary["usd"] is None else f", US$ {summary['usd']:.2f}"
-    found = f"{counts['revisions']} revisions, {counts['failures']} failures of {counts['pairs']} pairs"
-    spent = f"{tokens['prompt']:,} tokens in, {tokens['completion']:,} out{cost}, {summary['seconds']:.0f} s"
-    lines = [f"{path}: {found}; {spent}"]
-    unusable = Counter(counts["unusable_answers"]).most_common()
-    lines += [f"  {count} answers unusable: {reason} ({UNUSABLE.get(reason, '')})" for reason, count in unusable]
-    faults = Counter(counts["calls_without_answer"]).most_common()
-    lines += [f"  {count} calls without an answer: {kind}" for kind, count in faults]
-    if counts["failures"]:
-        lines.append("  failures.jsonl holds reasons and raw texts; --retry_failed asks for those again")
-    return "\n".join(lines)
