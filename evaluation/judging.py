@@ -19,7 +19,10 @@ from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.client import (
     EndpointOptions,
     agreed,
+    ask_about_model,
     check_endpoint,
+    discount,
+    expected_effort,
     known_price,
     make_endpoint,
     run_all,
@@ -27,7 +30,8 @@ from deepspeed_chat_tlcr.asking.client import (
 )
 from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, ChatRequest, Endpoint, Sampling, Unusable
 from deepspeed_chat_tlcr.asking.journal import RunFolder, State
-from deepspeed_chat_tlcr.asking.money import Account, Price, estimate_tokens, question_size
+from deepspeed_chat_tlcr.asking.models import Price
+from deepspeed_chat_tlcr.asking.money import HIDDEN_TOKENS, Account, estimate_tokens, question_size
 from deepspeed_chat_tlcr.asking.progress import Progress, Totals
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
@@ -94,7 +98,7 @@ def judge_all(
         state = run.read_state()
         wanted = questions.keys()
         by_id = {line["id"]: line for _, line in read_jsonl(run.results)} if run.results.exists() else {}
-        usd = None if known_price(options, options.judge) is None else state.usd + state.usd_lost
+        usd = state.usd + state.usd_lost
         failed = len(wanted & set(as_ids(state.failures)) - by_id.keys())
         return Verdicts({id: by_id[id] for id in wanted if id in by_id}, failed, usd, stopped)
 
@@ -124,14 +128,18 @@ def ask(
 ) -> str | None:
     """One run of the client over the missing verdicts; why it stopped early, if it did."""
     price = known_price(options, options.judge)
-    endpoint = make_endpoint(options, options.judge, Sampling(options.judge_max_tokens, options.judge_temperature))
+    sampling = Sampling(options.judge_max_tokens, options.judge_temperature, None, options.reasoning_effort)
+    endpoint = make_endpoint(options, options.judge, sampling)
     run.redact = endpoint.redact
     size = sum(map(question_size, missing.values()))
     limits = (options.concurrency, options.requests_per_minute, options.tokens_per_minute)
-    expected = estimate_tokens(len(missing), size, len(missing) * VERDICT_TOKENS, price, *limits)
+    tokens = VERDICT_TOKENS + HIDDEN_TOKENS.get(expected_effort(options, options.judge) or "none", 0)
+    charged = price.discounted(discount(options, options.judge))
+    expected = estimate_tokens(len(missing), size, len(missing) * tokens, charged, *limits)
     print(f"{options.judge} at {endpoint.shown_url}: {expected}", flush=True)
     if not agreed(options, expected):
         return "not agreed to"
+    endpoint.dialect.context = ask_about_model(options, options.judge, expected.hours, "--judge (JUDGE)")
     try:
         return dispatch(run, missing, read, options, settings, state, price, endpoint)
     except InputError as error:
@@ -145,7 +153,7 @@ def dispatch(
     options: JudgeOptions,
     settings: dict,
     state: State,
-    price: Price | None,
+    price: Price,
     endpoint: Endpoint,
 ) -> str | None:
     def request(id: str, messages: list[dict]) -> ChatRequest:
@@ -158,7 +166,7 @@ def dispatch(
         return ChatRequest(id, messages, accept)
 
     cap = None if options.max_cost_usd is None else options.max_cost_usd - spent_elsewhere(run.path)
-    account = Account(price, cap, state.usd, state.usd_lost)
+    account = Account(price, cap, state.usd, state.usd_lost, discount(options, options.judge), state.overrun)
     about = {"base_url": endpoint.shown_url}
     asked = len(state.results) + len(state.failures) + len(missing)
     before = Totals(
@@ -174,9 +182,8 @@ def dispatch(
         stopped = "signal"
     finally:
         state = run.read_state()
-        usd = None if price is None else state.usd
         totals = Totals(
-            asked, len(state.results), len(state.failures), state, usd, state.usd_lost, progress.seconds, NAMES
+            asked, len(state.results), len(state.failures), state, state.usd, state.usd_lost, progress.seconds, NAMES
         )
         run.write_summary(totals.summary(settings, about, stopped is None, stopped))
     return stopped
