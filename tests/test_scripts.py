@@ -620,10 +620,16 @@ def test_run_tiny_end_to_end(tmp_path):
     done = run("run_tiny.sh", output, SEED=3, timeout=600, **sizes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((output / "results.json").read_text())
-    for policy in ("sft", "tlcr"):
+    for policy in ("sft", "tlcr", "sft_best", "tlcr_best"):
         assert 1 <= results[policy]["true_score"] <= 10
         assert 0 < results[policy]["response_length"] <= 96
+        assert 0 <= results[policy]["repeats"] <= 1
     assert results["tlcr"]["kl"] != 0
+    for policy in ("sft", "tlcr"):
+        tried = results["temperatures"][policy]
+        assert tried[f"{results[policy + '_best']['temperature']:g}"] == max(tried.values())
+    best = results["tlcr_best"]["true_score"] - results["sft_best"]["true_score"]
+    assert results["tlcr_over_sft"]["best"]["mean"] == pytest.approx(best)
     assert 0 <= results["discriminator"]["edited_accuracy"] <= 1
     assert set(results["seconds"]) == {"base", "sft", "labeling", "discriminator", "ppo"}
     assert "<html" in (output / "report.html").read_text()[:500]
@@ -641,7 +647,7 @@ def test_run_tiny_end_to_end(tmp_path):
         assert ".py" in log
         assert said.get(stage, "") in log
         assert said.get(stage, "") in done.stdout
-    assert "TLCR" in done.stdout, "the table"
+    assert "SFT, best T" in done.stdout, "the table"
     revised = [json.loads(line) for line in (output / "labeling" / "revisions.jsonl").read_text().splitlines()]
     assert len(revised) > 100
     assert all(record["model"] == "oracle-reviser" for record in revised)
