@@ -19,7 +19,7 @@ from deepspeed_chat_tlcr.asking.client import check_endpoint
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
-from evaluation.judging import JudgeOptions
+from evaluation.judging import JudgeOptions, Shortfall
 from evaluation.pairwise import read_pair_prompt
 from evaluation.policies import PolicyOptions, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
@@ -43,11 +43,11 @@ class Options(
 
 @dataclass(frozen=True)
 class Step:
-    """A part, what it needs (a list of alternatives each), and how it is run; ``run`` returns why it stopped, if so."""
+    """A part, what it needs (a list of alternatives each), and how it is run; a judged one says what it lacks."""
 
     name: str
     needs: Sequence[Sequence[str]]
-    run: Callable[[Options], str | None]
+    run: Callable[[Options], Shortfall | None]
 
 
 def for_rewards(options: Options) -> Options:
@@ -106,15 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         lacks = "; ".join(f"{step.name} needs {', '.join(missing(step, options))}" for step in STEPS)
         raise InputError(f"nothing to evaluate: {lacks}")
     announce(options, options.out)
-    stopped = []
+    lacking: dict[str, Shortfall | None] = {}
     for step in STEPS:
         if step not in ready:
             print(f"{step.name}: left out, needs {', '.join(missing(step, options))}", flush=True)
             continue
         print(f"---- {step.name} ----", flush=True)
-        if reason := step.run(options):
-            stopped.append(f"{step.name}: {reason}")
-    return conclude(options.out, "; ".join(stopped))
+        lacking[step.name] = step.run(options)
+    return conclude(options.out, lacking)
 
 
 if __name__ == "__main__":

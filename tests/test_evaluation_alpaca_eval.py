@@ -12,9 +12,8 @@ from evaluation_helpers import other_model, texts_of
 from judge_server import judging
 from scipy import stats
 
-from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from evaluation import alpaca_eval
-from evaluation.pairwise import PairPrompt, read_pair_prompt, read_verdict
+from evaluation.pairwise import PairPrompt, read_pair_prompt
 from evaluation.stats import head_to_head, longer_preferred, wilson_interval
 
 INSTRUCTIONS = [{"instruction": f"Say {number} things of the sea."} for number in range(12)]
@@ -87,15 +86,33 @@ def test_a_judge_that_prefers_the_longer_has_no_bias_and_its_win_rate_is_known(m
     assert "tlcr against sft" in texts_of(tmp_path / "out" / "report.html")
 
 
-def test_a_judge_that_gives_no_verdict_is_asked_again_and_then_left_out(models, tmp_path):
+def test_a_judge_that_gives_no_verdict_is_asked_again_and_then_left_out(models, tmp_path, capsys):
     def verdict(prompt: str, asked: int) -> str:
         return "Hard to say." if "Say 3 things" in prompt or asked == 0 else "[[C]]"  # two models differ on number 3
 
     with judging(verdict) as (judge, url):
-        assert compare(models, tmp_path, url) == 0
+        assert compare(models, tmp_path, url) == 4
     (row,) = results_of(tmp_path)["head_to_head"]
     assert (row["items"], row["missing"], row["ties"], row["inconsistent"]) == (11, 1, 11, 0)
     assert max(judge.paid.values()) == 3
+    told = capsys.readouterr()
+    assert "tlcr against sft: 1 of 12 prompts left out, their verdicts are missing; 50.0%" in told.out
+    asked = results_of(tmp_path)["verdicts"]
+    assert f"AlpacaEval: 2 of {asked} verdicts are missing" in told.err  # one in either order
+    assert f"2 of {asked} verdicts are missing" in texts_of(tmp_path / "out" / "report.html")
+
+
+def test_a_comparison_without_any_verdict_has_no_win_rate(models, tmp_path, capsys):
+    """Some of the two models' answers are equal: ties that nobody judged are no 50 %."""
+    with judging(lambda prompt, asked: "I cannot say.") as (_, url):
+        assert compare(models, tmp_path, url) == 4
+    (row,) = results_of(tmp_path)["head_to_head"]
+    assert (row["win_rate"], row["interval"]) == (None, [None, None])
+    assert row["missing"] > 0
+    printed = capsys.readouterr().out
+    assert "no win rate" in printed
+    assert "50.0%" not in printed
+    assert "50 %" not in texts_of(tmp_path / "out" / "report.html").split("left out")[0]
 
 
 def test_head_to_head_done_by_hand():
@@ -115,10 +132,7 @@ def test_wilson_interval_is_scipys(wins, count):
     assert wilson_interval(wins, count) == pytest.approx((expected.low, expected.high))
 
 
-def test_verdicts_and_prompts_are_read(tmp_path):
-    assert read_verdict("[[A]] at first sight, but no: [[B]]") == {"verdict": "second"}
-    with pytest.raises(Unusable):
-        read_verdict("A is better")
+def test_prompts_are_read(tmp_path):
     prompts = [
         {"name": "single-v1", "prompt_template": "{question}"},
         {"name": "pair-v2", "system_prompt": "S", "prompt_template": "{question}|{answer_a}|{answer_b}"},
