@@ -60,8 +60,18 @@ class Options(AlpacaOptions, PromptOptions, PolicyOptions, JudgeOptions):
 
 def write_outputs(folder: Path, name: str, questions: Sequence[Question], replies: Mapping[int | str, Reply]) -> Path:
     """A model's answers in the library's ``model_outputs`` form."""
+
+    def inert(text: str) -> str:
+        # The package splits its prompt into messages at <|im_start|> and <|im_end|>, also where an answer has them.
+        return text.replace("<|im_", "<| im_")
+
     records = [
-        {"instruction": q.turns[0], "output": replies[q.id].turns[0], "generator": name, "dataset": "user"}
+        {
+            "instruction": inert(q.turns[0]),
+            "output": inert(replies[q.id].turns[0]),
+            "generator": name,
+            "dataset": "user",
+        }
         for q in questions
     ]
     folder.mkdir(parents=True, exist_ok=True)
