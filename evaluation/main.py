@@ -10,12 +10,15 @@ are made and counted by evaluation/human/make.py and count.py. The same command 
 Exit codes: 0 done, 3 a judge stopped early (the same command continues), 2 wrong input.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import announce, parse
+from deepspeed_chat_tlcr.arguments import announce, option, parse
 from deepspeed_chat_tlcr.asking.client import check_endpoint
+from deepspeed_chat_tlcr.asking.endpoint import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
@@ -27,7 +30,17 @@ from evaluation.report import conclude
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """run"""
+
+    run_options: str | None = option(
+        None, "where --data_path is unset: step 3's run_options.json, which says data, split and seed"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options(
+    RunOptions,
     mt_bench.MtBenchOptions,
     alpaca_eval.AlpacaOptions,
     reward_scores.RewardOptions,
@@ -75,6 +88,28 @@ def missing(step: Step, options: Options) -> list[str]:
     return [" or ".join(f"--{name}" for name in names) for names in lacking]
 
 
+def with_data_of_run(options: Options) -> Options:
+    """The options with the data that ``--run_options`` names, where none is given.
+
+    Raises ``InputError`` for a file that is no such one.
+    """
+    if options.data_path or not options.run_options:
+        return options
+    try:
+        saved = json.loads(Path(options.run_options).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--run_options {options.run_options}: cannot be read ({type(error).__name__})") from None
+    names = ("data_path", "data_split", "data_seed")
+    found = {name: saved.get(name) for name in names} if isinstance(saved, dict) else {}
+    paths, split, seed = map(found.get, names)
+    as_written = isinstance(split, str) and type(seed) is int and isinstance(paths, list)
+    if not as_written or not all(isinstance(path, str) for path in paths):
+        raise InputError(
+            f"--run_options {options.run_options}: no data_path, data_split and data_seed as step 3 writes them"
+        )
+    return replace(options, **found)
+
+
 def check(options: Options) -> None:
     """Raise ``InputError`` for what cannot work, before the first model is loaded."""
     check_endpoint(options)
@@ -99,13 +134,13 @@ def check(options: Options) -> None:
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Options, argv)
+    options = with_data_of_run(parse(Options, argv))
     check(options)
     ready = [step for step in STEPS if not missing(step, options)]
     if not ready:
         lacks = "; ".join(f"{step.name} needs {', '.join(missing(step, options))}" for step in STEPS)
         raise InputError(f"nothing to evaluate: {lacks}")
-    announce(options, options.out)
+    announce(replace(options, base_url=options.base_url and without_secrets(options.base_url)), options.out)
     lacking: dict[str, Shortfall | None] = {}
     for step in STEPS:
         if step not in ready:

@@ -580,6 +580,15 @@ def test_background_server_ends_with_its_script(tmp_path, how):
         os.kill(server, 0)
 
 
+@pytest.mark.parametrize("stages", ["../tests/evil", "step1 ../../tmp/evil", "run_tiny", "step1;id"])
+def test_a_stage_is_one_of_the_recipes(tmp_path, stages):
+    done = run("run_7b.sh", tmp_path / "out", STAGES=stages, PLAN=1)
+    assert done.returncode == 2
+    assert "error: STAGES has no stage" in done.stderr
+    assert "known: step1 label step2" in done.stderr
+    assert done.stdout == ""
+
+
 # ---- a script that is told to end ------------------------------------------------------------------------------------
 
 
