@@ -2,7 +2,7 @@
 
 python evaluation/main.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor \
     --discriminator OUT/step2_discriminator --revisions OUT/labeling/revisions.jsonl --data_path DATA \
-    --mt_bench_dir FASTCHAT --prompts alpaca_eval.json --judge gpt-4 --out OUTPUT
+    --mt_bench_dir FASTCHAT --prompts alpaca_eval.json --judge gpt-6-luna --out OUTPUT
 
 A part runs where it has what it needs, and the report names the others as missing. --prompts serves AlpacaEval and the
 answers side by side, --data_path the reward scores; where only one of them is given it serves all three. Human votes

@@ -29,15 +29,13 @@ else
 fi
 
 # ---- variables (a list is separated by blanks, or in CONFIG an array, whose elements may have blanks) ----
-# shellcheck disable=SC2178 # an array stays one: its first element is assigned to itself
-{
-MODELS=${MODELS:-}                   # list: NAME=FOLDER of each model
+: "${MODELS:=}"                      # list: NAME=FOLDER of each model
 DISCRIMINATOR=${DISCRIMINATOR:-}     # the token discriminator
 SEQUENCE_REWARD=${SEQUENCE_REWARD:-} # a sequence reward model
-REVISIONS=${REVISIONS:-}             # list: revisions.jsonl files; step 2 held out EVAL_SHARE of their prompts
+: "${REVISIONS:=}"                   # list: revisions.jsonl files; step 2 held out EVAL_SHARE of their prompts
 EVAL_SHARE=${EVAL_SHARE:-0.05}
 ERROR_SPANS=${ERROR_SPANS:-}         # QA-feedback file with people's error spans
-RUNS=${RUNS:-}                       # list: NAME=FOLDER of each run whose metrics.jsonl is drawn
+: "${RUNS:=}"                        # list: NAME=FOLDER of each run whose metrics.jsonl is drawn
 DATA=${DATA:-}                       # list: preference data, for its held-out prompts
 DATA_SPLIT=${DATA_SPLIT:-2,4,4} DATA_SEED=${DATA_SEED:-1234}
 RUN_OPTIONS=${RUN_OPTIONS:-}         # where DATA is unset: step 3's run_options.json, which names it
@@ -47,7 +45,6 @@ JUDGE=${JUDGE:-}                     # the judging model; unset: nothing is judg
 JUDGE_BASE_URL=${JUDGE_BASE_URL:-}   # its address; unset: OpenAI
 MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for all judged parts together
 OUT=${OUT:-output/evaluation}
-}
 
 # shellcheck source=training_scripts/setup.sh
 source "$scripts/setup.sh"
