@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr import memory
-from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, REASONING_TOKENS, Estimate, estimate, price_of
+from deepspeed_chat_tlcr.asking.models import price_of
+from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.memory import GIB, Need
 from deepspeed_chat_tlcr.model_shapes import ModelShape, shape_of
@@ -192,7 +193,7 @@ def labelling_report(recipe: Recipe, texts: Texts | str) -> str:
     return (
         f"{title}, for the reward part of {recipe.data} at {recipe.data_split} ({texts.records:,} records)\n"
         + table(("calls", "input tokens", "output tokens", "cost"), [row])
-        + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token and {REASONING_TOKENS} tokens of "
+        + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token and {EXPLANATION_TOKENS} tokens of "
         "reasoning; retries not counted)"
     )
 

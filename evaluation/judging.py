@@ -22,7 +22,10 @@ from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.client import (
     EndpointOptions,
     agreed,
+    ask_about_model,
     check_endpoint,
+    discount,
+    expected_effort,
     known_price,
     make_endpoint,
     run_all,
@@ -30,7 +33,8 @@ from deepspeed_chat_tlcr.asking.client import (
 )
 from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, ChatRequest, Endpoint, Sampling, Unusable
 from deepspeed_chat_tlcr.asking.journal import RunFolder, State
-from deepspeed_chat_tlcr.asking.money import Account, Price, estimate_tokens, question_size
+from deepspeed_chat_tlcr.asking.models import Price
+from deepspeed_chat_tlcr.asking.money import HIDDEN_TOKENS, Account, estimate_tokens, question_size
 from deepspeed_chat_tlcr.asking.progress import Progress, Totals
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
@@ -71,7 +75,7 @@ class Verdicts:
 
     asked: int
     by_id: dict[str, dict]
-    usd: float | None  # over all runs in the folder; None where the price is unknown
+    usd: float  # over all runs in the folder
     stopped: str | None  # why the run ended early, if it did
 
     @property
@@ -102,7 +106,11 @@ def judge_all(
     """
     check_endpoint(options)
     folder = part / "judge" / file_name(options.judge)
-    settings = {"judge": options.judge, "temperature": options.judge_temperature}
+    settings = {
+        "judge": options.judge,
+        "temperature": options.judge_temperature,
+        "reasoning_effort": options.reasoning_effort,
+    }
     with RunFolder(folder, results="verdicts.jsonl") as run:
         bind(run, settings)
         state = run.read_state()
@@ -117,8 +125,8 @@ def judge_all(
         stopped = ask(run, missing, read, options, settings, state) if missing else None
         state = run.read_state()
         by_id = {line["id"]: line for _, line in read_jsonl(run.results)} if run.results.exists() else {}
-        usd = None if known_price(options, options.judge) is None else state.usd + state.usd_lost
-        return Verdicts(len(questions), {id: by_id[id] for id in questions if id in by_id}, usd, stopped)
+        found = {id: by_id[id] for id in questions if id in by_id}
+        return Verdicts(len(questions), found, state.usd + state.usd_lost, stopped)
 
 
 def bind(run: RunFolder, settings: dict) -> None:
@@ -206,14 +214,18 @@ def ask(
 ) -> str | None:
     """One run of the client over the missing verdicts; why it stopped early, if it did."""
     price = known_price(options, options.judge)
-    endpoint = make_endpoint(options, options.judge, Sampling(options.judge_max_tokens, options.judge_temperature))
+    sampling = Sampling(options.judge_max_tokens, options.judge_temperature, None, options.reasoning_effort)
+    endpoint = make_endpoint(options, options.judge, sampling)
     run.redact = endpoint.redact
     size = sum(question_size(question.messages) for question in missing.values())
     limits = (options.concurrency, options.requests_per_minute, options.tokens_per_minute)
-    expected = estimate_tokens(len(missing), size, len(missing) * VERDICT_TOKENS, price, *limits)
+    tokens = VERDICT_TOKENS + HIDDEN_TOKENS.get(expected_effort(options, options.judge) or "none", 0)
+    charged = price.discounted(discount(options, options.judge))
+    expected = estimate_tokens(len(missing), size, len(missing) * tokens, charged, *limits)
     print(f"{options.judge} at {endpoint.shown_url}: {expected}", flush=True)
     if not agreed(options, expected):
         return "not agreed to"
+    endpoint.dialect.context = ask_about_model(options, options.judge, expected.hours, "--judge (JUDGE)")
     try:
         return dispatch(run, missing, read, options, settings, state, price, endpoint)
     except InputError as error:
@@ -227,7 +239,7 @@ def dispatch(
     options: JudgeOptions,
     settings: dict,
     state: State,
-    price: Price | None,
+    price: Price,
     endpoint: Endpoint,
 ) -> str | None:
     def request(id: str, question: Judged) -> ChatRequest:
@@ -240,7 +252,8 @@ def dispatch(
 
         return ChatRequest(id, question.messages, accept)
 
-    account = SharedAccount(run.path, price, options.max_cost_usd, state.usd, state.usd_lost)
+    spent_so_far = (state.usd, state.usd_lost, discount(options, options.judge), state.overrun)
+    account = SharedAccount(run.path, price, options.max_cost_usd, *spent_so_far)
     about = {"base_url": endpoint.shown_url}
     asked = len(state.results) + len(state.failures) + len(missing)
     before = Totals(
@@ -256,9 +269,8 @@ def dispatch(
         stopped = "signal"
     finally:
         state = run.read_state()
-        usd = None if price is None else state.usd
         totals = Totals(
-            asked, len(state.results), len(state.failures), state, usd, state.usd_lost, progress.seconds, NAMES
+            asked, len(state.results), len(state.failures), state, state.usd, state.usd_lost, progress.seconds, NAMES
         )
         run.write_summary(totals.summary(settings, about, stopped is None, stopped))
     return stopped

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import announce, option, parse
 from deepspeed_chat_tlcr.asking.client import check_endpoint
-from deepspeed_chat_tlcr.asking.endpoint import without_secrets
+from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side

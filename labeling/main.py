@@ -1,25 +1,40 @@
 """Labelling (paper 4.1, Eq. 3): an external model revises the rejected responses -> OUTPUT_DIR/revisions.jsonl
 
-python labeling/main.py --data_path Dahoas/full-hh-rlhf --model gpt-4-0125-preview --output_dir OUTPUT
-python labeling/main.py --data_path pairs.jsonl --data_split 0,10,0 --base_url http://127.0.0.1:8000/v1 --model M \
+python labeling/main.py --data_path Dahoas/full-hh-rlhf --model gpt-6-luna --output_dir OUTPUT
+python labeling/main.py --data_path pairs.jsonl --data_split 0,10,0 --base_url http://127.0.0.1:8000/v1 \
     --output_dir OUTPUT
 
-Exit codes: 0 every pair is in revisions.jsonl or failures.jsonl; 3 stopped early, the same command continues; 2 wrong
-input or settings; 1 anything else.
+Exit codes: 0 every pair is in revisions.jsonl or failures.jsonl; 3 stopped early, the same command continues; 4 too
+many failures (--max_failure_share); 2 wrong input or settings; 1 anything else.
 """
 
 import asyncio
+import errno
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 from deepspeed_chat_tlcr.arguments import parse
-from deepspeed_chat_tlcr.asking.client import agreed, known_price, make_endpoint, run_all, signals_interrupt
+from deepspeed_chat_tlcr.asking.client import (
+    agreed,
+    ask_about_model,
+    discount,
+    expected_effort,
+    known_price,
+    listed_price,
+    make_endpoint,
+    resolve_model,
+    run_all,
+    signals_interrupt,
+    warn_of_end,
+)
 from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, Sampling
 from deepspeed_chat_tlcr.asking.journal import RunFolder
-from deepspeed_chat_tlcr.asking.money import Account, Estimate, Price, estimate
+from deepspeed_chat_tlcr.asking.models import Price, known_model
+from deepspeed_chat_tlcr.asking.money import Account, Estimate, estimate
 from deepspeed_chat_tlcr.asking.progress import Progress, Totals
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.preference_data import Preferences, load_preferences, parse_data_split
@@ -32,7 +47,7 @@ from labeling.revising import describe, question
 from labeling.selection import Selection, Shard, select, stream, to_ask
 from labeling.without_model import copy_chosen
 
-EXIT_COMPLETE, EXIT_OTHER, EXIT_RESUMABLE = 0, 1, 3
+EXIT_COMPLETE, EXIT_OTHER, EXIT_RESUMABLE, EXIT_FAILURES = 0, 1, 3, 4
 
 
 @exits_cleanly
@@ -50,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def label(options: Options) -> int:
     if options.import_file is not None:
         return import_revisions(options)
+    if options.reviser == "openai":
+        options = replace(options, model=resolve_model(options, options.model, "--model"))
     shard = Shard.parse(options.shard)
     template = load_template(options.prompt_file) if options.prompt_file else TEMPLATE
     preferences = load_pairs(options)
@@ -57,15 +74,23 @@ def label(options: Options) -> int:
     settings = settings_of(options, selection, template)
     if options.reviser == "chosen":
         return copy_chosen(options.output_dir, preferences, selection, settings)
-    price = known_price(options, options.model)
+    warn_of_end(known_model(options.model, options.prices), options.address)
     if options.dry_run:
+        price = listed_price(options, options.model)
         print(estimate_for(options, price, selection, len(selection) * options.n, template))
         return EXIT_COMPLETE
-    sampling = Sampling(options.max_tokens, options.temperature, options.top_p)
+    price = known_price(options, options.model)
+    sampling = Sampling(options.max_tokens, options.temperature, options.top_p, options.reasoning_effort)
     endpoint = make_endpoint(options, options.model, sampling)
     try:
         with RunFolder(options.output_dir, redact=endpoint.redact) as folder:
             return revise(options, folder, endpoint, price, settings, preferences, selection, template)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        told = f"error: {options.output_dir} cannot be written ({error.strerror}); nothing that was paid for is lost: "
+        print(told + "make room, and the same command continues", file=sys.stderr, flush=True)
+        return EXIT_RESUMABLE
     except InputError as error:
         raise InputError(endpoint.redact(str(error))) from None
     except Exception:
@@ -98,6 +123,9 @@ def revise(
     print(f"estimate: {expected}", flush=True)
     if calls and not agreed(options, expected):
         return EXIT_RESUMABLE
+    if calls:
+        hours = expected.hours
+        endpoint.dialect.context = ask_about_model(options, options.model, hours, "--model (LABEL_MODEL)")
     if options.retry_failed:
         # They get their outcome anew; until then their old lines stay, and the next start drops those settled.
         state.attempts.clear()
@@ -109,12 +137,13 @@ def revise(
                 seed = None if options.seed is None else options.seed + sample
                 yield question(pair, id.decode(), options.model, template, options.max_edit_ratio, seed)
 
-    account = Account(price, options.max_cost_usd, state.usd, state.usd_lost)
+    share = discount(options, options.model)
+    account = Account(price, options.max_cost_usd, state.usd, state.usd_lost, share, state.overrun)
     about = {"data_path": options.data_path, "base_url": endpoint.shown_url, "estimate": str(expected)}
     failures = len(state.failures) - (calls if options.retry_failed else 0)
     before = Totals(len(selection), len(state.results), failures, state, state.usd, state.usd_lost, state.seconds)
     progress = Progress(folder, settings, about, before, account, calls)
-    end = partial(finish, options, folder, settings, about, selection, price is not None)
+    end = partial(finish, options, folder, settings, about, selection)
     try:
         stopped = asyncio.run(run_all(options, endpoint, folder, account, state, requests(), progress))
     except InputError:
@@ -123,17 +152,25 @@ def revise(
     return end(progress.seconds, stopped)
 
 
-def finish(options, folder, settings, about, selection, priced, seconds, stopped) -> int:
+def finish(options, folder, settings, about, selection, seconds, stopped) -> int:
     """Say and write what the files now hold; the exit code."""
     state = folder.read_state(options.n)
     left = int(to_ask(selection, state, options.n, False)[1].sum())
-    usd = state.usd if priced else None
-    totals = Totals(len(selection), len(state.results), len(state.failures), state, usd, state.usd_lost, seconds)
+    failed, done = len(state.failures), len(state.failures) + len(state.results)
+    totals = Totals(len(selection), len(state.results), failed, state, state.usd, state.usd_lost, seconds)
     if left and not stopped:
         stopped = "--limit"
-    summary = totals.summary(settings, about, left == 0, stopped)
+    too_many = left == 0 and failed > options.max_failure_share * done
+    if too_many:
+        stopped = stopped or "too many failures"
+    summary = totals.summary(settings, about, left == 0 and not too_many, stopped)
     folder.write_summary(summary)
     print(describe(summary, folder.path), flush=True)
+    if too_many:
+        told = f"{failed} of {done} failed, more than --max_failure_share {options.max_failure_share:g}: not complete. "
+        advice = "failures.jsonl has the reasons; --retry_failed asks again, a larger share accepts what is there"
+        print(told + advice, file=sys.stderr, flush=True)
+        return EXIT_FAILURES
     if left == 0 and not (stopped and options.retry_failed):
         return EXIT_COMPLETE
     to_go = f"{left} revisions to go" if left else "not all failed pairs were asked again"
@@ -172,6 +209,7 @@ def settings_of(options: Options, selection: Selection, template: str) -> dict:
         "n": options.n if asked else 1,
         "temperature": options.temperature if asked else None,
         "top_p": options.top_p if asked else None,
+        "reasoning_effort": options.reasoning_effort if asked else None,
         "seed": options.seed if asked else None,
         "data": selection.fingerprint,
         "data_split": options.data_split,
@@ -188,7 +226,9 @@ def estimate_for(options: Options, price: Price | None, selection: Selection, ca
     question_bytes = round(calls * (texts / pairs + len(template.encode())))
     rejected_bytes = round(calls * selection.rejected_bytes / pairs)
     limits = (options.concurrency, options.requests_per_minute, options.tokens_per_minute)
-    return estimate(calls, question_bytes, rejected_bytes, price, *limits)
+    charged = price and price.discounted(discount(options, options.model))
+    effort = expected_effort(options, options.model)
+    return estimate(calls, question_bytes, rejected_bytes, charged, *limits, effort)
 
 
 if __name__ == "__main__":

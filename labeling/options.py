@@ -4,7 +4,9 @@ from dataclasses import MISSING, dataclass
 from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option
-from deepspeed_chat_tlcr.asking.client import EndpointOptions, check_endpoint
+from deepspeed_chat_tlcr.asking.client import EndpointOptions, check_endpoint, check_number, check_sampling
+from deepspeed_chat_tlcr.asking.endpoint import MOST_LIMIT
+from deepspeed_chat_tlcr.asking.models import EFFORTS
 from deepspeed_chat_tlcr.errors import InputError
 from labeling.revising import MAX_EDIT_RATIO
 
@@ -32,15 +34,24 @@ class Options(EndpointOptions):
     )
     passages: int = option(0, "QA-feedback: how many of its passages stand before the question in the prompt")
 
-    model: str | None = option(None, "the external model; the paper's is gpt-4-0125-preview")
+    model: str | None = option(
+        None, "the external model, such as gpt-6-luna; may be left out where --base_url is a server with one model"
+    )
+    reasoning_effort: str | None = option(
+        "lowest", f"hidden reasoning before an answer: {', '.join(EFFORTS)}, or lowest, the least that the model has"
+    )
     prompt_file: str | None = option(None, "an instruction of your own, with {context}, {chosen} and {rejected}")
     n: int = option(1, "revisions sampled per pair, for soft labels")
     temperature: float | None = option(None, "sampling temperature; unset: the server's")
     top_p: float | None = option(None, "nucleus sampling; unset: the server's")
     seed: int | None = option(None, "sent with each request, another for each sample of a pair; unset: not sent")
-    max_tokens: int = option(1024, "most tokens of an answer")
+    max_tokens: int = option(1024, "most tokens of an answer, without hidden reasoning, which gets room of its own")
 
     max_edit_ratio: float = option(MAX_EDIT_RATIO, "share of edited words above which an answer is a rewrite")
+    max_failure_share: float = option(
+        0.2,
+        "share of failed pairs above which labelling is not complete, so that nothing trains on what is left",
+    )
     dry_run: bool = option(False, "print the estimate and stop; needs no key and writes nothing")
 
 
@@ -52,11 +63,11 @@ def check(options: Options):
         raise InputError("--reviser import needs --from FILE")
     if options.import_file is None and not options.data_path:
         raise InputError("--data_path is missing: name data sets or files of preference pairs (or --from FILE)")
-    if options.import_file is None and options.reviser == "openai" and not options.model:
-        raise InputError("--model is missing: the name of the external model, such as gpt-4-0125-preview")
     for name, least in {"n": 1, "max_tokens": 1, "limit": 0, "passages": 0}.items():
-        if getattr(options, name) < least:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least {least}")
+        check_number(name, getattr(options, name), least)
+    check_number("max_tokens", options.max_tokens, 1, MOST_LIMIT)
     check_endpoint(options)
+    check_sampling(options.temperature, options.top_p)
+    check_number("max_failure_share", options.max_failure_share, 0, 1)
     if not 0 < options.max_edit_ratio <= 1:
         raise InputError(f"--max_edit_ratio {options.max_edit_ratio}: a share of words, above 0 and at most 1")

@@ -9,6 +9,7 @@ question's id, the tokens it was billed.
 
 import argparse
 import asyncio
+import gzip
 import hashlib
 import json
 import random
@@ -87,7 +88,10 @@ class Server:
             good = TAGS.format(why="bad", text=question["edited"]) + END
             text = draw.choice(ODD)(question) if draw.random() < o.odd else good
         usage = {"prompt_tokens": len(question["all"]) // 4, "completion_tokens": len(text) // 4 + 1}
-        self.record(got=kind, key=question["key"], **usage)
+        if o.think:
+            self.record(got=kind, key=question["key"], limit=limit_of(body))
+        else:
+            self.record(got=kind, key=question["key"], **usage)
         if draw.random() < o.wrong_usage:
             usage = draw.choice(
                 [
@@ -99,6 +103,8 @@ class Server:
                 ]
             )
         message = {"role": "assistant", "content": text}
+        if o.think:
+            finish = self.think(message, usage, body, self.draw("think", question["key"], count), finish)
         return {
             "id": "x",
             "object": "chat.completion",
@@ -107,6 +113,66 @@ class Server:
             "choices": [{"index": 0, "message": message, "finish_reason": finish}],
             "usage": usage,
         }
+
+    def think(self, message: dict, usage: dict, body: dict, draw: random.Random, finish: str) -> str:
+        """Hidden reasoning before an answer, within the limit; the finish reason. What it really costs is logged."""
+        o, limit = self.options, limit_of(body)
+        effort = body.get("reasoning_effort")
+        hidden = 0 if effort == "none" else draw.randint(o.think // 2, o.think)
+        visible = usage["completion_tokens"]
+        if o.usage != "apart" and o.usage != "apart_total" and hidden + visible > limit:
+            hidden, visible = limit - (visible if hidden < limit else 0), visible if hidden < limit else 0
+            if hidden + visible >= limit:
+                hidden, visible, message["content"], finish = limit, 0, None if o.alike else "", "length"
+        thought = "So I think. " * 3
+        if o.thought == "tag":
+            message["content"] = f"<think>{thought}</think>\n\n" + (message["content"] or "")
+        elif o.thought:
+            message[o.thought] = thought
+        self.record(got="billed", prompt=usage["prompt_tokens"], completion=hidden + visible)
+        if o.usage == "apart":
+            usage |= {"completion_tokens": visible, "reasoning_tokens": hidden}
+        elif o.usage == "apart_total":
+            total = usage["prompt_tokens"] + visible + hidden
+            usage |= {"completion_tokens": visible, "total_tokens": total}
+        elif o.usage == "names":
+            usage |= {"input_tokens": usage.pop("prompt_tokens"), "output_tokens": hidden + visible}
+            del usage["completion_tokens"]
+        else:
+            details = {"reasoning_tokens": hidden}
+            usage |= {"completion_tokens": hidden + visible, "completion_tokens_details": details}
+        return finish
+
+    def refusal(self, body: dict) -> tuple[int, dict, bytes] | None:
+        """What today's models refuse in a request, one thing at a time."""
+        o, text = self.options, json.dumps(body["messages"])
+        if (
+            o.wants
+            and (other := next((n for n in ("max_tokens", "max_completion_tokens") if n in body), "")) != o.wants
+        ):
+            told = f"Unsupported parameter: '{other}' is not supported with this model. Use '{o.wants}' instead."
+            return error(400, told, "unsupported_parameter", param=other)
+        effort = body.get("reasoning_effort")
+        if o.efforts and effort is not None and effort not in o.efforts.split(","):
+            if o.efforts == "-":
+                told = "Unrecognized request argument supplied: reasoning_effort"
+                return error(400, told, "invalid_request_error")
+            told = (
+                f"Unsupported value: 'reasoning_effort' does not support '{effort}' with this model. Supported values "
+            )
+            told += "are: " + ", ".join(f"'{word}'" for word in o.efforts.split(",")) + "."
+            return error(400, told, "unsupported_value", param="reasoning_effort")
+        for name in ("temperature", "top_p"):
+            if o.picky and name in body and effort != "none":
+                told = f"Unsupported parameter: '{name}' is not supported with this model."
+                return error(400, told, "unsupported_parameter", param=name)
+        for word, code, told in (
+            (o.filter, "content_filter", "The response was filtered due to the content management policy."),
+            (o.too_long, "context_length_exceeded", "This model's maximum context length is 8192 tokens."),
+        ):
+            if word and word in text:
+                return error(400, told, code)
+        return None
 
     async def chat(self, body: dict, headers: dict) -> tuple[int, dict, bytes | str]:
         o = self.options
@@ -125,8 +191,23 @@ class Server:
         key = question["key"]
         if key in o.refuse_keys.split(","):
             return error(400, "too long", "context_length_exceeded")
+        if (refused := self.refusal(body)) is not None:
+            self.record(got="refused", key=key, why=json.loads(refused[2])["error"]["message"])
+            return refused
+        self.asked["chat"] += 1
+        if o.credit_after and self.asked["chat"] > o.credit_after:
+            status, code, message = o.credit.split("|")
+            return error(int(status), message, code)
+        if o.echo_key:
+            given = headers.get("authorization", "").removeprefix("Bearer ")
+            return error(500, "x" * (self.asked["chat"] * 3 % 330) + given + " \x1b[2J\ud800 \u202e" + given, given)
         count = self.asked[key]
         self.asked[key] += 1
+        if self.draw("in200", key, count).random() < o.error_in_200:
+            body = {"id": None, "choices": None, "error": {"message": "Provider returned error", "code": 502}}
+            return ok(body)
+        if self.draw("huge", key, count).random() < o.huge:
+            return self.huge(self.draw("kind", key, count).choice(("long", "gzip", "nested", "digits")))
         if o.faults_per_question is None or count < o.faults_per_question:
             fault = self.draw("fault", key, count).random()
             for name in ("rate_limited", "server_error", "hang", "reset", "truncated", "garbage"):
@@ -154,12 +235,38 @@ class Server:
             return 0, {}, "truncated"
         return 200, {}, b'{"choices": [{"mess'
 
+    def huge(self, kind: str) -> tuple[int, dict, bytes]:
+        """Bodies that no client should take in whole."""
+        self.record(got=kind)
+        if kind == "gzip":
+            packed = gzip.compress(b'{"choices": "' + b"a" * 200_000_000 + b'"}', 1)
+            return 200, {"content-encoding": "gzip"}, packed
+        if kind == "nested":
+            return 200, {}, b'{"choices": ' + b"[" * 200_000 + b"]" * 200_000 + b"}"
+        if kind == "digits":
+            return 200, {}, b'{"choices": ' + b"1" * 5_000 + b"}"
+        return 200, {}, b'{"choices": "' + b"a" * 80_000_000 + b'"}'
+
+    def models(self, path: str) -> tuple[int, dict, bytes]:
+        """GET /models and /models/ID: of --models, by name; without it there is no such route."""
+        known = json.loads(self.options.models) if self.options.models else None
+        name = path.rpartition("/models")[2].strip("/")
+        if known is not None:
+            self.record(got="models", name=name)
+        if not name:
+            return ok({"object": "list", "data": [{"id": id, **more} for id, more in (known or {}).items()]})
+        if known is None:
+            return 404, {}, b'{"detail": "Not Found"}'
+        if name not in known:
+            return error(404, f"The model `{name}` does not exist or you do not have access to it.", "model_not_found")
+        return ok({"id": name, "object": "model", **known[name]})
+
     # ---- files and batches ----
 
     async def api(self, method: str, path: str, raw: bytes, headers: dict) -> tuple[int, dict, bytes]:
         o = self.options
-        if path.endswith("/models"):
-            return ok({"object": "list", "data": []})
+        if "/models" in path:
+            return self.models(path)
         kind = method + re.sub(r"\w+-\d+|\?.*", "", path)
         self.asked[kind] += 1
         if o.api_fault == "hang":
@@ -215,6 +322,12 @@ class Server:
         for line in self.files[batch["input_file_id"]].splitlines():
             request = json.loads(line)
             key = read_question(request["body"])["key"]
+            if (refused := self.refusal(request["body"])) is not None:
+                self.record(got="refused", key=key, why=json.loads(refused[2])["error"]["message"])
+                head = {"id": "r", "custom_id": request["custom_id"]}
+                response = {"status_code": refused[0], "body": json.loads(refused[2])}
+                errors.append({**head, "response": response, "error": None})
+                continue
             count = self.asked[key]
             self.asked[key] += 1
             draw = self.draw("batch", key, count)
@@ -283,20 +396,38 @@ def ok(body: dict) -> tuple[int, dict, bytes]:
     return 200, {}, json.dumps(body).encode()
 
 
-def error(status: int, message: str, code: str) -> tuple[int, dict, bytes]:
-    return status, {}, json.dumps({"error": {"message": message, "type": code, "code": code}}).encode()
+def error(status: int, message: str, code: str, **more) -> tuple[int, dict, bytes]:
+    return status, {}, json.dumps({"error": {"message": message, "type": code, "code": code, **more}}).encode()
+
+
+def limit_of(body: dict) -> int:
+    return body.get("max_tokens") or body.get("max_completion_tokens") or 10**9
 
 
 async def main():
     parser = argparse.ArgumentParser()
     for name in ("rate_limited", "server_error", "hang", "reset", "truncated", "garbage"):
         parser.add_argument(f"--{name}", type=float, default=0.0)
-    for name in ("malformed", "odd", "wrong_usage", "delay", "duplicates", "expired", "batch_seconds"):
+    for name in (
+        "malformed",
+        "odd",
+        "error_in_200",
+        "huge",
+        "wrong_usage",
+        "delay",
+        "duplicates",
+        "expired",
+        "batch_seconds",
+    ):
         parser.add_argument(f"--{name}", type=float, default=0.0)
-    for name in ("refuse_key", "no_quota", "lose_batch_answer", "alike", "log_requests"):
+    for name in ("refuse_key", "no_quota", "lose_batch_answer", "alike", "log_requests", "picky", "echo_key"):
         parser.add_argument(f"--{name}", action="store_true")
     for name in ("malformed_kind", "refuse_all", "refuse_keys", "always_bad", "log", "verdict", "api_fault"):
         parser.add_argument(f"--{name}", default="")
+    for name in ("wants", "efforts", "filter", "too_long", "models", "usage", "thought", "credit"):
+        parser.add_argument(f"--{name}", default="")
+    for name in ("think", "credit_after"):
+        parser.add_argument(f"--{name}", type=int, default=0)
     parser.add_argument("--faults_per_question", type=int)
     parser.add_argument("--most_enqueued", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)

@@ -224,7 +224,6 @@ def test_other_settings_under_the_same_folder_are_refused_with_the_difference(pa
     ("server", "options", "sentence"),
     [
         ({"refuse_key": True}, {}, "refuses the key in the environment variable OPENAI_API_KEY (401)"),
-        ({"no_quota": True}, {}, "the quota is used up"),
         ({}, {"model": "unknown"}, "has no model 'unknown'"),
         ({"refuse_all": "no such parameter"}, {}, "refuses every request"),
     ],
@@ -260,7 +259,7 @@ def test_newer_models_name_for_the_token_limit_is_found_out(pairs, tmp_path):
     few = write_pairs(tmp_path / "few.jsonl", 3)
     message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     with fault_server(refuse_all=message) as url:
-        assert label(few, url, tmp_path / "out") == 0  # this server refuses that one too: three failures, no loop
+        assert label(few, url, tmp_path / "out") == 4  # this server refuses that one too: three failures, no loop
     failures = lines(tmp_path / "out" / "failures.jsonl")
     assert [failure["reason"] for failure in failures] == ["refused_by_endpoint"] * 3
 
@@ -281,7 +280,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capsys):
         time.sleep(0.1)
         commands = [Path(f"/proc/{process.pid}/cmdline").read_text() for process in processes[:3]]
         texts = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 2, 0]
+    assert [process.returncode for process in processes] == [0, 2, 4]
     assert "[secret]" in texts[1]  # the server did repeat it
     assert label(few, None, tmp_path / "no", api_key_env=KEY) == 2
     monkeypatch.setenv("OPENAI_API_KEY", KEY + "\nx-evil: 1")
@@ -375,8 +374,10 @@ def test_a_full_disk_is_an_error_of_its_own(tmp_path, monkeypatch, capsys):
     with fault_server() as url:
         with monkeypatch.context() as patch:
             patch.setattr("os.fdatasync", full)
-            assert label(few, url, output) == 1
-        assert "No space left on device" in capsys.readouterr().err
+            assert label(few, url, output) == 3
+        assert (
+            "cannot be written (No space left on device); nothing that was paid for is lost" in capsys.readouterr().err
+        )
         assert (output / "revisions.jsonl").read_text() == ""
         assert label(few, url, output) == 0
     assert len(lines(output / "revisions.jsonl")) == 5
@@ -423,10 +424,17 @@ def test_the_estimate_comes_from_the_data_and_asks_where_someone_is_there(tmp_pa
     ("options", "complaint"),
     [
         ({"shard": "5/4"}, "--shard 5/4: expected i/n"),
-        ({"attempts": 0}, "--attempts 0: must be at least 1"),
-        ({"timeout": 0}, "--timeout 0.0: must be above 0 seconds"),
+        ({"attempts": 0}, "--attempts 0: must be from 1 to 100"),
+        ({"timeout": 0}, "--timeout 0: must be from 0.001"),
+        ({"concurrency": 3_000_000}, "--concurrency 3e+06: must be from 1 to 4096"),
+        ({"requests_per_minute": 1e-300}, "--requests_per_minute 1e-300: must be from 0.1"),
+        ({"temperature": "nan"}, "--temperature nan: must be from 0 to 2"),
+        ({"top_p": 0}, "--top_p 0: must be from"),
+        ({"reasoning_effort": "little"}, "--reasoning_effort little: known are lowest, none"),
+        ({"max_failure_share": 2}, "--max_failure_share 2: must be from 0 to 1"),
+        ({"price": "-1"}, "--price takes two numbers"),
         ({"max_edit_ratio": 1.5}, "--max_edit_ratio 1.5"),
-        ({"max_cost_usd": 1, "model": "nobody-knows"}, "--max_cost_usd needs the price of 'nobody-knows'"),
+        ({"model": "nobody-knows"}, "the price of 'nobody-knows' is not known"),
         ({"prices": "no.json"}, "--prices no.json: cannot be read"),
         ({"data_split": "0,0"}, "--data_split '0,0'"),
         ({"reviser": "import"}, "--reviser import needs --from FILE"),

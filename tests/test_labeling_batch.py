@@ -8,7 +8,7 @@ import pytest
 from deepspeed_chat_tlcr.records import read_revisions
 from tests.labeling_helpers import KEY, fault_server, ids, label, lines, run_json, start, write_pairs
 
-QUICK = {"batch": True, "batch_poll": 0.2, "batch_size": 40}
+QUICK = {"batch": True, "batch_poll": 0.2, "batch_size": 40, "max_failure_share": 0.5}
 
 
 @pytest.fixture(autouse=True)
@@ -21,8 +21,9 @@ def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 100)
 
 
-def sent(log):
-    return sum(line["requests"] for line in lines(log) if line["got"] == "batch" and line["status"] != "failed")
+def answered(log):
+    """Answers that the server was paid for: the first is a plain call's, which tells how to ask."""
+    return sum("prompt_tokens" in line for line in lines(log))
 
 
 def test_a_batch_run_ends_as_one_call_after_another_would(pairs, tmp_path):
@@ -31,7 +32,7 @@ def test_a_batch_run_ends_as_one_call_after_another_would(pairs, tmp_path):
     with fault_server(log, **answers, duplicates=0.3, expired=0.1, server_error=0.05) as url:
         assert label(pairs, url, batch, **QUICK) == 0
     with fault_server(**answers) as url:
-        assert label(pairs, url, single) == 0
+        assert label(pairs, url, single, max_failure_share=0.5) == 0
     assert set(ids(batch).values()) == {1}
     found, expected = ({line["id"]: line for line in lines(folder / "failures.jsonl")} for folder in (batch, single))
     assert found == expected
@@ -40,10 +41,13 @@ def test_a_batch_run_ends_as_one_call_after_another_would(pairs, tmp_path):
     run, other = run_json(batch), run_json(single)
     assert run["counts"]["unusable_answers"] == other["counts"]["unusable_answers"]
     assert run["tokens"] == other["tokens"]  # a duplicate delivery is not counted twice
-    assert run["usd"] == pytest.approx(other["usd"] / 2, abs=1e-5)
+    plain = [
+        line["usd"] for line in lines(batch / "calls.jsonl") if "usd" in line and "batch" not in line and "id" in line
+    ]
+    assert 1 <= len(plain) <= 3
+    assert run["usd"] == pytest.approx((other["usd"] + sum(plain)) / 2, abs=1e-5)
     # Only what brought no answer was sent again.
-    unanswered = sum(run["counts"]["calls_without_answer"].values())
-    assert sent(log) == sum(other["counts"]["unusable_answers"].values()) + other["counts"]["revisions"] + unanswered
+    assert answered(log) == sum(other["counts"]["unusable_answers"].values()) + other["counts"]["revisions"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
@@ -62,7 +66,7 @@ def test_killed_after_any_step_no_batch_is_paid_twice(steps, tmp_path):
     assert set(ids(output).values()) == {1}
     assert len(ids(output)) == 30
     counts = run_json(output)["counts"]
-    assert sent(log) == counts["revisions"] + sum(counts["unusable_answers"].values())
+    assert answered(log) == counts["revisions"] + sum(counts["unusable_answers"].values())
 
 
 def test_killed_in_the_middle_of_a_merge(pairs, tmp_path):
@@ -91,7 +95,7 @@ def test_a_batch_whose_id_was_never_heard_is_found_again(tmp_path):
     few, log = write_pairs(tmp_path / "few.jsonl", 10), tmp_path / "log"
     with fault_server(log, lose_batch_answer=True) as url:
         assert label(few, url, tmp_path / "out", **QUICK) == 0
-    assert [line["requests"] for line in lines(log) if line["got"] == "batch"] == [10]
+    assert [line["requests"] for line in lines(log) if line["got"] == "batch"] == [9]
 
 
 @pytest.mark.parametrize("fault", ["truncated", "garbage", "nonsense", "hang"])
@@ -125,11 +129,11 @@ def test_a_stop_signal_leaves_batches_to_the_next_run(tmp_path):
     few, output, log = write_pairs(tmp_path / "few.jsonl", 10), tmp_path / "out", tmp_path / "log"
     with fault_server(log, batch_seconds=3) as url:
         process = start(few, url, output, **QUICK)
-        while not lines(log):
+        while not any(line["got"] == "batch" for line in lines(log)):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         text = process.communicate(timeout=20)[0]
         assert process.returncode == 3, text
         assert run_json(output)["stopped"] == "signal SIGTERM"
         assert label(few, url, output, **QUICK) == 0
-    assert sent(log) == len(lines(output / "revisions.jsonl")) == 10
+    assert answered(log) == len(lines(output / "revisions.jsonl")) == 10

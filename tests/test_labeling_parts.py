@@ -9,19 +9,19 @@ import time
 import pytest
 
 from deepspeed_chat_tlcr.asking import pace
-from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, redactor, retry_after, without_secrets
+from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, retry_after
 from deepspeed_chat_tlcr.asking.journal import DurableFile, RunFolder, id_array
+from deepspeed_chat_tlcr.asking.models import Price, price_of
 from deepspeed_chat_tlcr.asking.money import (
     Account,
     CapReached,
-    Price,
     Usage,
     counted_usage,
     estimate,
     most_prompt_tokens,
-    price_of,
 )
 from deepspeed_chat_tlcr.asking.pace import AdaptiveLimit, RateLimit, back_off
+from deepspeed_chat_tlcr.asking.redaction import redactor, without_secrets
 from deepspeed_chat_tlcr.errors import InputError
 
 ASKED = [{"role": "user", "content": "x" * 400}]
@@ -110,20 +110,48 @@ def test_a_rate_limit_spreads_calls_evenly(monkeypatch):
 @pytest.mark.parametrize(
     ("reported", "expected"),
     [
-        ({"prompt_tokens": 90, "completion_tokens": 7}, Usage(90, 7)),
-        ({}, Usage(149, 15, True)),
-        ({"prompt_tokens": -1, "completion_tokens": 7}, Usage(149, 7, True)),
-        ({"prompt_tokens": "90", "completion_tokens": 7}, Usage(149, 7, True)),
-        ({"prompt_tokens": True, "completion_tokens": 7}, Usage(149, 7, True)),
-        ({"prompt_tokens": 90, "completion_tokens": 0}, Usage(90, 15, True)),  # there is text
-        ({"prompt_tokens": 90, "completion_tokens": 101}, Usage(90, 15, True)),  # more than was asked for
-        ({"prompt_tokens": 10**9, "completion_tokens": 7}, Usage(149, 7, True)),  # more tokens than bytes
-        ({"prompt_tokens": 24, "completion_tokens": 7}, Usage(149, 7, True)),  # fewer than one for 16 bytes
-        ({"prompt_tokens": 90, "completion_tokens": 2}, Usage(90, 15, True)),
+        ({"prompt_tokens": 90, "completion_tokens": 9}, Usage(90, 9)),
+        ({}, Usage(149, 15, estimated=True)),
+        ({"prompt_tokens": -1, "completion_tokens": 9}, Usage(149, 9, estimated=True)),
+        ({"prompt_tokens": "90", "completion_tokens": 9}, Usage(149, 9, estimated=True)),
+        ({"prompt_tokens": True, "completion_tokens": 9}, Usage(149, 9, estimated=True)),
+        ({"prompt_tokens": 90, "completion_tokens": 0}, Usage(90, 15, estimated=True)),  # there is text
+        ({"prompt_tokens": 24, "completion_tokens": 9}, Usage(149, 9, estimated=True)),  # fewer than one for 16 bytes
+        ({"prompt_tokens": 90, "completion_tokens": 2}, Usage(90, 15, estimated=True)),
+        ({"prompt_tokens": 10**9, "completion_tokens": 9}, Usage(149, 9, estimated=True)),  # no model takes as many
+        # The larger of all figures: more than was asked for, more tokens than bytes, the total's rest.
+        ({"prompt_tokens": 90, "completion_tokens": 5000}, Usage(90, 5000)),
+        ({"prompt_tokens": 4000, "completion_tokens": 9}, Usage(4000, 9)),
+        ({"prompt_tokens": 90, "completion_tokens": 9, "total_tokens": 600}, Usage(90, 510)),
+        # Hidden reasoning: within the completion, beside it, beside it and in the total, under other names.
+        (
+            {"prompt_tokens": 90, "completion_tokens": 60, "completion_tokens_details": {"reasoning_tokens": 50}},
+            Usage(90, 60, 50),
+        ),
+        ({"prompt_tokens": 90, "completion_tokens": 10, "reasoning_tokens": 500}, Usage(90, 510, 500)),
+        ({"prompt_tokens": 90, "completion_tokens": 10, "reasoning_tokens": 4}, Usage(90, 14, 4)),  # 6 are too few
+        (
+            {"input_tokens": 90, "output_tokens": 60, "output_tokens_details": {"reasoning_tokens": 50}},
+            Usage(90, 60, 50),
+        ),
+        ({"prompt_tokens": 90, "completion_tokens": 9, "cost": 0.25}, Usage(90, 9, billed=0.25)),
     ],
 )
-def test_usage_that_cannot_be_true_is_estimated(reported, expected):
-    assert counted_usage(reported, ASKED, "y" * 42, max_tokens=100) == expected
+def test_usage_is_the_larger_of_all_that_is_reported_and_never_less_than_the_text_has(reported, expected):
+    assert counted_usage(reported, ASKED, "y" * 42, limit=100) == expected
+
+
+def test_unreported_tokens_of_a_model_that_thinks_are_counted_as_all_that_it_may_have_used():
+    assert counted_usage({"prompt_tokens": 90}, ASKED, "y" * 42, limit=2000, thinks=True).completion_tokens == 2000
+
+
+def test_what_an_answer_cost_beyond_its_limit_is_expected_of_the_next():
+    account = Account(Price(0, 100), cap=2.0)
+    assert account.most(ASKED, 1000) == pytest.approx(0.1)
+    assert account.watch(0.05, ASKED, 1000) == 1.0
+    assert account.watch(0.5, ASKED, 1000) == pytest.approx(7.5)  # 1.5 times what it was beyond
+    assert account.most(ASKED, 1000) == pytest.approx(0.75)
+    assert account.usd(Usage(90, 9, billed=0.25)) == 0.25
 
 
 def test_prices(tmp_path):
@@ -132,9 +160,19 @@ def test_prices(tmp_path):
     assert price_of("my-model") is None
     assert price_of("my-model", "https://api.example.com/v1") is None
     assert price_of("my-model", "http://127.0.0.1:8000/v1") == Price(0, 0)
-    for text in ("[]", '{"m": {"input": 1}}', '{"m": {"input": -1, "output": 0}}', "{"):
+    assert price_of("my-model", "http://gpu-node-3:8000/v1") == price_of("m", "http://10.0.0.7/v1") == Price(0, 0)
+    wrong = {
+        "[]": "not a JSON object",
+        "{": "not a JSON object",
+        "[" * 100_000: "not a JSON object",
+        '{"m": {"input": 1}}': "m: expected",
+        '{"m": {"input": -1, "output": 0}}': "m: expected",
+        '{"m": {"input": 1, "output": 1, "efforts": ["little"]}}': "unknown effort 'little'",
+        '{"m": {"input": 1, "output": 1, "shutdown": "soon"}}': "m: expected",
+    }
+    for text, complaint in wrong.items():
         (tmp_path / "p.json").write_text(text)
-        with pytest.raises(InputError, match=r"--prices .*p.json: expected"):
+        with pytest.raises(InputError, match=rf"--prices .*p.json: .*{complaint}"):
             price_of("m", path=tmp_path / "p.json")
 
 
@@ -184,8 +222,7 @@ def test_the_body_of_a_request(monkeypatch):
     assert local.body(request) == {"model": "m", "messages": ASKED, "max_tokens": 1024, "seed": 5}
     assert local.body(request, attempt=1)["seed"] != 5  # or a server that is deterministic would repeat itself
     monkeypatch.setenv("OPENAI_API_KEY", "sk-0123456789")
-    assert "max_completion_tokens" in Endpoint("gpt-5-mini").body(request)
-    assert "max_tokens" in Endpoint("gpt-4-0125-preview").body(request)
+    assert "max_completion_tokens" in Endpoint("whatever").body(request)  # OpenAI's own takes it for every model
 
 
 # ---- the journal -----------------------------------------------------------------------------------------------------

@@ -12,25 +12,27 @@ import json
 import math
 import uuid
 from collections import Counter
-from collections.abc import Awaitable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from deepspeed_chat_tlcr.asking.dispatch import Limits, Outage, on_stop_signals, record_answer
+from deepspeed_chat_tlcr.asking.dialect import LIMIT_FIELDS
+from deepspeed_chat_tlcr.asking.dispatch import DOUBTFUL, Dispatcher, Limits, count, on_stop_signals, record_answer
 from deepspeed_chat_tlcr.asking.endpoint import (
+    ChatAnswer,
     ChatRequest,
     Endpoint,
     EndpointRefused,
     Fault,
+    Outage,
     RequestRefused,
-    read_completion,
 )
 from deepspeed_chat_tlcr.asking.journal import ACCEPTED, RunFolder, State, replace_file, write_synced
-from deepspeed_chat_tlcr.asking.money import Account, counted_usage
+from deepspeed_chat_tlcr.asking.money import Account
 from deepspeed_chat_tlcr.asking.pace import back_off
 from deepspeed_chat_tlcr.records import read_jsonl
 
@@ -55,6 +57,8 @@ class Chunk:
     ids: list[str] = field(default_factory=list)  # of its requests, in order
     done: set[str] = field(default_factory=set)  # custom ids whose answers are written down
     settled: set[str] = field(default_factory=set)  # its ids that have their outcome
+    limits: dict[str, int] | None = None  # tokens of output by custom id, once its file was read for them
+    body: dict | None = None  # of its first request, likewise
 
     @cached_property
     def members(self) -> set[str]:
@@ -79,10 +83,12 @@ class BatchRunner:
     async def run(self, requests: Iterable[ChatRequest], on_outcome=lambda runner: None) -> str | None:
         """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk)."""
         self.on_outcome = on_outcome
+        source = iter(requests)
+        self.run_id, self.live = self._restore()
+        if not self.live and not await self._learn(source):
+            return self.stop_reason
         try:
             with on_stop_signals(self._stop):
-                self.run_id, self.live = self._restore()
-                source = iter(requests)
                 while not self.stopping.is_set():
                     for request in islice(source, WAVE):
                         self.waiting.setdefault(request.id, []).append(request)
@@ -92,6 +98,30 @@ class BatchRunner:
         except Outage as outage:
             self._stop(str(outage))
         return self.stop_reason
+
+    async def _learn(self, source: Iterator[ChatRequest]) -> bool:
+        """Ask plainly until one request is answered: a field that is not taken would cost a whole file of them.
+
+        Whether to go on. Azure's deployments for batches answer no plain calls: there the first batch has one request.
+        """
+        if self.endpoint.azure_api_version:
+            self.size = 1
+            return True
+        plain = Dispatcher(self.endpoint, self.folder, self.account, replace(self.limits, concurrency=1), self.state)
+
+        def until_answered() -> Iterator[ChatRequest]:
+            for request in islice(source, DOUBTFUL):
+                yield request
+                if plain.answered:
+                    return
+
+        discount, self.account.discount = self.account.discount, 1.0
+        try:
+            self.stop_reason = await plain.run(until_answered(), self.on_outcome)
+        finally:
+            self.account.discount = discount
+        self.accepted, self.failed = self.accepted + plain.accepted, self.failed + plain.failed
+        return self.stop_reason is None
 
     def _stop(self, reason: str):
         """The batches go on at the endpoint; the next run finds them."""
@@ -135,7 +165,7 @@ class BatchRunner:
 
     def _note(self, chunk: Chunk, step: str, **more):
         chunk.step = step
-        write_synced(self.steps, {"chunk": chunk.number, "step": step, **more})
+        write_synced(self.steps, {"chunk": chunk.number, "step": step, **more}, self.folder.redact)
 
     def _input(self, chunk: Chunk) -> Path:
         return self.files / f"{chunk.number:04d}.jsonl"
@@ -175,7 +205,7 @@ class BatchRunner:
         while todo and len(self.live) < self.most_live:
             usd, size, lines = 0.0, 0, []
             for request in todo[: self.size]:
-                most = self.account.most(request.messages, self.endpoint.sampling.max_tokens)
+                most = self.account.most(request.messages, self.endpoint.limit(request))
                 custom_id = f"{request.id}-{len(lines)}"
                 line = json.dumps(
                     {
@@ -193,7 +223,7 @@ class BatchRunner:
                 return
             self.last_number += 1
             chunk = Chunk(self.last_number, usd, ids=[request.id for request in todo[: len(lines)]])
-            replace_file(self._input(chunk), lines)
+            replace_file(self._input(chunk), map(self.folder.redact, lines))
             self._note(chunk, "planned", usd=usd)
             self.account.held += usd
             todo = todo[len(lines) :]
@@ -244,6 +274,8 @@ class BatchRunner:
         self.live.remove(chunk)
         self.account.settle(chunk.usd)
         self._note(chunk, "merged", status=batch.status)
+        if self.size == 1 and chunk.done:  # it told how to ask
+            self.size = self.limits.batch_size
         if batch.status == "failed":
             self._on_failed(chunk, batch)
         else:
@@ -253,8 +285,8 @@ class BatchRunner:
     def _on_failed(self, chunk: Chunk, batch):
         """A batch the endpoint did not even start. Raises where trying again would not help."""
         errors = (batch.errors.data if batch.errors else None) or []
-        code = next((error.code for error in errors if error.code), "unknown")
-        text = self.endpoint.redact(next((error.message for error in errors if error.message), "no reason given"))
+        code = self.endpoint.told(next((error.code for error in errors if error.code), "unknown"))
+        text = self.endpoint.told(next((error.message for error in errors if error.message), "no reason given"))
         self.state.faults[f"batch_{code}"] += 1
         self.failed_in_a_row += 1
         if code == "token_limit_exceeded":
@@ -279,7 +311,9 @@ class BatchRunner:
                 await response.stream_to_file(unfinished)
 
         await self._call(download)
-        unfinished.replace(path)
+        with unfinished.open(encoding="utf-8", errors="replace") as lines:
+            replace_file(path, map(self.folder.redact, lines))
+        unfinished.unlink()
         return path
 
     # ---- answers ----
@@ -300,7 +334,7 @@ class BatchRunner:
             custom_id = line["custom_id"]
             error, response = line.get("error"), line.get("response")
             status = 0 if error or not response else int(response["status_code"])
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self.state.faults["malformed_body"] += 1  # its request stays without an outcome, and is sent again
             return
         if custom_id in chunk.done or _id(custom_id) not in chunk.members:
@@ -314,19 +348,22 @@ class BatchRunner:
         try:
             if status != 200:
                 code, message = _error_of(line)
+                code, message = self.endpoint.told(code), self.endpoint.told(message)
                 if status == 0:
                     raise Fault(code or EXPIRED, message)
-                self.endpoint.raise_for(status, code, message)
-            answer = read_completion(response["body"])
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            if isinstance(error, EndpointRefused):
-                raise
+                self.endpoint.raise_for(status, code, message, param=_param_of(line))
+            answer = self.endpoint.read(response["body"])
+        except (KeyError, TypeError) as error:
             await self._no_answer(chunk, request, custom_id, "malformed_body", str(error))
             return
         except Fault as fault:
             await self._no_answer(chunk, request, custom_id, fault.kind, str(fault))
             return
         except RequestRefused as refused:
+            sent = self._sent(chunk)
+            if self.endpoint.learn(refused, sent) or self._differs(request, sent):
+                await self._no_answer(chunk, request, custom_id, "asked_otherwise", str(refused))
+                return
             chunk.done.add(custom_id)
             self._settled(request)
             await self.folder.add_failure(request.id, "refused_by_endpoint", str(refused))
@@ -334,28 +371,46 @@ class BatchRunner:
             self.failed += 1
             return
         chunk.done.add(custom_id)
-        usage = counted_usage(answer.usage, request.messages, answer.text, self.endpoint.sampling.max_tokens)
-        usd = self.account.usd(usage)
-        self.account.settle(0.0, spent=usd)
         attempts = self.state.attempts.pop(request.id, 0)
         self._settled(request)
-        attempts = await record_answer(self, request, answer, usage, usd, attempts, **where)
+        limit = self._limit_of(chunk, custom_id)
+        usage, usd, book = count(self, request, answer, limit)
+        self.account.settle(0.0, spent=usd)
+        attempts = await record_answer(self, request, answer, usage, usd, attempts, limit, **where, **book)
         if attempts > 0:
             self.state.attempts[request.id] = attempts
             self.waiting.setdefault(request.id, []).append(request)
 
+    def _sent(self, chunk: Chunk) -> dict:
+        """A body as a batch's file has them: all have the same fields."""
+        if chunk.body is None:
+            chunk.body = next(line["body"] for _, line in read_jsonl(self._input(chunk)))
+        return chunk.body
+
+    def _limit_of(self, chunk: Chunk, custom_id: str) -> int:
+        """The most tokens that a request of a batch asked for."""
+        if chunk.limits is None:
+            chunk.limits = {
+                line["custom_id"]: next((line["body"][name] for name in LIMIT_FIELDS if name in line["body"]), 0)
+                for _, line in read_jsonl(self._input(chunk))
+            }
+        return chunk.limits.get(custom_id) or self.endpoint.sampling.max_tokens
+
+    def _differs(self, request: ChatRequest, sent: dict) -> bool:
+        """Whether the fields that are sent by now are others than a batch's were."""
+        return self.endpoint.body(request).keys() != sent.keys()
+
     def _count_only(self, chunk: Chunk, custom_id: str, response: dict | None):
         chunk.done.add(custom_id)
-        sent = next(line for _, line in read_jsonl(self._input(chunk)) if line["custom_id"] == custom_id)
         try:
-            answer = read_completion(response["body"])
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            answer = self.endpoint.read(response["body"])
+        except (KeyError, TypeError, Fault, RequestRefused, Outage):
             return
-        messages = sent["body"]["messages"]
-        usage = counted_usage(answer.usage, messages, answer.text, self.endpoint.sampling.max_tokens)
-        usd = self.account.usd(usage)
+        sent = next(line["body"] for _, line in read_jsonl(self._input(chunk)) if line["custom_id"] == custom_id)
+        messages, limit = sent["messages"], self._limit_of(chunk, custom_id)
+        usage, usd, book = count(self, ChatRequest(_id(custom_id), messages, _never), answer, limit)
         self.account.settle(0.0, spent=usd)
-        where = {"batch": chunk.number, "custom_id": custom_id}
+        where = {"batch": chunk.number, "custom_id": custom_id, **book}
         self.folder.note(id=_id(custom_id), outcome=ACCEPTED, usage=usage.as_dict(), usd=usd, **where)
 
     async def _no_answer(self, chunk: Chunk, request: ChatRequest, custom_id: str, kind: str, detail: str):
@@ -409,6 +464,10 @@ async def described(call: Awaitable):
     return found
 
 
+def _never(answer: ChatAnswer, usage: dict) -> str:
+    raise AssertionError("its outcome is written down already")
+
+
 def _id(custom_id: str) -> str:
     return custom_id.rpartition("-")[0]
 
@@ -420,3 +479,9 @@ def _error_of(line: dict) -> tuple[str, str]:
     if not isinstance(found, dict):
         return "", str(found)
     return str(found.get("code") or ""), str(found.get("message") or "")
+
+
+def _param_of(line: dict) -> str:
+    body = (line.get("response") or {}).get("body")
+    error = body.get("error") if isinstance(body, dict) else None
+    return str(error.get("param") or "") if isinstance(error, dict) else ""

@@ -1,5 +1,8 @@
 """Asking a chat model many questions, for whatever purpose: the options of it, its price, and one run to its end."""
 
+import datetime
+import math
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -8,23 +11,45 @@ from dataclasses import dataclass
 
 from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.batch import BatchRunner
+from deepspeed_chat_tlcr.asking.dialect import LOWEST
 from deepspeed_chat_tlcr.asking.dispatch import Dispatcher, Limits
 from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, Sampling
 from deepspeed_chat_tlcr.asking.journal import RunFolder, State
-from deepspeed_chat_tlcr.asking.money import BATCH_DISCOUNT, PRICES, Account, Estimate, Price, price_of
+from deepspeed_chat_tlcr.asking.models import (
+    EFFORTS,
+    PRICES,
+    KnownModel,
+    Price,
+    ask_listing,
+    check_base_url,
+    known_model,
+    price_of,
+    reason_not_to_start,
+    served_models,
+)
+from deepspeed_chat_tlcr.asking.money import Account, Estimate
 from deepspeed_chat_tlcr.asking.progress import Progress
+from deepspeed_chat_tlcr.asking.redaction import printable, read_key, without_secrets
 from deepspeed_chat_tlcr.errors import InputError
 
 ASK_ABOVE_USD = 10.0
+MOST_CONCURRENT = 4096
+BATCH_HOURS = 24.0  # the Batch API's window
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointOptions:
     """external model"""
 
-    base_url: str | None = option(None, "address of the endpoint, such as http://127.0.0.1:8000/v1; unset: OpenAI")
+    base_url: str | None = option(
+        None, "address of the endpoint, such as http://127.0.0.1:8000/v1; unset: OPENAI_BASE_URL, else OpenAI"
+    )
     api_key_env: str = option("OPENAI_API_KEY", "name of the environment variable that holds the key")
     azure_api_version: str | None = option(None, "such as 2024-10-21: --base_url is an Azure OpenAI resource")
+    reasoning_effort: str | None = option(
+        None,
+        f"hidden reasoning before an answer: {', '.join(EFFORTS)}, or lowest: the least the model has; unset: its own",
+    )
     attempts: int = option(3, "answers asked for until one is usable")
     retry_failed: bool = option(False, "ask again for what is in failures.jsonl, and only that")
     concurrency: int = option(32, "most calls in flight")
@@ -35,39 +60,148 @@ class EndpointOptions:
     batch: bool = option(False, "OpenAI's Batch API: half the price, up to a day")
     batch_size: int = option(50_000, "requests per batch; fewer where the endpoint enqueues few tokens at once")
     batch_poll: float = option(60.0, "seconds between two looks at the batches")
-    prices: str = option(str(PRICES), "price table, US$ per million tokens")
+    prices: str = option(str(PRICES), "table of models: US$ per million tokens, efforts, last days")
+    price: list[float] = option([], "US$ per million tokens in and out, such as 0.1 0.5, of a model not in --prices")
     max_cost_usd: float | None = option(None, "stop before the cost, calls in flight included, could pass this")
     yes: bool = option(False, "do not ask before spending more than US$ 10")
+
+    @property
+    def address(self) -> str | None:
+        """Where to ask; None: OpenAI. ``OPENAI_BASE_URL`` counts as it does for OpenAI's own client."""
+        return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
+
+
+BOUNDS = {
+    "concurrency": (1, MOST_CONCURRENT),
+    "attempts": (1, 100),
+    "max_retries": (0, 1000),
+    "batch_size": (1, 50_000),  # the Batch API takes no more
+    "timeout": (0.001, 86_400),
+    "batch_poll": (0.001, 86_400),
+    "max_cost_usd": (0, 1e9),
+}
+PER_MINUTE = ("requests_per_minute", "tokens_per_minute")
+
+
+def check_number(name: str, value: float | None, least: float, most: float = math.inf) -> None:
+    """Raises ``InputError`` unless a number that is given lies within its bounds."""
+    if value is not None and not least <= value <= most:
+        bounds = f"at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
+        raise InputError(f"--{name} {value:g}: must be {bounds}")
 
 
 def check_endpoint(options: EndpointOptions) -> None:
     """Raises ``InputError`` for the first option that cannot be right."""
-    for name, least in {"concurrency": 1, "attempts": 1, "max_retries": 0, "batch_size": 1}.items():
-        if getattr(options, name) < least:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least {least}")
-    for name in ("timeout", "batch_poll"):
-        if not getattr(options, name) > 0:
-            raise InputError(f"--{name} {getattr(options, name)}: must be above 0 seconds")
-    for name in ("requests_per_minute", "tokens_per_minute", "max_cost_usd"):
-        value = getattr(options, name)
-        if value is not None and not value >= 0:
-            raise InputError(f"--{name} {value}: must not be negative")
-    if options.batch_size > 50_000:
-        raise InputError(f"--batch_size {options.batch_size}: the Batch API takes at most 50000 requests in a batch")
+    for name, bounds in BOUNDS.items():
+        check_number(name, getattr(options, name), *bounds)
+    for name in PER_MINUTE:
+        if getattr(options, name) != 0:
+            check_number(name, getattr(options, name), 0.1, 1e12)
+    if options.reasoning_effort not in (None, LOWEST, *EFFORTS):
+        known = ", ".join((LOWEST, *EFFORTS))
+        raise InputError(f"--reasoning_effort {options.reasoning_effort}: known are {known}")
+    if options.price and (len(options.price) != 2 or not all(0 <= value < 1e6 for value in options.price)):
+        raise InputError("--price takes two numbers: US$ per million tokens in and out, such as --price 0.1 0.5")
+    if options.address:
+        check_base_url(options.address, "--base_url" if options.base_url else "OPENAI_BASE_URL")
 
 
-def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling) -> Endpoint:
-    return Endpoint(model, options.base_url, options.api_key_env, options.azure_api_version, sampling, options.timeout)
+def check_sampling(temperature: float | None, top_p: float | None, name: str = "temperature") -> None:
+    check_number(name, temperature, 0, 2)
+    check_number("top_p", top_p, 1e-6, 1)
 
 
-def known_price(options: EndpointOptions, model: str) -> Price | None:
-    """Raises ``InputError`` where a cost cap is asked for and the price is unknown."""
-    price = price_of(model, options.base_url, options.prices)
-    if price is None and options.max_cost_usd is not None:
-        raise InputError(
-            f"--max_cost_usd needs the price of {model!r}: add it to {options.prices}, or to a copy (--prices)"
-        )
-    return price.discounted(BATCH_DISCOUNT) if price is not None and options.batch else price
+def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling, context: int | None = None) -> Endpoint:
+    known = known_model(model, options.prices)
+    address = options.address and options.address.rstrip("/")
+    sizes = (sampling, options.timeout, context, known.efforts if known else ())
+    return Endpoint(model, address, options.api_key_env, options.azure_api_version, *sizes)
+
+
+def listed_price(options: EndpointOptions, model: str) -> Price | None:
+    """US$ per million tokens, by ``--price``, the table, or 0 on a machine of the user's own; None: not known."""
+    return Price(*options.price) if options.price else price_of(model, options.address, options.prices)
+
+
+def known_price(options: EndpointOptions, model: str) -> Price:
+    """US$ per million tokens, plain, also with ``--batch``; asked for where it is not listed.
+
+    Raises ``InputError`` where it is unknown and no one is there to answer: nothing is spent at an unknown price.
+    """
+    price = Price(*options.price) if options.price else price_of(model, options.address, options.prices)
+    if price is not None:
+        return price
+    remedy = (
+        f"give it with --price IN OUT (0 0 if it costs nothing), or add it to {options.prices} (or a copy: --prices)"
+    )
+    if not sys.stdin.isatty():
+        raise InputError(f"the price of {model!r} is not known, so neither is what this would cost: {remedy}")
+    print(
+        f"The price of {model} is not known. US$ per million tokens, in and out (such as 0.1 0.5): ", end="", flush=True
+    )
+    try:
+        numbers = [float(word) for word in sys.stdin.readline().split()]
+        if len(numbers) != 2 or not all(0 <= value < 1e6 for value in numbers):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"that is not two numbers; {remedy}") from None
+    return Price(*numbers)
+
+
+def discount(options: EndpointOptions, model: str) -> float:
+    """The share of the price that is charged: less than 1 with ``--batch``."""
+    known = known_model(model, options.prices)
+    return 1.0 if not options.batch else known.batch if known else 0.5
+
+
+def expected_effort(options: EndpointOptions, model: str) -> str | None:
+    """The effort that an estimate reckons with."""
+    known = known_model(model, options.prices)
+    if options.reasoning_effort == LOWEST:
+        return (known.efforts or ("none",))[0] if known else "none"
+    return options.reasoning_effort or (known.default_effort if known else None)
+
+
+def resolve_model(options: EndpointOptions, model: str | None, flag: str) -> str:
+    """The model's name; the only one that a server of the user's own has, where none is named.
+
+    Raises ``InputError`` that says how to name one.
+    """
+    if model:
+        return model
+    if not options.address:
+        raise InputError(f"{flag} is missing: the name of the model to ask, such as gpt-6-luna")
+    shown = without_secrets(options.address)
+    names = list(served_models(options.address.rstrip("/"), read_key(options.api_key_env, needed=False)))
+    if len(names) != 1:
+        told = ", ".join(printable(name)[:80] for name in names[:10]) or "it lists none, or does not answer"
+        raise InputError(f"{flag} is missing: name one of the models at {shown} ({told})")
+    return names[0]
+
+
+def warn_of_end(known: KnownModel | None, address: str | None) -> None:
+    """Say what the table knows of a model's last day; elsewhere than at OpenAI the name may mean another."""
+    if known and address is None and (end := known.end(datetime.date.today())):
+        print(f"warning: {end}", file=sys.stderr, flush=True)
+
+
+def ask_about_model(options: EndpointOptions, model: str, hours: float, variable: str) -> int | None:
+    """Ask the endpoint for the model before any question; its context length, tokens, where that is told.
+
+    Raises ``InputError`` where the model is unknown there, shut down, or will be before a run of so many hours can end.
+    """
+    if options.azure_api_version:  # its models are deployments, with lives of their own
+        return None
+    key = read_key(options.api_key_env, needed=options.address is None)
+    address = options.address and options.address.rstrip("/")
+    listing = ask_listing(model, address, key, min(10.0, options.timeout))
+    known = known_model(model, options.prices)
+    hours = max(hours, BATCH_HOURS) if options.batch else hours
+    if reason := reason_not_to_start(model, listing, hours, variable, known):
+        raise InputError(reason)
+    if listing.context is None and address:
+        return served_models(address, key, min(10.0, options.timeout)).get(model)
+    return listing.context
 
 
 def agreed(options: EndpointOptions, expected: Estimate) -> bool:
@@ -107,6 +241,7 @@ async def run_all(
         await folder.close_files()
         await endpoint.close()
         progress.close()
+        progress.about["learnt"] = endpoint.dialect.as_dict()
     return stopped
 
 

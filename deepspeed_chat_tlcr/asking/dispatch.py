@@ -5,17 +5,20 @@ an answer counts once it is on disk, attempts and money survive a kill, a stop w
 """
 
 import asyncio
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from deepspeed_chat_tlcr.asking.endpoint import (
+    CUT,
     ChatAnswer,
     ChatRequest,
     Endpoint,
     EndpointRefused,
     Fault,
+    Outage,
     RequestRefused,
     Unusable,
 )
@@ -26,7 +29,8 @@ from deepspeed_chat_tlcr.asking.pace import AdaptiveLimit, RateLimit, back_off
 LONGEST_WAIT = 900.0  # seconds; a server that asks for more is asked again by the next run
 TRIES_TO_CONNECT = 3  # before the first answer: a wrong address should not take minutes to tell
 GIVEN_UP_IN_A_ROW = 20  # requests without any answer in between: the endpoint is down, not the requests
-DOUBTFUL = 5  # requests refused before any was answered: the settings are wrong, not the requests
+DOUBTFUL = 5  # requests refused alike before any was answered: the settings are wrong, not the requests
+LONE_FAULTS = 3  # calls without an answer after which the first request no longer keeps the others waiting
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,6 @@ class Limits:
     batch_poll: float = 60.0  # seconds between two looks at the batches
 
 
-class Outage(Exception):
-    """The endpoint was there and is not any more: stop, to be continued."""
-
-
 class Dispatcher:
     """Runs requests once; ``run`` returns why it stopped early, or None when every request has its outcome."""
 
@@ -58,7 +58,9 @@ class Dispatcher:
         self.accepted = self.failed = 0
         self.answered = False  # has the endpoint answered anything in this run
         self.given_up_in_a_row = 0
-        self.doubtful: list[tuple[ChatRequest, str]] = []
+        self.doubtful: dict[str, list[tuple[ChatRequest, str]]] = {}  # refused before any answer, by like words
+        self.lone_faults = self.lone_refusals = 0
+        self.let_loose = asyncio.Event()  # the first request has told how to ask: the others may follow
         self.stopping = asyncio.Event()
         self.stop_reason: str | None = None
         self.error: BaseException | None = None
@@ -70,7 +72,8 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         # More workers than slots: one that waits for its retry leaves its slot to another.
         spare = max(8, self.limits.concurrency // 4)
-        workers = [loop.create_task(self._work(source)) for _ in range(self.limits.concurrency + spare)]
+        count = self.limits.concurrency + spare
+        workers = [loop.create_task(self._work(source, alone=number == 0)) for number in range(count)]
         with on_stop_signals(lambda name: self._on_signal(workers, name)):
             stopped = loop.create_task(self.stopping.wait())
             everything = asyncio.gather(*workers)
@@ -92,6 +95,7 @@ class Dispatcher:
         if self.stop_reason is None:
             self.stop_reason = reason
         self.stopping.set()
+        self.let_loose.set()
 
     def _on_signal(self, workers: list[asyncio.Task], name: str):
         if self.stopping.is_set():  # asked twice: do not wait for the calls in flight
@@ -99,8 +103,12 @@ class Dispatcher:
                 worker.cancel()
         self.stop(name)
 
-    async def _work(self, source):
+    async def _work(self, source, alone: bool):
         try:
+            if not alone:
+                await self.let_loose.wait()
+                if self.stopping.is_set():
+                    return
             for request in source:
                 await self._settle(request)
                 if self.stopping.is_set():
@@ -113,6 +121,8 @@ class Dispatcher:
             # One worker's error ends the run: run() raises it after the calls in flight have been written down.
             self.error = self.error or error
             self.stop(type(error).__name__)
+        finally:
+            self.let_loose.set()
 
     async def _settle(self, request: ChatRequest):
         """Ask until there is an outcome, or until the run stops."""
@@ -124,6 +134,9 @@ class Dispatcher:
                 retry = 0
             except Fault as fault:
                 self.state.faults[fault.kind] += 1
+                self.lone_faults += 1
+                if self.lone_faults >= LONE_FAULTS:
+                    self.let_loose.set()
                 if self._is_hopeless(fault, retry):
                     await self.folder.add_failure(request.id, fault.kind, str(fault))
                     self.failed += 1
@@ -132,10 +145,7 @@ class Dispatcher:
                     await self._pause(back_off(retry, fault.wait))
                     retry += 1
             except RequestRefused as refused:
-                if self.answered or self.state.results.size:
-                    await self._refuse(request, str(refused))
-                else:
-                    self._doubt(request, str(refused))
+                await self._refuse(request, refused)
                 attempts = -1
             if attempts < 0:
                 self.on_outcome(self)
@@ -148,15 +158,16 @@ class Dispatcher:
         rate_limited = answered = False
         try:
             await self._pause(max(self.requests.wait_for(1), self.tokens.wait_for(expected)))
-            most = self.account.most(request.messages, self.endpoint.sampling.max_tokens)
+            limit = self.endpoint.limit(request)
+            most = self.account.most(request.messages, limit)
             await self.account.hold(most)
             if self.stopping.is_set():
                 self.account.settle(most)
                 return attempts
             self.folder.note(sent=request.id, usd=most)
             try:
-                answer = await self.endpoint.ask(request, attempts)
-            except (Fault, RequestRefused, EndpointRefused) as error:
+                answer = await self.endpoint.ask(request, attempts, limit)
+            except (Fault, RequestRefused, EndpointRefused, Outage) as error:
                 rate_limited = isinstance(error, Fault) and error.kind == "rate_limited"
                 lost = most if isinstance(error, Fault) and error.maybe_billed else 0.0
                 self.account.settle(most, lost=lost)
@@ -164,12 +175,12 @@ class Dispatcher:
                 self.folder.note(id=request.id, outcome=kind, lost=lost)
                 raise
             answered = self.answered = True
+            self.let_loose.set()
             self.given_up_in_a_row = 0
-            usage = counted_usage(answer.usage, request.messages, answer.text, self.endpoint.sampling.max_tokens)
+            usage, usd, book = count(self, request, answer, limit)
             self.tokens.correct(usage.prompt_tokens + usage.completion_tokens - expected)
-            usd = self.account.usd(usage)
             self.account.settle(most, spent=usd)
-            return await record_answer(self, request, answer, usage, usd, attempts)
+            return await record_answer(self, request, answer, usage, usd, attempts, limit, **book)
         finally:
             self.slots.release(rate_limited, answered)
 
@@ -190,16 +201,29 @@ class Dispatcher:
             raise Outage(f"{self.given_up_in_a_row} requests in a row got no answer ({fault})")
         return True
 
-    def _doubt(self, request: ChatRequest, message: str):
-        self.doubtful.append((request, message))
-        if len(self.doubtful) >= DOUBTFUL and not self.answered:
-            raise EndpointRefused(f"{self.endpoint.shown_url} refuses every request: {message}")
+    async def _refuse(self, request: ChatRequest, refused: RequestRefused):
+        """A failure of its pair; unless nothing was ever answered and all are refused alike, whatever they ask.
+
+        Then nothing is written down, so that the mended command asks about them.
+        """
+        if self.answered or self.state.results.size or refused.is_of_one_request:
+            await self._fail(request, str(refused))
+            self.lone_refusals += 1
+            if self.lone_refusals >= DOUBTFUL:
+                self.let_loose.set()
+            return
+        alike = self.doubtful.setdefault(re.sub(r"\d+|'[^']*'|\"[^\"]*\"", "", refused.message), [])
+        alike.append((request, str(refused)))
+        if len(alike) >= DOUBTFUL:
+            raise EndpointRefused(f"{self.endpoint.shown_url} refuses every request: {refused}")
+        if len(self.doubtful) >= DOUBTFUL:
+            self.let_loose.set()
 
     async def _settle_doubtful(self):
-        for request, message in self.doubtful:
-            await self._refuse(request, message)
+        for request, message in [one for alike in self.doubtful.values() for one in alike]:
+            await self._fail(request, message)
 
-    async def _refuse(self, request: ChatRequest, message: str):
+    async def _fail(self, request: ChatRequest, message: str):
         await self.folder.add_failure(request.id, "refused_by_endpoint", message)
         self.failed += 1
 
@@ -227,17 +251,34 @@ def on_stop_signals(call: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def count(run, request: ChatRequest, answer: ChatAnswer, limit: int) -> tuple[Usage, float, dict]:
+    """Tokens and US$ of an answer, and what else the account book notes of it.
+
+    ``run`` has ``endpoint`` and ``account``, which take in what the answer says of how the endpoint bills.
+    """
+    shown = answer.text + answer.thinking
+    usage = counted_usage(answer.usage, request.messages, shown, limit, run.endpoint.thinks)
+    usd = run.account.usd(usage)
+    overrun = run.account.watch(usd, request.messages, limit)
+    return usage, usd, ({"overrun": round(overrun, 3)} if overrun > 1 else {})
+
+
 async def record_answer(
-    run, request: ChatRequest, answer: ChatAnswer, usage: Usage, usd: float, attempts: int, **where
+    run, request: ChatRequest, answer: ChatAnswer, usage: Usage, usd: float, attempts: int, limit: int, **where
 ) -> int:
     """Write down what became of an answer: -1 where the request has its outcome, else its unusable answers so far.
 
-    ``run`` has ``folder``, ``state``, ``limits`` and the counters ``accepted`` and ``failed``; ``where`` is noted too.
+    ``run`` has ``endpoint``, ``folder``, ``state``, ``limits`` and the counters ``accepted`` and ``failed``; ``where``
+    is noted too.
     """
     book = {"id": request.id, "usage": usage.as_dict(), "usd": usd, **where}
     run.state.prompt_tokens += usage.prompt_tokens
     run.state.completion_tokens += usage.completion_tokens
+    run.state.reasoning_tokens += usage.reasoning_tokens
+    cut = run.endpoint.observe(request, answer, limit)
     try:
+        if cut and not answer.text.strip():
+            raise Unusable(CUT)
         line = request.accept(answer, {**usage.as_dict(), "usd": round(usd, 8)})
     except Unusable as unusable:
         run.state.unusable[unusable.reason] += 1

@@ -5,37 +5,53 @@ revisions: whatever asks a chat model many questions can use it.
 """
 
 import asyncio
-import json
-import os
+import logging
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from urllib.parse import quote, urlsplit, urlunsplit
 
 import openai
 
+from deepspeed_chat_tlcr.asking.dialect import LOWEST, OF_ONE_REQUEST, Dialect, EffortRefused
+from deepspeed_chat_tlcr.asking.models import OPENAI_URL
+from deepspeed_chat_tlcr.asking.money import question_size
+from deepspeed_chat_tlcr.asking.redaction import MOST_MESSAGE, printable, read_key, redactor, without_secrets
 from deepspeed_chat_tlcr.errors import InputError
 
 # The HTTP library that openai's client uses: httpx2 since its version 3, httpx before.
 httpx = sys.modules[type(openai.DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0]]
 
-OPENAI_URL = "https://api.openai.com/v1"
+log = logging.getLogger(__name__)
+
 SEEDS_APART = 1_000_003  # between two attempts of a request: more than anyone samples of a pair
 CALLS_PER_CLIENT = 8  # a connection pool looks at each of its connections for each call: small ones are fast
+MOST_ANSWER_BYTES = 32_000_000  # of one response; more is no answer to a question
+MOST_FILE_BYTES = 4_000_000_000  # of a file of batch answers
+CUT = "cut_by_max_tokens"
+ROOM = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 32768, "max": 32768}
+"""Tokens that the limit leaves for hidden reasoning, by effort, until answers show that it takes more."""
+MOST_LIMIT = 65_536  # tokens that the limit of an answer grows to
+LEAST_LIMIT = 256  # tokens that are asked for, however little a context length seems to leave
+CUT_SHARE = 0.02  # of the answers: with more than that cut, all get more room, not only those asked again
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
-    """What came back: ``usage`` is as reported, so it may be missing or wrong; see ``money.counted_usage``."""
+    """What came back: ``usage`` is as reported, so it may be missing or wrong; see ``money.counted_usage``.
+
+    ``text`` is without the thinking that some servers put before it; ``thinking`` is that, where it is shown.
+    """
 
     text: str
     finish_reason: str
     usage: dict
     model: str
+    thinking: str = ""
 
 
 class Unusable(Exception):
@@ -65,11 +81,32 @@ class Fault(Exception):
 
 
 class RequestRefused(Exception):
-    """The endpoint will never answer this one request (too long, filtered): the others may be fine."""
+    """The endpoint will not answer this request as it is (too long, filtered): the others may be fine."""
+
+    def __init__(self, status: int, code: str, message: str, param: str = ""):
+        super().__init__(f"http {status} {code}: {message}" if status else f"{code}: {message}")
+        self.status, self.code, self.message, self.param = status, code, message, param
+
+    @property
+    def is_of_one_request(self) -> bool:
+        """Whether it says itself that it is about what was asked, not about how."""
+        return self.status == 413 or bool(OF_ONE_REQUEST.search(f"{self.code} {self.message}"))
 
 
 class EndpointRefused(InputError):
-    """The endpoint answers no request as things stand: wrong key, unknown model, no quota, nothing there."""
+    """The endpoint answers no request as things stand: wrong key, unknown model, nothing there."""
+
+
+class Outage(Exception):
+    """Stop, to be continued: the endpoint is not there any more, or the credit is used up."""
+
+
+class ErrorInAnswer(Exception):
+    """A body that came as an answer and is an error."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code, self.message = code, message
 
 
 @dataclass(frozen=True)
@@ -79,6 +116,7 @@ class Sampling:
     max_tokens: int = 1024
     temperature: float | None = None
     top_p: float | None = None
+    reasoning_effort: str | None = None  # or "lowest" of those the model has
 
 
 class Endpoint:
@@ -92,15 +130,25 @@ class Endpoint:
         azure_api_version: str | None = None,
         sampling: Sampling | None = None,
         timeout: float = 120.0,
+        context: int | None = None,
+        efforts: tuple[str, ...] = (),
     ):
+        """``efforts``: those the model is known to have, if any; ``context``: its length in tokens, if known."""
         self.model, self.base_url, self.api_key_env = model, base_url, api_key_env
         self.sampling, self.timeout = sampling or Sampling(), timeout
         self.shown_url = without_secrets(base_url or OPENAI_URL)
-        # Newer OpenAI models refuse max_tokens; other servers may not know max_completion_tokens.
-        newer = base_url is None and re.match(r"o\d|gpt-[5-9]", model)
-        self.limit_name = "max_completion_tokens" if newer else "max_tokens"
+        lowest = self.sampling.reasoning_effort == LOWEST
+        effort = (efforts or ("none",))[0] if lowest else self.sampling.reasoning_effort
+        # OpenAI takes the new name for every model, other servers all know the old one: where to begin, no more.
+        limit_field = "max_completion_tokens" if base_url is None else "max_tokens"
+        self.dialect = Dialect(limit_field, effort, lowest, context=context)
+        self.room = ROOM.get(effort or "", 0)
+        self.cuts: Counter[str] = Counter()  # by request: how often its answer was cut
+        self.answers_here = self.cuts_here = 0  # since the room last grew
+        self.thinks = self.room > 0  # or an answer spent tokens on hidden reasoning
         key = read_key(api_key_env, needed=base_url is None or azure_api_version is not None)
-        self.redact = redactor(key, base_url)
+        redact = redactor(key, base_url)
+        self.redact = redact
         self.batch_url = "/chat/completions" if azure_api_version else "/v1/chat/completions"
         self.azure_api_version, self.key = azure_api_version, key or "none"
         if azure_api_version and not base_url:
@@ -118,7 +166,11 @@ class Endpoint:
             "api_key": self.key,
             "max_retries": 0,  # retries are the dispatcher's, which counts, paces and reports them
             "timeout": self.timeout,
-            "http_client": openai.DefaultAsyncHttpxClient(limits=limits, timeout=self.timeout, verify=self.tls),
+            "http_client": openai.DefaultAsyncHttpxClient(
+                limits=limits, timeout=self.timeout, verify=self.tls, event_hooks={"response": [bound_size]}
+            ),
+            # A compressed answer of a megabyte can be a gigabyte.
+            "default_headers": {"Accept-Encoding": "identity"},
         }
         if self.azure_api_version:
             version = self.azure_api_version
@@ -129,36 +181,97 @@ class Endpoint:
         self.free += [client] * CALLS_PER_CLIENT
         return client
 
-    def body(self, request: ChatRequest, attempt: int = 0) -> dict:
-        """The JSON body of a chat-completions request; a further attempt has another seed, if it has any."""
-        fields = {
-            "model": self.model,
-            "messages": request.messages,
-            self.limit_name: self.sampling.max_tokens,
-            "temperature": self.sampling.temperature,
-            "top_p": self.sampling.top_p,
-            "seed": None if request.seed is None else request.seed + attempt * SEEDS_APART,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
+    def limit(self, request: ChatRequest) -> int:
+        """Most tokens of the answer, hidden reasoning included: twice as many each time that it was cut."""
+        limit = (self.sampling.max_tokens + self.room) << min(self.cuts[request.id] if self.cuts else 0, 6)
+        limit = min(limit, max(MOST_LIMIT, self.sampling.max_tokens))
+        if self.dialect.context:
+            left = self.dialect.context - question_size(request.messages) // 3 - 64
+            limit = min(limit, max(left, LEAST_LIMIT))
+        return min(limit, self.dialect.most_output or limit)
 
-    async def ask(self, request: ChatRequest, attempt: int = 0) -> ChatAnswer:
-        """One call, no retry. Raises ``Fault``, ``RequestRefused`` or ``EndpointRefused``."""
+    def observe(self, request: ChatRequest, answer: ChatAnswer, limit: int) -> bool:
+        """Take in whether the limit cut the answer, and whether the model thinks; True where it was cut."""
+        self.thinks = self.thinks or bool(answer.thinking) or reasoning_tokens(answer.usage) > 0
+        cut = answer.finish_reason == "length"
+        if limit != self.sampling.max_tokens + self.room:
+            self.cuts[request.id] += cut
+            return cut
+        self.answers_here += 1
+        if cut:
+            self.cuts[request.id] += 1
+            self.cuts_here += 1
+            if self.cuts_here >= 2 and self.cuts_here > CUT_SHARE * self.answers_here and limit < MOST_LIMIT:
+                self.room += limit
+                self.answers_here = self.cuts_here = 0
+        return cut
+
+    def body(self, request: ChatRequest, attempt: int = 0, limit: int | None = None) -> dict:
+        """The JSON body of a chat-completions request; a further attempt has another seed, if it has any.
+
+        ``limit``: the most tokens to ask for; unset: as many as ``self.limit`` says.
+        """
+        most = self.limit(request)
+        fields = self.dialect.fields(
+            most if limit is None else min(limit, most),
+            temperature=self.sampling.temperature,
+            top_p=self.sampling.top_p,
+            seed=None if request.seed is None else request.seed + attempt * SEEDS_APART,
+        )
+        return {"model": self.model, "messages": request.messages, **fields}
+
+    async def ask(self, request: ChatRequest, attempt: int = 0, limit: int | None = None) -> ChatAnswer:
+        """One call, no retry but where a refusal told how to ask. ``limit``: as in ``body``.
+
+        Raises ``Fault``, ``RequestRefused``, ``EndpointRefused`` or ``Outage``.
+        """
         if not self.free:
             self._connect()
         client = self.free.pop()
         try:
-            # Below client.chat.completions: its work on types takes a quarter of a call's processor time.
-            call = client.post("/chat/completions", body=self.body(request, attempt), cast_to=object)
-            with self.errors_told_apart():
-                # The overall limit: a server that drips bytes would never meet a read timeout.
-                body = await asyncio.wait_for(call, self.timeout)
-            return read_completion(body)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise Fault("malformed_body", f"{type(error).__name__}: {error}", maybe_billed=True) from None
+            while True:
+                body = self.body(request, attempt, limit)
+                try:
+                    # Below client.chat.completions: its work on types takes a quarter of a call's processor time.
+                    call = client.post("/chat/completions", body=body, cast_to=object)
+                    with self.errors_told_apart():
+                        # The overall limit: a server that drips bytes would never meet a read timeout.
+                        return self.read(await asyncio.wait_for(call, self.timeout))
+                except RequestRefused as refused:
+                    # Other requests may have learnt it meanwhile: then this one is asked anew as well.
+                    learnt = self.learn(refused, body) or self.body(request, attempt, limit) != body
+                    if not learnt:
+                        raise
         finally:
             self.free.append(client)
+
+    def learn(self, refused: "RequestRefused", sent: dict) -> bool:
+        """Whether the refusal of a body tells how to ask. Raises ``EndpointRefused`` for an unknown effort."""
+        before = len(self.dialect.left_out)
+        try:
+            learnt = self.dialect.learn(refused.status, refused.code, refused.param, refused.message, sent)
+            for name in self.dialect.left_out[before:]:
+                if getattr(self.sampling, name, None) is not None and name in sent:
+                    log.warning("%s takes no %s as it is asked here: it is left out", self.model, name)
+            return learnt
+        except EffortRefused as error:
+            asked = f"--reasoning_effort {self.sampling.reasoning_effort}"
+            raise EndpointRefused(f"{asked}: {self.model} takes {error}") from None
+
+    def read(self, body: dict) -> ChatAnswer:
+        """An answer's body. Raises as ``ask`` does, where it is an error's or no answer at all."""
+        try:
+            return read_completion(body)
+        except ErrorInAnswer as error:
+            status = int(error.code) if re.fullmatch(r"[45]\d\d", error.code) else 0
+            self.raise_for(status, error.code, self.told(error.message))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            told = self.told(f"{type(error).__name__}: {error}")
+            raise Fault("malformed_body", told, maybe_billed=True) from None
+
+    def told(self, message: str) -> str:
+        """A server's words as they may be kept and shown: without secrets, then cut, and one printable line."""
+        return printable(self.redact(message))[:MOST_MESSAGE]
 
     @contextmanager
     def errors_told_apart(self) -> Iterator[None]:
@@ -168,61 +281,141 @@ class Endpoint:
         except (asyncio.TimeoutError, openai.APITimeoutError):
             raise Fault("timeout", f"{self.timeout:g} s", maybe_billed=True) from None
         except openai.APIStatusError as error:
-            code, wait = f"{error.code or ''} {error.type or ''}", retry_after(error.response.headers)
-            self.raise_for(error.status_code, code, self.redact(_message(error)), wait)
+            code, wait = self.told(f"{error.code or ''} {error.type or ''}"), retry_after(error.response.headers)
+            self.raise_for(error.status_code, code, self.told(_message(error)), wait, str(error.param or ""))
         except openai.APIConnectionError as error:
             cause = error.__cause__
+            if isinstance(cause, TooLarge):
+                raise Fault("too_large", str(cause), maybe_billed=True) from None
             if type(cause).__name__ == "ConnectError":
-                raise Fault("unreachable", self.redact(str(cause))) from None
-            raise Fault("connection_lost", self.redact(str(cause or error)), maybe_billed=True) from None
+                raise Fault("unreachable", self.told(str(cause))) from None
+            raise Fault("connection_lost", self.told(str(cause or error)), maybe_billed=True) from None
         except httpx.TimeoutException:  # as these two come from a body that is read as a stream
             raise Fault("timeout", f"{self.timeout:g} s", maybe_billed=True) from None
         except httpx.TransportError as error:
-            raise Fault("connection_lost", self.redact(str(error)), maybe_billed=True) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise Fault("malformed_body", f"{type(error).__name__}: {error}", maybe_billed=True) from None
+            raise Fault("connection_lost", self.told(str(error)), maybe_billed=True) from None
+        except TooLarge as error:
+            raise Fault("too_large", str(error), maybe_billed=True) from None
+        except InputError:
+            raise
+        except (ValueError, RecursionError) as error:  # not JSON, or nested too deep
+            raise Fault("malformed_body", self.told(f"{type(error).__name__}: {error}"), maybe_billed=True) from None
 
-    def raise_for(self, status: int, code: str, message: str, wait: float | None = None):
-        """Raise what an error status means; ``code`` is the error's machine-readable kind, if any."""
-        if status == 429 and re.search(r"insufficient_quota|billing|credit", code, re.IGNORECASE):
-            raise EndpointRefused(f"{self.shown_url} reports that the quota is used up: {message}")
-        if status == 429:
+    def raise_for(self, status: int, code: str, message: str, wait: float | None = None, param: str = ""):
+        """Raise what an error means. ``status`` 0: an error inside an answer; ``code``: its machine-readable kind."""
+        if status == 402 or credit_is_used_up(status, code, message):
+            raise Outage(f"the credit at {self.shown_url} is used up: {message or code}")
+        if status == 429 or (status == 0 and re.search(r"rate.?limit|too many requests", f"{code} {message}", re.I)):
             raise Fault("rate_limited", message, wait)
-        if status in (401, 403):
+        if status in (401, 403) and not OF_ONE_REQUEST.search(f"{code} {message}"):
             raise EndpointRefused(
                 f"{self.shown_url} refuses the key in the environment variable {self.api_key_env} ({status}): {message}"
             )
-        if status == 400 and "max_completion_tokens" in message and self.limit_name == "max_tokens":
-            self.limit_name = "max_completion_tokens"
-            raise Fault("other_token_limit_field", message, 0.0)
         if status in (404, 405, 501):
-            raise EndpointRefused(f"{self.shown_url} has no model {self.model!r} for chat ({status}): {message}")
+            hint = "" if re.search(r"/v\d|/openai", self.shown_url) else "; does --base_url lack its /v1?"
+            raise EndpointRefused(f"{self.shown_url} has no model {self.model!r} for chat ({status}): {message}{hint}")
         if status in (408, 409, 425) or status >= 500:
             raise Fault(f"http_{status}", message, wait)
-        raise RequestRefused(f"http {status} {code}: {message}")
+        if status == 0 and not OF_ONE_REQUEST.search(f"{code} {message}"):
+            raise Fault("error_in_answer", f"{code}: {message}", wait)
+        raise RequestRefused(status, code, message, param)
 
     async def close(self):
         for client in self.clients:
             await client.close()
 
 
+def credit_is_used_up(status: int, code: str, message: str) -> bool:
+    """Whether an error says that nothing is left to pay with; a rate limit, which passes, does not."""
+    if re.search(r"insufficient_(quota|funds|credit|balance)|billing|credit", code, re.IGNORECASE):
+        return True
+    words = r"credit balance|insufficient (credit|fund|balance|quota)|out of credit|(requires|need) more credit|billing"
+    return status in (0, 400, 403, 429) and bool(re.search(words, message, re.IGNORECASE))
+
+
 def read_completion(body: dict) -> ChatAnswer:
-    """A chat completion's body; raises ValueError, KeyError, TypeError or IndexError where it is not one."""
-    choice = body["choices"][0]
+    """A chat completion's body. Raises ``ErrorInAnswer``, or ValueError, KeyError, TypeError, IndexError or
+    AttributeError where it is not one.
+    """
+    choices = body.get("choices")
+    error = body.get("error") or (choices[0].get("error") if choices else None)
+    if error:
+        found = error if isinstance(error, dict) else {"message": error}
+        raise ErrorInAnswer(str(found.get("code") or found.get("type") or ""), str(found.get("message") or ""))
+    choice = choices[0]
     message = choice["message"]
     text, refusal = message.get("content"), message.get("refusal")
     if isinstance(text, list):  # some servers answer in parts
-        text = "".join(part.get("text", "") for part in text)
+        text = "".join(part.get("text") or "" for part in text if part.get("type", "text") in ("text", "output_text"))
     if not isinstance(text, str | None) or not isinstance(refusal, str | None):
         raise TypeError("the message's content is not text")
     reason = choice.get("finish_reason") or ""
     if refusal and not text:
         text, reason = refusal, "content_filter"
+    thinking = message.get("reasoning_content") or message.get("reasoning") or ""
+    text, shown = without_thinking(text or "", reason == "length")
     usage = body.get("usage")
     model = body.get("model")
     # Half surrogate pairs, which JSON can spell, cannot be written as UTF-8.
-    clean = (text or "").encode("utf-8", "replace").decode()
-    return ChatAnswer(clean, str(reason), usage if isinstance(usage, dict) else {}, str(model or ""))
+    clean = text.encode("utf-8", "replace").decode()
+    thinking = thinking if isinstance(thinking, str) else ""
+    return ChatAnswer(clean, str(reason), usage if isinstance(usage, dict) else {}, str(model or ""), thinking + shown)
+
+
+_THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+def without_thinking(text: str, cut: bool = False) -> tuple[str, str]:
+    """An answer and the thinking that stands before it in tags, which some servers leave there.
+
+    A template may have opened the thought already: then only its end is seen. ``cut``: an answer that the limit cut
+    within a thought has no text.
+    """
+    thinking = ""
+    while found := _THOUGHT.match(text):
+        if not found[3] and not cut:
+            break  # a text that begins so and is whole is no thought
+        thinking, text = thinking + found[2], text[found.end() :]
+    ends = re.search(r"</think>", text, re.IGNORECASE)
+    if ends and "<think>" not in text[: ends.start()].lower():
+        thinking, text = thinking + text[: ends.start()], text[ends.end() :]
+    return (text.lstrip("\r\n") if thinking else text), thinking
+
+
+def reasoning_tokens(usage: dict) -> int:
+    details = usage.get("completion_tokens_details") or usage.get("output_tokens_details")
+    value = (details if isinstance(details, dict) else usage).get("reasoning_tokens")
+    return value if isinstance(value, int) else 0
+
+
+class TooLarge(Exception):
+    """A response of more bytes than any answer has."""
+
+
+class BoundedStream(httpx.AsyncByteStream):
+    """A response's body that ends in ``TooLarge`` once it is longer than ``most`` bytes."""
+
+    def __init__(self, stream, most: int):
+        self.stream, self.most = stream, most
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        size = 0
+        async for part in self.stream:
+            size += len(part)
+            if size > self.most:
+                raise TooLarge(f"more than {self.most:,} bytes in one response")
+            yield part
+
+    async def aclose(self):
+        await self.stream.aclose()
+
+
+async def bound_size(response):
+    """Called with each response before its body is read."""
+    if response.headers.get("content-encoding", "identity") not in ("", "identity"):
+        raise TooLarge("a compressed response, though none was asked for")
+    is_file = response.request.url.path.endswith("/content")
+    response.stream = BoundedStream(response.stream, MOST_FILE_BYTES if is_file else MOST_ANSWER_BYTES)
 
 
 def retry_after(headers) -> float | None:
@@ -243,46 +436,4 @@ def retry_after(headers) -> float | None:
 def _message(error: openai.APIStatusError) -> str:
     body = error.body if isinstance(error.body, dict) else {}
     text = body.get("message") or error.message or ""
-    return " ".join(str(text).split())[:300]
-
-
-# ---- the key ---------------------------------------------------------------------------------------------------------
-
-
-def read_key(name: str, needed: bool) -> str:
-    """The key in the environment variable ``name``; "" where there is none and none is needed.
-
-    Raises ``InputError``, which never shows a key: not even one given by mistake in place of the variable's name.
-    """
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise InputError("--api_key_env takes the name of an environment variable, such as OPENAI_API_KEY, not a key")
-    key = os.environ.get(name, "").strip()
-    if needed and not key:
-        raise InputError(f"the environment variable {name} is not set: put the API key there (--api_key_env names it)")
-    if not re.fullmatch(r"[\x21-\x7e]*", key):
-        raise InputError(f"the environment variable {name} holds something that cannot be a key (spaces or non-ASCII)")
-    return key
-
-
-def redactor(key: str, url: str | None = None):
-    """A function that takes secrets out of text: the key, and a user's password in the address.
-
-    Keys of fewer than 8 characters ("none", "EMPTY": placeholders for local servers) are words, not secrets.
-    """
-    parts = urlsplit(url or "")
-    secrets = [secret for secret in (key, parts.password or "", parts.query) if len(secret) >= 8]
-    forms = {form for secret in secrets for form in (secret, quote(secret, safe=""), json.dumps(secret)[1:-1])}
-    ordered = sorted(forms, key=len, reverse=True)
-
-    def redact(text: str) -> str:
-        for form in ordered:
-            text = text.replace(form, "[secret]")
-        return text
-
-    return redact
-
-
-def without_secrets(url: str) -> str:
-    """An address as it may be shown: without user, password and query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return str(text)

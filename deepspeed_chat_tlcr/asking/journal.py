@@ -46,8 +46,8 @@ class DurableFile:
         while self.pending:
             batch, self.pending = self.pending, []
             try:
-                await asyncio.to_thread(self._write, "".join(line for line, _ in batch).encode())
-            except OSError as error:
+                await asyncio.to_thread(self._write, "".join(line for line, _ in batch).encode("utf-8", "replace"))
+            except Exception as error:  # whatever it is, somebody waits for each of these lines
                 for _, done in batch:
                     if not done.cancelled():
                         done.set_exception(error)
@@ -82,6 +82,8 @@ class State:
     faults: Counter = field(default_factory=Counter)  # calls without an answer, by kind
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning_tokens: int = 0  # among the completion's
+    overrun: float = 1.0  # see money.Account
     usd: float = 0.0
     usd_lost: float = 0.0  # the most that calls without an answer may have cost
     seconds: float = 0.0
@@ -132,7 +134,8 @@ class RunFolder:
             self.write_summary({"settings": settings, "complete": False})
             return
         before = saved["settings"]
-        names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+        # A setting that an earlier version did not have cannot speak against going on with what it paid for.
+        names = [name for name in before if before[name] != settings.get(name)]
         if names:
             lines = "".join(f"\n  {name}: {_difference(before.get(name), settings.get(name))}" for name in names)
             raise InputError(
@@ -142,8 +145,8 @@ class RunFolder:
 
     def write_summary(self, summary: dict):
         """Replace run.json; a reader sees the old or the new one, never half of it."""
-        text = self.redact(json.dumps(summary, indent=1, ensure_ascii=False)) + "\n"
-        replace_file(self.summary, [text])
+        text = json.dumps(summary, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode()
+        replace_file(self.summary, [self.redact(text) + "\n"])
 
     # ---- what was done ----
 
@@ -223,7 +226,7 @@ class RunFolder:
 
     def note(self, **line):
         """A line in the account book: survives a kill of this process (not a loss of power, which costs an answer)."""
-        write_all(self.call_fd, (json.dumps(line) + "\n").encode())
+        write_all(self.call_fd, (self.redact(json.dumps(line)) + "\n").encode())
 
 
 def _count_call(state: State, line: dict, open_calls: dict[str, list[float]]):
@@ -234,11 +237,13 @@ def _count_call(state: State, line: dict, open_calls: dict[str, list[float]]):
             del open_calls[id]
     state.usd += line.get("usd", 0.0)
     state.usd_lost += line.get("lost", 0.0)
+    state.overrun = max(state.overrun, line.get("overrun", 1.0))
     if "usage" not in line:
         state.faults[outcome] += 1
         return
     state.prompt_tokens += line["usage"]["prompt_tokens"]
     state.completion_tokens += line["usage"]["completion_tokens"]
+    state.reasoning_tokens += line["usage"].get("reasoning_tokens", 0)
     if "unusable" in line:
         state.unusable[line["unusable"]] += 1
     if outcome in (ACCEPTED, FAILED):
@@ -281,10 +286,10 @@ def replace_file(path: Path, lines: Iterable[str]):
     sync_folder(path.parent)
 
 
-def write_synced(path: Path, record: dict):
+def write_synced(path: Path, record: dict, redact=str):
     """Append one line, on disk when this returns."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+        file.write(redact(json.dumps(record)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

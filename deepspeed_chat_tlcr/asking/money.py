@@ -1,61 +1,22 @@
-"""What calls cost: prices, an estimate before the first call, the account while they run.
-
-Prices are US$ per million tokens, in ``deepspeed_chat_tlcr/asking/prices.json`` or a file of the user's own.
-"""
+"""What calls cost: an estimate before the first call, the account while they run. models.py has the prices."""
 
 import asyncio
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from deepspeed_chat_tlcr.errors import InputError
-
-PRICES = Path(__file__).parent / "prices.json"
+from deepspeed_chat_tlcr.asking.models import Price
 
 BYTES_PER_TOKEN = 4.0  # of English text, for estimates
 MOST_BYTES_PER_TOKEN = 16.0  # of any text a person would read, in any language: a report of fewer tokens is wrong
-REASONING_TOKENS = 120  # of a typical answer, for estimates
+USUAL_BYTES_PER_TOKEN = 5.0  # above this, text is longer than the tokens that are said to hold it
+MOST_TOKENS = 10_000_000  # of one call: no model takes or gives more, so a report of more is a mistake
+EXPLANATION_TOKENS = 120  # the reasoning that a typical revision writes, for estimates
 TAG_TOKENS = 40
-BATCH_DISCOUNT = 0.5
 SECONDS_PER_CALL, SECONDS_PER_OUTPUT_TOKEN = 1.0, 0.025  # latency of a large hosted model, for estimates
-
-
-@dataclass(frozen=True)
-class Price:
-    """US$ per million tokens."""
-
-    input: float
-    output: float
-
-    def usd(self, prompt_tokens: float, completion_tokens: float) -> float:
-        return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
-
-    def discounted(self, factor: float) -> "Price":
-        return Price(self.input * factor, self.output * factor)
-
-
-def price_of(model: str, base_url: str | None = None, path: str | Path = PRICES) -> Price | None:
-    """The model's price; 0 for an unlisted model on the user's own machine; None where it is unknown.
-
-    Raises ``InputError`` where the table is not as it should be.
-    """
-    try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
-        entry = table.get(model)
-        if entry is not None:
-            price = Price(float(entry["input"]), float(entry["output"]))
-            if min(price.input, price.output) < 0:
-                raise ValueError("a price is negative")
-            return price
-    except OSError as error:
-        raise InputError(f"--prices {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        form = '{"MODEL": {"input": US$ per million tokens, "output": US$ per million tokens}}'
-        raise InputError(f"--prices {path}: expected {form} ({type(error).__name__}: {error})") from None
-    local = base_url is not None and any(name in base_url for name in ("//127.", "//localhost", "//[::1]", "//0.0.0.0"))
-    return Price(0.0, 0.0) if local else None
+HIDDEN_TOKENS = {"none": 0, "minimal": 100, "low": 300, "medium": 1000, "high": 3000, "xhigh": 8000, "max": 16000}
+"""Hidden reasoning of a typical answer by effort, tokens, for estimates: rough, and by far the largest unknown."""
+OVERRUN_MARGIN = 1.5  # once an answer cost more than its limit allows, the next may cost more still
 
 
 # ---- before the first call -------------------------------------------------------------------------------------------
@@ -87,13 +48,16 @@ def estimate(
     concurrency: int,
     requests_per_minute: float = 0.0,
     tokens_per_minute: float = 0.0,
+    effort: str | None = None,
 ) -> Estimate:
     """From the text itself: ``question_bytes`` of all messages and ``rejected_bytes`` of all responses to revise.
 
-    An answer is taken to be some reasoning and a modified response as long as the rejected one. The hours are the
+    An answer is taken to be some reasoning and a modified response as long as the rejected one, behind as much hidden
+    reasoning as the ``effort`` makes usual. The hours are the
     longest of what latency and concurrency, requests per minute and tokens per minute ask for.
     """
-    completion = round(rejected_bytes / BYTES_PER_TOKEN + calls * (REASONING_TOKENS + TAG_TOKENS))
+    per_call = EXPLANATION_TOKENS + TAG_TOKENS + HIDDEN_TOKENS.get(effort or "none", 0)
+    completion = round(rejected_bytes / BYTES_PER_TOKEN + calls * per_call)
     return estimate_tokens(
         calls, question_bytes, completion, price, concurrency, requests_per_minute, tokens_per_minute
     )
@@ -129,15 +93,21 @@ def question_size(messages: Iterable[dict]) -> int:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one answer as they are counted. ``estimated``: the report was missing or cannot be true."""
+    """Tokens of one answer as they are counted; hidden reasoning is among the completion's.
+
+    ``estimated``: the report was missing or cannot be true. ``billed``: US$ where the endpoint says what it charged.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    reasoning_tokens: int = 0
     estimated: bool = False
+    billed: float = 0.0
 
     def as_dict(self) -> dict:
         counts = {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens}
-        return {**counts, "estimated": True} if self.estimated else counts
+        more = {"reasoning_tokens": self.reasoning_tokens, "estimated": self.estimated, "billed": self.billed}
+        return counts | {name: value for name, value in more.items() if value}
 
 
 def most_prompt_tokens(messages: list[dict]) -> int:
@@ -145,27 +115,42 @@ def most_prompt_tokens(messages: list[dict]) -> int:
     return question_size(messages) + 64 + 16 * len(messages)
 
 
-def counted_usage(reported: dict, messages: list[dict], text: str, max_tokens: int) -> Usage:
-    """The usage to count for an answer: as reported, where that can be true; else an estimate on the high side.
+def counted_usage(reported: dict, messages: list[dict], text: str, limit: int, thinks: bool = False) -> Usage:
+    """The usage to count for an answer: the larger of all that its report says, and never less than the text has.
 
-    It cannot be true where it is missing, not a whole number, more tokens than bytes in, more out than asked for, or
-    fewer tokens than a text of that size has: a cap on the cost would not hold.
+    Reports differ. Hidden reasoning may stand within ``completion_tokens``, beside it (then ``total_tokens`` has it, or
+    what is left for the text is too little), or the counts have other names. A count is left aside where it is no whole
+    number, more than any model gives, or fewer tokens than a text of that size has; then an estimate on the high side
+    takes its place: ``limit``, the most that was asked for, where the model ``thinks`` unseen.
     """
 
-    def believable(value, most: int, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+    def count(*path: str) -> int:
+        value = reported
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return value if whole and 0 <= value <= MOST_TOKENS else 0
 
-    def least(size: int) -> int:
-        return math.ceil(size / MOST_BYTES_PER_TOKEN)
-
-    prompt, completion = reported.get("prompt_tokens"), reported.get("completion_tokens")
-    prompt_ok = believable(prompt, most_prompt_tokens(messages), least(question_size(messages)))
-    completion_ok = believable(completion, max_tokens, min(least(len(text.encode())), max_tokens))
+    size = len(text.encode())
+    prompt = max(count("prompt_tokens"), count("input_tokens"))
+    completion = max(count("completion_tokens"), count("output_tokens"))
+    reasoning = max(
+        count("completion_tokens_details", "reasoning_tokens"),
+        count("output_tokens_details", "reasoning_tokens"),
+        count("reasoning_tokens"),
+    )
+    if reasoning and completion - reasoning < size / USUAL_BYTES_PER_TOKEN:
+        completion += reasoning
+    prompt_ok = prompt >= math.ceil(question_size(messages) / MOST_BYTES_PER_TOKEN)
+    completion_ok = completion >= min(math.ceil(size / MOST_BYTES_PER_TOKEN), limit) and completion > 0
     if not prompt_ok:
-        prompt = round(question_size(messages) / 3) + 16
+        prompt = max(prompt, round(question_size(messages) / 3) + 16)
     if not completion_ok:
-        completion = min(max_tokens, round(len(text.encode()) / 3) + 1)
-    return Usage(prompt, completion, estimated=not (prompt_ok and completion_ok))
+        completion = max(completion, limit if thinks else min(limit, round(size / 3) + 1))
+    completion = max(completion, count("total_tokens") - prompt)
+    billed = reported.get("cost")
+    known = isinstance(billed, int | float) and not isinstance(billed, bool) and 0 < billed < 1000
+    return Usage(prompt, completion, reasoning, not (prompt_ok and completion_ok), float(billed) if known else 0.0)
 
 
 class CapReached(Exception):
@@ -176,20 +161,43 @@ class Account:
     """Money spent, and money held back for calls in flight at the most they can cost, under a cap.
 
     ``spent`` is what answers cost by their usage. ``lost`` is what calls without an answer may have cost at most: those
-    that timed out, and those in flight when a run was killed.
+    that timed out, and those in flight when a run was killed. ``discount``: the share of the price that is charged (the
+    Batch API's half). ``overrun``: how many times the limit's cost an answer may cost; above 1 once one did.
     """
 
-    def __init__(self, price: Price | None, cap: float | None = None, spent: float = 0.0, lost: float = 0.0):
-        self.price, self.cap = price, cap
+    def __init__(
+        self,
+        price: Price | None,
+        cap: float | None = None,
+        spent: float = 0.0,
+        lost: float = 0.0,
+        discount: float = 1.0,
+        overrun: float = 1.0,
+    ):
+        self.price, self.cap, self.discount, self.overrun = price, cap, discount, overrun
         self.spent, self.lost, self.held = spent, lost, 0.0
         self.changed = asyncio.Event()
 
-    def most(self, messages: list[dict], max_tokens: int) -> float:
+    def most(self, messages: list[dict], limit: int) -> float:
         """The most one call can cost, US$ (0 where no price is known: then there is no cap either)."""
-        return 0.0 if self.price is None else self.price.usd(most_prompt_tokens(messages), max_tokens)
+        return self.overrun * self._usd(most_prompt_tokens(messages), limit)
 
     def usd(self, usage: Usage) -> float:
-        return 0.0 if self.price is None else self.price.usd(usage.prompt_tokens, usage.completion_tokens)
+        return max(self._usd(usage.prompt_tokens, usage.completion_tokens), usage.billed)
+
+    def _usd(self, prompt_tokens: int, completion_tokens: int) -> float:
+        return 0.0 if self.price is None else self.discount * self.price.usd(prompt_tokens, completion_tokens)
+
+    def watch(self, usd: float, messages: list[dict], limit: int) -> float:
+        """Note what an answer cost: an endpoint that bills beyond its limit is expected to do so again.
+
+        The factor that follows calls are held at, as the account book keeps it; 1.0 where this answer kept its limit.
+        """
+        allowed = self._usd(most_prompt_tokens(messages), limit)
+        if not usd > allowed > 0:
+            return 1.0
+        self.overrun = max(self.overrun, OVERRUN_MARGIN * usd / allowed)
+        return self.overrun
 
     def fits(self, usd: float) -> bool:
         return self.cap is None or self.spent + self.lost + self.held + usd <= self.cap

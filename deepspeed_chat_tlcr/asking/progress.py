@@ -38,7 +38,11 @@ class Totals:
                 "unusable_answers": dict(sorted(self.state.unusable.items())),
                 "calls_without_answer": dict(sorted(self.state.faults.items())),
             },
-            "tokens": {"prompt": self.state.prompt_tokens, "completion": self.state.completion_tokens},
+            "tokens": {
+                "prompt": self.state.prompt_tokens,
+                "completion": self.state.completion_tokens,
+                "of_which_reasoning": self.state.reasoning_tokens,
+            },
             "usd": None if self.usd is None else round(self.usd, 6),
             "usd_possibly_billed_without_answer": round(self.usd_lost, 6),
             "seconds": round(self.seconds, 1),
@@ -64,7 +68,12 @@ class Progress:
         """After each outcome; ``run`` counts ``accepted`` and ``failed``."""
         done, state, now = run.accepted + run.failed, self.totals.state, time.time()
         if done == self.todo or now - self.bar.last_print_t > self.bar.mininterval:
-            notes = {"US$": f"{self.account.spent:.2f}"} if self.account.price else {}
+            notes = {}
+            if self.account.price:
+                before, new = self.totals.usd or 0.0, self.account.spent
+                notes["US$"] = f"{new:.2f} of about {before + (new - before) * self.todo / done:.2f}"
+            if state.reasoning_tokens:
+                notes["tokens of hidden reasoning"] = state.reasoning_tokens
             notes |= {"failed": run.failed} if run.failed else {}
             notes |= dict((state.unusable + state.faults).most_common(3))
             self.bar.set_postfix(notes, refresh=False)

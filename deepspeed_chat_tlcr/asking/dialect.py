@@ -1,0 +1,126 @@
+"""What one endpoint takes of one model, learnt from its own refusals: names differ by model, gateway and year.
+
+Which field limits the answer, whether temperature, top_p and seed are taken, how much thinking can be asked for, how
+long prompt and answer may be: an address or a model's name cannot tell. So the first request is alone, and what its
+refusals say holds for all that follow.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from deepspeed_chat_tlcr.asking.models import EFFORTS
+
+LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
+SAMPLING_FIELDS = ("temperature", "top_p", "seed")
+LOWEST = "lowest"  # of the efforts that the model has
+
+_UNKNOWN_FIELD = re.compile(
+    r"unsupported|not (be )?support|unknown|unrecogni[sz]ed|unexpected|extra (inputs|fields)|not permitted|not allowed"
+    r"|does not (accept|take|have)|no longer|deprecated|incompatible|supported values|input should be|invalid value"
+    r"|must be one of|use '?max",
+    re.IGNORECASE,
+)
+_EFFORT_WORDS = re.compile(rf"['\"`‘’“”]({'|'.join(EFFORTS)})['\"`‘’“”]")
+_CONTEXT = re.compile(r"(?:maximum|max) (?:model |context )+(?:length|window|len)\D{0,20}?(\d{3,8})", re.IGNORECASE)
+_MOST_OUTPUT = re.compile(
+    r"(?:at most|maximum(?: value)?(?: of| is)?|<=|less than or equal to) (\d{2,8})", re.IGNORECASE
+)
+# What concerns one request and no other, in code or message.
+OF_ONE_REQUEST = re.compile(
+    r"content[_ ](management )?(filter|policy)|context[_ ]length|string_above_max_length|prompt is too long"
+    r"|invalid_prompt|flagged|moderation|safety|maximum (context|model|prompt) len|too many (input )?tokens|too long",
+    re.IGNORECASE,
+)
+
+
+class EffortRefused(Exception):
+    """The effort that was asked for by name does not exist; ``choices``: those that do."""
+
+    def __init__(self, choices: list[str]):
+        super().__init__(", ".join(choices))
+        self.choices = choices
+
+
+@dataclass
+class Dialect:
+    """``effort``: what ``reasoning_effort`` says; None: the field is not sent. Sizes are tokens; None: not known."""
+
+    limit_field: str = "max_tokens"
+    effort: str | None = None
+    lowest: bool = False  # the effort is the lowest there is, whichever that may be
+    left_out: list[str] = field(default_factory=list)  # fields that are not taken
+    context: int | None = None  # of prompt and answer together
+    most_output: int | None = None
+    refusals: int = 0  # requests refused to learn this
+
+    def as_dict(self) -> dict:
+        """As run.json shows it."""
+        told = {"limit_field": self.limit_field, "reasoning_effort": self.effort, "left_out": sorted(self.left_out)}
+        return told | {"context": self.context, "refused_requests": self.refusals}
+
+    def fields(self, limit: int, **sampling) -> dict:
+        """The request's fields besides model and messages; ``sampling`` that is None or not taken is left out."""
+        wanted = {self.limit_field: limit, "reasoning_effort": self.effort, **sampling}
+        return {name: value for name, value in wanted.items() if value is not None and name not in self.left_out}
+
+    def learn(self, status: int, code: str, param: str, message: str, sent: dict) -> bool:
+        """Whether a refusal of ``sent`` says how else to ask; then this has changed and the same can be asked anew.
+
+        Raises ``EffortRefused`` where an effort asked for by name does not exist.
+        """
+        if status not in (400, 422):
+            return False
+        before = (self.limit_field, self.effort, tuple(self.left_out), self.context, self.most_output)
+        self._take_in(code, param, message, sent)
+        learnt = before != (self.limit_field, self.effort, tuple(self.left_out), self.context, self.most_output)
+        self.refusals += learnt
+        return learnt
+
+    def _take_in(self, code: str, param: str, message: str, sent: dict):
+        if found := _CONTEXT.search(message):
+            self.context = min(self.context or 10**9, int(found[1]))
+            return
+        if OF_ONE_REQUEST.search(f"{code} {message}"):
+            return
+        name = self._field(param, message, sent)
+        if name in LIMIT_FIELDS:
+            most = _MOST_OUTPUT.search(message)
+            if most and int(most[1]) < sent[name]:
+                self.most_output = int(most[1])
+            elif self._says_unknown(code, message):
+                # Not back and forth: the one that was refused is out, and where both are, none is sent.
+                self.left_out.append(name)
+                self.limit_field = next((other for other in LIMIT_FIELDS if other not in self.left_out), name)
+        elif name == "reasoning_effort" and self._says_unknown(code, message):
+            self._other_effort(code, message, sent)
+        elif name and self._says_unknown(code, message):
+            self.left_out.append(name)
+
+    def _field(self, param: str, message: str, sent: dict) -> str:
+        """The field of ``sent`` that a refusal is about, "" where it names none."""
+        known = [name for name in (*LIMIT_FIELDS, "reasoning_effort", *SAMPLING_FIELDS) if name in sent]
+        if param.split(".")[-1] in known:
+            return param.split(".")[-1]
+        # The first that is named: "'max_tokens' is not supported with this model, use 'max_completion_tokens'".
+        places = {name: found.start() for name in known if (found := re.search(rf"\b{name}\b", message))}
+        if not places and "reasoning_effort" in known and re.search(r"reasoning[ .]effort", message):
+            return "reasoning_effort"
+        return min(places, key=places.__getitem__, default="")
+
+    @staticmethod
+    def _says_unknown(code: str, message: str) -> bool:
+        return bool(_UNKNOWN_FIELD.search(f"{code} {message}"))
+
+    def _other_effort(self, code: str, message: str, sent: dict):
+        named = {word for word in _EFFORT_WORDS.findall(message) if word != sent["reasoning_effort"]}
+        choices = [effort for effort in EFFORTS if effort in named]
+        if not choices:
+            self.effort = None
+            self.left_out.append("reasoning_effort")
+        elif not self.lowest:
+            raise EffortRefused(choices)
+        else:
+            self.effort = choices[0]
+            if self.effort != "none" and "unsupported_value" in code:
+                # OpenAI's own words: its models take no sampling fields while they think.
+                self.left_out += [name for name in SAMPLING_FIELDS[:2] if name not in self.left_out]
