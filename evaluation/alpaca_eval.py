@@ -23,7 +23,7 @@ from pathlib import Path
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, judge_all, message_id
+from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, judge_all, message_id
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt
 from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, answers_folder, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
@@ -206,6 +206,7 @@ def run(options: Options) -> Shortfall | None:
     """Answers, verdicts, results.json; what the verdicts lack, where there was a judge."""
     models = parse_models(options.models)
     prompt = read_pair_prompt(options.judge_prompts)
+    check_judge(options)
     if options.annotators_config:
         package_command()
     questions = read_prompts(options, next(iter(models.values())))

@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,6 +84,15 @@ class Verdicts:
         return Shortfall(self.asked, self.asked - len(self.by_id), self.stopped)
 
 
+def check_judge(options: JudgeOptions) -> None:
+    """Raise ``InputError`` for a judge that cannot be asked (gone, no price, no key), before any model answers."""
+    check_endpoint(options)
+    if options.judge:
+        if not sys.stdin.isatty():  # where someone is there, the price is asked for once, when it is needed
+            known_price(options, options.judge)
+        ask_about_model(options, options.judge, 0.0, "--judge (JUDGE)")
+
+
 def message_id(messages: list[dict]) -> str:
     """The same messages have the same id in every run."""
     return hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:24]
@@ -104,7 +114,6 @@ def judge_all(
     ``questions``: by ``message_id``. ``read`` turns a judge's text about some answers into what is stored of it, or
     raises ``Unusable``, and the question is asked again. Raises ``InputError`` where the folder has other settings.
     """
-    check_endpoint(options)
     folder = part / "judge" / file_name(options.judge)
     settings = {
         "judge": options.judge,

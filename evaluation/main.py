@@ -17,12 +17,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import announce, option, parse
-from deepspeed_chat_tlcr.asking.client import check_endpoint
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
-from evaluation.judging import JudgeOptions, Shortfall
+from evaluation.judging import JudgeOptions, Shortfall, check_judge
 from evaluation.pairwise import read_pair_prompt
 from evaluation.policies import PolicyOptions, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
@@ -112,7 +111,7 @@ def with_data_of_run(options: Options) -> Options:
 
 def check(options: Options) -> None:
     """Raise ``InputError`` for what cannot work, before the first model is loaded."""
-    check_endpoint(options)
+    check_judge(options)
     if options.models:
         models = parse_models(options.models)
         if options.prompts or options.data_path:

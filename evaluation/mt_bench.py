@@ -21,7 +21,16 @@ from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_jsonl
-from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, file_name, judge_all, message_id
+from evaluation.judging import (
+    Judged,
+    JudgeOptions,
+    Shortfall,
+    Verdicts,
+    check_judge,
+    file_name,
+    judge_all,
+    message_id,
+)
 from evaluation.policies import (
     Policy,
     PolicyOptions,
@@ -226,6 +235,7 @@ def mean(values: np.ndarray) -> float:
 def run(options: Options) -> Shortfall | None:
     """Answers, verdicts, results.json; what the verdicts lack, where there was a judge."""
     models, bench = parse_models(options.models), read_bench(options.mt_bench_dir, options.judge)
+    check_judge(options)
     folder = Path(options.out) / "mt_bench"
     replies: Replies = {}
     for name, path in models.items():

@@ -181,6 +181,20 @@ def test_a_flag_can_be_mended_until_a_verdict_was_paid_for(models, tmp_path, cap
         assert "temperature: was 1.0, now 0.5" in capsys.readouterr().err
 
 
+def test_a_judge_that_is_gone_is_told_before_a_model_answers(models, tmp_path, capsys):
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+    known = json.dumps({"gpt-4": {"shutdown_date": "2026-10-23"}})
+    with fault_server(models=known) as url:
+        for name, words in (("gpt-4", "was shut down on 2026-10-23"), ("o3-mini", "was shut down on 2026-10-23")):
+            with pytest.raises(SystemExit) as exit:
+                bench(models, folder, out, url, "--judge", name)
+            assert exit.value.code == 2
+            told = capsys.readouterr().err
+            assert words in told
+            assert "set --judge (JUDGE) to gpt-5.6-sol" in told
+    assert not (out / "mt_bench" / "model_answer").exists()
+
+
 def test_a_judge_does_not_meet_the_lock_of_another_and_reckons_with_its_money(models, tmp_path):
     """The other has spent US$ 0.006 of 0.014; 8 calls, held back at some 0.005 each and costing 0.0013, do not fit."""
     folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"

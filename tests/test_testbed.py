@@ -381,6 +381,7 @@ QUESTION = build_messages(Preference(PROMPT, PERFECT, BAD))
 
 def test_the_endpoint_answers_the_papers_question_in_the_papers_format(client):
     assert [model.id for model in client.models.list()] == ["oracle-reviser"]
+    assert client.models.retrieve("oracle-reviser").id == "oracle-reviser"
     # With n = 40 revisions each of the two harmful choices is mended in about nine of ten.
     completion = client.chat.completions.create(model="oracle-reviser", messages=QUESTION, n=40, seed=1)
     answers = [parse_answer(choice.message.content, BAD) for choice in completion.choices]

@@ -41,7 +41,7 @@ DATA_SPLIT=${DATA_SPLIT:-2,4,4} DATA_SEED=${DATA_SEED:-1234}
 RUN_OPTIONS=${RUN_OPTIONS:-}         # where DATA is unset: step 3's run_options.json, which names it
 PROMPTS=${PROMPTS:-}                 # AlpacaEval's instructions, or your own
 MT_BENCH_DIR=${MT_BENCH_DIR:-}       # a checkout of FastChat, or its llm_judge/data
-JUDGE=${JUDGE:-}                     # the judging model; unset: nothing is judged, nothing is paid
+JUDGE=${JUDGE:-}                     # the judging model, such as gpt-6-luna; unset: nothing is judged, nothing paid
 JUDGE_BASE_URL=${JUDGE_BASE_URL:-}   # its address; unset: OpenAI
 MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for all judged parts together
 OUT=${OUT:-output/evaluation}
