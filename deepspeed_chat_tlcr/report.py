@@ -127,17 +127,20 @@ def write_report(
     revisions: Sequence[Sample] = (),
     runs: Sequence[Run] = (),
     published: Mapping[str, Mapping[str, float]] = PUBLISHED,
-    title: str = "TLCR: from preference pairs to a better policy",
+    title: str = "TLCR: from preference pairs to a policy",
     about: str = "",
 ) -> Path:
     """Write the page and return its path. What is missing is named as missing, never left out silently.
 
     ``results``: what ``results.json`` holds, ``{"sft": {"true_score", "response_length"}, "tlcr": {…, "kl"},
     "discriminator": {"edited_accuracy", "majority_accuracy", …}, "seconds": {stage: seconds}}``; further policies may
-    stand beside ``sft`` and ``tlcr``. ``answers``: one prompt with several policies' answers each. ``revisions``:
-    held-out pairs, labels beside rewards. ``about``: what was run, on what, in a sentence or two.
+    stand beside ``sft`` and ``tlcr``, such as ``sft_best`` and ``tlcr_best`` with their ``temperature``; ``repeats`` is
+    the share of answers that state a fact twice, ``tlcr_over_sft`` what ``verdict`` reads. ``answers``: one prompt with
+    several policies' answers each. ``revisions``: held-out pairs, labels beside rewards. ``about``: what was run, on
+    what, in a sentence or two.
     """
-    lead = join([paragraph(about, "lead") if about else "", headline(results)])
+    words = [paragraph(text, "lead") for text in (verdict(results), about) if text]
+    lead = join([*words, headline(results)])
     sections = [
         ("Results", result_tables(results)),
         ("Answers, token by token", _samples(answers, "reward", "No answers were given to this report.")),
@@ -148,14 +151,42 @@ def write_report(
     return write_page(path, title, sections, lead)
 
 
+def policy_name(key: str, row: Mapping) -> str:
+    """How a table calls a policy: ``sft_best`` at temperature 0.1 is "SFT, best T (0.1)"."""
+    base = key.removesuffix("_best")
+    name = NAMES.get(base, base)
+    if not _known(row, "temperature"):
+        return name
+    return f"{name}, best T ({row['temperature']:g})" if key != base else f"{name}, T = {row['temperature']:g}"
+
+
+def verdict(results: Mapping) -> str:
+    """Whether TLCR beats SFT with both at their best temperature, in a sentence; "" where it was not measured."""
+    best, at_one = ((results.get("tlcr_over_sft") or {}).get(key) or {} for key in ("best", "temperature_1"))
+    if not _known(best, "mean") or not _known(best, "standard_error"):
+        return ""
+    mean, half = best["mean"], 1.96 * best["standard_error"]
+    if mean - half > 0:
+        words = "TLCR scores higher than SFT with both at their best temperature"
+    elif mean + half < 0:
+        words = "TLCR scores lower than SFT with both at their best temperature"
+    else:
+        words = "TLCR does not differ measurably from SFT with both at their best temperature"
+    interval = f"{mean:+.2f}, 95 % interval {mean - half:+.2f} to {mean + half:+.2f}, of one run"
+    gain = f"; at temperature 1 the difference is {at_one['mean']:+.2f}" if _known(at_one, "mean") else ""
+    return f"{words} ({interval}){gain}.".replace("-", "−")
+
+
 def headline(results: Mapping) -> Html:
     """The few figures a reader wants first, as far as they were measured."""
-    sft, tlcr, judge = (results.get(key) or {} for key in ("sft", "tlcr", "discriminator"))
+    tlcr, judge = (results.get(key) or {} for key in ("tlcr", "discriminator"))
     items = []
-    if _known(sft, "true_score") and _known(tlcr, "true_score"):
-        gain = tlcr["true_score"] - sft["true_score"]
-        words = f"true score of 10, SFT → TLCR ({gain:+.2f})".replace("-", "−")
-        items.append((f"{sft['true_score']:.2f} → {tlcr['true_score']:.2f}", words))
+    for suffix, words in (("_best", ", both at their best temperature"), ("", ", at temperature 1")):
+        sft, trained = (results.get(key + suffix) or {} for key in ("sft", "tlcr"))
+        if _known(sft, "true_score") and _known(trained, "true_score"):
+            gain = trained["true_score"] - sft["true_score"]
+            shown = f"true score of 10, SFT → TLCR ({gain:+.2f}){words}".replace("-", "−")
+            items.append((f"{sft['true_score']:.2f} → {trained['true_score']:.2f}", shown))
     if _known(judge, "edited_accuracy"):
         base = f" (majority guess {judge['majority_accuracy']:.2f})" if _known(judge, "majority_accuracy") else ""
         items.append((f"{judge['edited_accuracy']:.2f}", f"discriminator’s accuracy on edited tokens{base}"))
@@ -172,10 +203,14 @@ def result_tables(results: Mapping) -> Html:
     policies |= {key: row for key, row in results.items() if isinstance(row, Mapping) and "true_score" in row}
     itself = {"sft": 0.0} if policies["sft"] else {}  # the SFT model's KL to itself
     rows = [
-        [NAMES.get(key, key), row.get("true_score"), row.get("response_length"), row.get("kl", itself.get(key))]
+        [policy_name(key, row), row.get("true_score"), row.get("response_length"), row.get("kl", itself.get(key))]
         for key, row in policies.items()
     ]
     header = ["policy", "true score (1–10)", "response length, tokens", "KL to SFT, nats per response"]
+    if any("repeats" in row for row in policies.values()):
+        header.append("answers that repeat a fact, %")
+        shares = [row.get("repeats") for row in policies.values()]
+        rows = [[*row, None if share is None else 100 * share] for row, share in zip(rows, shares, strict=True)]
     note = "Held-out prompts; the true score is never shown to training. “—”: not measured."
     judge = results.get("discriminator") or {}
     measured = [[words, judge.get(key)] for key, words in MEASURES.items() if key in judge or key in MEASURES_ALWAYS]

@@ -1,14 +1,17 @@
 """AlpacaEval (Figure 4): answers in the library's form, its own win rates where it is installed, and head-to-heads.
 
 python evaluation/alpaca_eval.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor --prompts alpaca_eval.json \
-    --judge gpt-4-0125-preview --out OUTPUT
+    --judge gpt-6-luna --out OUTPUT
 
 OUTPUT/alpaca_eval/model_outputs/NAME.json is what `alpaca_eval --model_outputs` takes. Every two models are compared
-by the judge in both orders. With --annotators_config the package alpaca_eval (pip install -e '.[eval]') judges too.
+by the judge in both orders. With --annotators_config the package alpaca_eval (pip install -e '.[eval]') judges too;
+evaluation/annotators/ has a configuration of ours for a current model.
 """
 
 import csv
+import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -20,15 +23,18 @@ from pathlib import Path
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.judging import JudgeOptions, Verdicts, judge_all, message_id
-from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt, read_verdict
+from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, judge_all, message_id
+from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt
 from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, answers_folder, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
 from evaluation.report import conclude
 from evaluation.results import save_results
 from evaluation.stats import head_to_head, longer_preferred
+from evaluation.verdicts import read_preference
 
 EQUAL = "equal answers"
+ANNOTATORS = Path(__file__).parent / "annotators"
+"""Our own configurations for the package, a folder each."""
 Replies = dict[str, dict[int | str, Reply]]
 
 
@@ -37,7 +43,10 @@ class AlpacaOptions:
     """AlpacaEval"""
 
     judge_prompts: str | None = option(None, "file of FastChat's form with the prompt pair-v2; unset: our own words")
-    annotators_config: str | None = option(None, "the package alpaca_eval judges too: its annotator's name or folder")
+    annotators_config: str | None = option(
+        None,
+        "the package alpaca_eval judges too: deepspeed_chat_tlcr_gpt-6-luna is ours; or its annotator's name, a folder",
+    )
     reference_outputs: str | None = option(None, "the package's reference answers; unset: the first model's")
     length_controlled: bool = option(
         False, "the package's length-controlled win rates too: for AlpacaEval's own prompts in their order"
@@ -51,8 +60,18 @@ class Options(AlpacaOptions, PromptOptions, PolicyOptions, JudgeOptions):
 
 def write_outputs(folder: Path, name: str, questions: Sequence[Question], replies: Mapping[int | str, Reply]) -> Path:
     """A model's answers in the library's ``model_outputs`` form."""
+
+    def inert(text: str) -> str:
+        # The package splits its prompt into messages at <|im_start|> and <|im_end|>, also where an answer has them.
+        return text.replace("<|im_", "<| im_")
+
     records = [
-        {"instruction": q.turns[0], "output": replies[q.id].turns[0], "generator": name, "dataset": "user"}
+        {
+            "instruction": inert(q.turns[0]),
+            "output": inert(replies[q.id].turns[0]),
+            "generator": name,
+            "dataset": "user",
+        }
         for q in questions
     ]
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,21 +89,21 @@ def compare(
 
     Equal answers are a tie that nobody is asked about.
     """
-    asked: dict[str, list[dict]] = {}
+    asked: dict[str, Judged] = {}
 
     def ask(question: Question, first: str, second: str) -> str:
         one, other = (replies[name][question.id].turns[0].strip() for name in (first, second))
         if one == other:
             return EQUAL
         messages = prompt.messages(question.turns[0].strip(), one, other)
-        asked[id := message_id(messages)] = messages
+        asked[id := message_id(messages)] = Judged(messages, [one, other])
         return id
 
     ids = {
         (one, other): [(ask(question, one, other), ask(question, other, one)) for question in questions]
         for one, other in pairs(list(replies))
     }
-    verdicts = judge_all(folder, asked, read_verdict, options)
+    verdicts = judge_all(folder, asked, read_preference, options)
     said = {EQUAL: "tie", **{id: line["verdict"] for id, line in verdicts.by_id.items()}}
     records = []
     for (one, other), both in ids.items():
@@ -92,7 +111,11 @@ def compare(
         judged = [(first, second) for _, first, second in kept]
         lengths = [tuple(len(replies[name][q.id].turns[0].strip()) for name in (one, other)) for q, *_ in kept]
         bias = {"longer_preferred": longer_preferred(judged, lengths), "missing": len(both) - len(judged)}
-        records.append({"model": one, "against": other, **head_to_head(judged).as_dict(), **bias})
+        record = {"model": one, "against": other, **head_to_head(judged).as_dict(), **bias}
+        if bias["missing"] and not verdicts.by_id.keys() & set(itertools.chain(*both)):
+            # Ties of equal answers, which nobody was asked about, are no comparison.
+            record |= {"win_rate": math.nan, "interval": (math.nan, math.nan), "p_value": math.nan}
+        records.append(record)
     return records, verdicts
 
 
@@ -121,7 +144,7 @@ def judge_by_package(outputs: Mapping[str, Path], options: AlpacaOptions, folder
         arguments = {
             "model_outputs": absolute(path),
             "reference_outputs": reference,
-            "annotators_config": absolute(options.annotators_config),
+            "annotators_config": annotator(options.annotators_config),
             "name": name,
             "output_path": where,
             "precomputed_leaderboard": None,
@@ -139,8 +162,13 @@ def judge_by_package(outputs: Mapping[str, Path], options: AlpacaOptions, folder
         if done.returncode or not boards:
             last = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["it said nothing"]
             raise InputError(f"alpaca_eval failed on {name}: {last[0]}")
-        rows.append({**leaderboard_row(boards[0], name, reference), "usd": package_cost(boards[0].parent)})
+        rows.append({**leaderboard_row(boards[0], name, reference), **annotations_of(boards[0].parent)})
     return rows
+
+
+def annotator(name: str) -> str:
+    """A folder of the user's, one of ours, or a name that the package knows."""
+    return str(ANNOTATORS / name) if (ANNOTATORS / name / "configs.yaml").is_file() else absolute(name)
 
 
 def absolute(path: str | Path) -> str:
@@ -162,21 +190,23 @@ def leaderboard_row(path: Path, name: str, reference: str) -> dict:
     }
 
 
-def package_cost(folder: Path) -> float | None:
-    """US$ of the annotations as the package counts them; None where it knows no price."""
+def annotations_of(folder: Path) -> dict:
+    """US$ as the package counts them, None where it knows no price; how many verdicts it could not read."""
     annotations = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
     prices = [record.get("preference_price_per_example") for record in annotations]
     known = [price for price in prices if price is not None]
-    return sum(known) if known else None
+    missing = sum(record.get("preference") is None for record in annotations)
+    return {"usd": sum(known) if known else None, "missing": missing}
 
 
 # ---- the part --------------------------------------------------------------------------------------------------------
 
 
-def run(options: Options) -> str | None:
-    """Answers, verdicts, results.json; why it stopped early, if it did."""
+def run(options: Options) -> Shortfall | None:
+    """Answers, verdicts, results.json; what the verdicts lack, where there was a judge."""
     models = parse_models(options.models)
     prompt = read_pair_prompt(options.judge_prompts)
+    check_judge(options)
     if options.annotators_config:
         package_command()
     questions = read_prompts(options, next(iter(models.values())))
@@ -190,14 +220,19 @@ def run(options: Options) -> str | None:
     }
     outputs = {name: write_outputs(folder / "model_outputs", name, questions, given) for name, given in replies.items()}
     results: dict = {"questions": len(questions), "models": list(models), "judge": options.judge, "usd": None}
-    results |= {"head_to_head": [], "package": [], "stopped": None, "annotators_config": options.annotators_config}
+    results |= {"head_to_head": [], "package": [], "annotators_config": options.annotators_config}
+    lacks = Shortfall(0, 0)
     if options.judge and len(models) > 1:
         found, verdicts = compare(questions, replies, prompt, folder, options)
-        results |= {"head_to_head": found, "usd": verdicts.usd, "stopped": verdicts.stopped}
+        results |= {"head_to_head": found, "usd": verdicts.usd}
+        lacks = verdicts.shortfall
     if options.annotators_config:
         if options.max_cost_usd is not None:
             print("note: --max_cost_usd does not hold for what the package alpaca_eval spends", flush=True)
         results["package"] = judge_by_package(outputs, options, folder)
+        unread = sum(row["missing"] for row in results["package"])
+        lacks = Shortfall(lacks.asked + len(results["package"]) * len(questions), lacks.missing + unread, lacks.stopped)
+    results |= {"verdicts": lacks.asked, "missing": lacks.missing, "stopped": lacks.stopped}
     if not results["head_to_head"] and not results["package"]:
         print(
             f"{folder / 'model_outputs'}: answers; --judge compares two or more models, --annotators_config rates them"
@@ -205,25 +240,33 @@ def run(options: Options) -> str | None:
         return None
     save_results(options.out, "alpaca_eval", results)
     show(results)
-    return results["stopped"]
+    return lacks
 
 
 def show(results: dict) -> None:
     for row in results["head_to_head"]:
-        low, high = row["interval"]
-        counts = f"{row['wins']} wins, {row['ties']} ties, {row['losses']} losses"
-        bias = f"first shown preferred {row['first_shown_preferred']:.1%}"
-        rate = f"{row['win_rate']:.1%} ({low:.1%} to {high:.1%})"
-        print(f"{row['model']} against {row['against']}: {rate}; {counts}; {bias}")
+        print(f"{row['model']} against {row['against']}: {described(row, results['questions'])}")
     for row in results["package"]:
         controlled = "" if row["length_controlled"] is None else f", length-controlled {row['length_controlled']:.1%}"
-        print(f"{row['model']} against {row['reference']}, by alpaca_eval: {row['win_rate']:.1%}{controlled}")
+        gap = f"; {row['missing']} of {results['questions']} verdicts are missing" if row["missing"] else ""
+        print(f"{row['model']} against {row['reference']}, by alpaca_eval: {row['win_rate']:.1%}{controlled}{gap}")
+
+
+def described(row: dict, questions: int) -> str:
+    """A head-to-head in a line; what is missing comes first."""
+    gap = f"{row['missing']} of {questions} prompts left out, their verdicts are missing; " if row["missing"] else ""
+    if math.isnan(row["win_rate"]):
+        return f"{gap}no win rate"
+    low, high = row["interval"]
+    counts = f"{row['wins']} wins, {row['ties']} ties, {row['losses']} losses"
+    bias = f"first shown preferred {row['first_shown_preferred']:.1%}".replace("nan%", "in no verdict")
+    return f"{gap}{row['win_rate']:.1%} ({low:.1%} to {high:.1%}); {counts}; {bias}"
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv)
-    return conclude(options.out, run(options))
+    return conclude(options.out, {"AlpacaEval": run(options)})
 
 
 if __name__ == "__main__":

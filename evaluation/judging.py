@@ -1,15 +1,19 @@
 """Verdicts of an external model: labelling's client, journal, retries and cost cap, and no verdict is paid for twice.
 
 A verdict belongs to the exact messages it was asked with, by their hash. So models may be added, and a part started
-again after a kill; what was judged before is not asked again. The cost cap holds for all that is judged into one --out.
+again after a kill; what was judged before is not asked again. The cost cap holds for all that is judged into one --out,
+also by several judges at once.
 """
 
 import asyncio
+import fcntl
 import hashlib
 import json
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,19 +48,49 @@ NAMES = ("questions", "verdicts")
 class JudgeOptions(EndpointOptions):
     """judge"""
 
-    judge: str | None = option(None, "the judging model, such as gpt-4; unset: answers are written but not judged")
-    judge_temperature: float | None = option(0.0, "sampling temperature of the judge")
+    judge: str | None = option(None, "the judging model, such as gpt-6-luna; unset: answers are not judged")
+    judge_temperature: float | None = option(0.0, "sampling temperature of the judge, where it takes one")
     judge_max_tokens: int = option(2048, "most tokens of a verdict")
 
 
 @dataclass(frozen=True)
-class Verdicts:
-    """What a judge said. ``by_id``: the stored line of each request that has one; ``failed``: those given up."""
+class Judged:
+    """What a judge is asked: the messages, and the models' ``answers`` that stand in them."""
 
+    messages: list[dict]
+    answers: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Shortfall:
+    """What a judged part lacks: ``missing`` of the verdicts ``asked`` for; ``stopped``: why it ended early, if so."""
+
+    asked: int
+    missing: int
+    stopped: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What a judge said. ``by_id``: the stored line of each of the ``asked`` requests that has one."""
+
+    asked: int
     by_id: dict[str, dict]
-    failed: int
-    usd: float | None  # over all runs in the folder; None where the price is unknown
+    usd: float  # over all runs in the folder
     stopped: str | None  # why the run ended early, if it did
+
+    @property
+    def shortfall(self) -> Shortfall:
+        return Shortfall(self.asked, self.asked - len(self.by_id), self.stopped)
+
+
+def check_judge(options: JudgeOptions) -> None:
+    """Raise ``InputError`` for a judge that cannot be asked (gone, no price, no key), before any model answers."""
+    check_endpoint(options)
+    if options.judge:
+        if not sys.stdin.isatty():  # where someone is there, the price is asked for once, when it is needed
+            known_price(options, options.judge)
+        ask_about_model(options, options.judge, 0.0, "--judge (JUDGE)")
 
 
 def message_id(messages: list[dict]) -> str:
@@ -71,57 +105,118 @@ def file_name(judge: str) -> str:
 
 def judge_all(
     part: Path,
-    questions: Mapping[str, list[dict]],
-    read: Callable[[str], dict],
+    questions: Mapping[str, Judged],
+    read: Callable[[str, Sequence[str]], dict],
     options: JudgeOptions,
 ) -> Verdicts:
     """Ask for every verdict that is not in ``part/judge/NAME`` yet; ``part`` is OUT/PART.
 
-    ``questions``: messages by ``message_id``. ``read`` turns a judge's text into what is stored of it, or raises
-    ``Unusable``, and the question is asked again. Raises ``InputError`` where the folder belongs to another judge.
+    ``questions``: by ``message_id``. ``read`` turns a judge's text about some answers into what is stored of it, or
+    raises ``Unusable``, and the question is asked again. Raises ``InputError`` where the folder has other settings.
     """
-    check_endpoint(options)
     folder = part / "judge" / file_name(options.judge)
-    settings = {"judge": options.judge, "temperature": options.judge_temperature}
+    settings = {
+        "judge": options.judge,
+        "temperature": options.judge_temperature,
+        "reasoning_effort": options.reasoning_effort,
+    }
     with RunFolder(folder, results="verdicts.jsonl") as run:
-        run.bind(settings)
+        bind(run, settings)
         state = run.read_state()
         for repair in run.repairs:
             print(f"repaired: {repair}", flush=True)
         known, given_up = set(as_ids(state.results)), set(as_ids(state.failures))
         skip = known if options.retry_failed else known | given_up
-        missing = {id: messages for id, messages in questions.items() if id not in skip}
+        missing = {id: question for id, question in questions.items() if id not in skip}
         if options.retry_failed:
-            missing = {id: messages for id, messages in missing.items() if id in given_up}
+            missing = {id: question for id, question in missing.items() if id in given_up}
             state.attempts.clear()
         stopped = ask(run, missing, read, options, settings, state) if missing else None
         state = run.read_state()
-        wanted = questions.keys()
         by_id = {line["id"]: line for _, line in read_jsonl(run.results)} if run.results.exists() else {}
-        usd = state.usd + state.usd_lost
-        failed = len(wanted & set(as_ids(state.failures)) - by_id.keys())
-        return Verdicts({id: by_id[id] for id in wanted if id in by_id}, failed, usd, stopped)
+        found = {id: by_id[id] for id in questions if id in by_id}
+        return Verdicts(len(questions), found, state.usd + state.usd_lost, stopped)
 
 
-def spent_elsewhere(folder: Path) -> float:
-    """US$ that the other judges' folders OUT/PART/judge/NAME beside ``folder`` have cost: the cap is on their sum."""
-    spent = 0.0
-    for other in sorted(folder.parents[2].glob("*/judge/*")):
-        if other != folder and other.is_dir():
-            with RunFolder(other, results="verdicts.jsonl") as run:
-                state = run.read_state()
-            spent += state.usd + state.usd_lost
-    return spent
+def bind(run: RunFolder, settings: dict) -> None:
+    """Tie the folder to the settings, but only once an answer was paid for: until then a flag can be mended."""
+    state = run.read_state()
+    paid = len(state.results) or state.prompt_tokens or state.completion_tokens
+    in_batches = any(path.stat().st_size for path in run.path.glob("batches.jsonl"))
+    if not paid and not in_batches and run.saved_summary().get("settings") != settings:
+        run.failures.unlink(missing_ok=True)  # refused as it was asked then
+        run.write_summary({"settings": settings, "complete": False})
+    run.bind(settings)
 
 
 def as_ids(ids: np.ndarray) -> list[str]:
     return [id.decode() for id in ids.tolist()]
 
 
+# ---- money -----------------------------------------------------------------------------------------------------------
+
+
+class SharedAccount(Account):
+    """An account whose cap is on all that is judged into one OUT, also by several judges at once.
+
+    The file ``spent`` in each judge's folder OUT/PART/judge/NAME says what was spent there and is held back for calls
+    in flight, US$; it is written before a call is sent.
+    """
+
+    def __init__(self, folder: Path, *account, **more):
+        super().__init__(*account, **more)
+        self.folder, self.out = folder, folder.parents[2]
+        with alone(self.out):
+            self._write(0.0)
+
+    def fits(self, usd: float) -> bool:
+        with alone(self.out):
+            total = self.spent + self.lost + self.held + usd
+            fits = self.cap is None or total + self._elsewhere() <= self.cap
+            if fits:
+                self._write(usd)
+            return fits
+
+    def settle(self, *ended, **more):
+        super().settle(*ended, **more)
+        with alone(self.out):
+            self._write(0.0)
+
+    def _write(self, usd: float):
+        part = self.folder / "spent.part"
+        part.write_text(f"{self.spent + self.lost + self.held + usd:.9f}\n")
+        part.replace(self.folder / "spent")
+
+    def _elsewhere(self) -> float:
+        others = (other for other in self.out.glob("*/judge/*") if other != self.folder and other.is_dir())
+        return sum(map(spent, others))
+
+
+def spent(folder: Path) -> float:
+    """US$ that a judge's folder has cost or holds back."""
+    if (folder / "spent").is_file():
+        return float((folder / "spent").read_text())
+    if not (folder / "run.json").is_file():
+        return 0.0
+    saved = RunFolder(folder).saved_summary()  # of a version that wrote no such file
+    return (saved.get("usd") or 0.0) + (saved.get("usd_possibly_billed_without_answer") or 0.0)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """No other judge of this ``out`` looks at money or writes of it meanwhile."""
+    with (out / ".spending").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+# ---- asking ----------------------------------------------------------------------------------------------------------
+
+
 def ask(
     run: RunFolder,
-    missing: Mapping[str, list[dict]],
-    read: Callable[[str], dict],
+    missing: Mapping[str, Judged],
+    read: Callable[[str, Sequence[str]], dict],
     options: JudgeOptions,
     settings: dict,
     state: State,
@@ -131,7 +226,7 @@ def ask(
     sampling = Sampling(options.judge_max_tokens, options.judge_temperature, None, options.reasoning_effort)
     endpoint = make_endpoint(options, options.judge, sampling)
     run.redact = endpoint.redact
-    size = sum(map(question_size, missing.values()))
+    size = sum(question_size(question.messages) for question in missing.values())
     limits = (options.concurrency, options.requests_per_minute, options.tokens_per_minute)
     tokens = VERDICT_TOKENS + HIDDEN_TOKENS.get(expected_effort(options, options.judge) or "none", 0)
     charged = price.discounted(discount(options, options.judge))
@@ -148,32 +243,33 @@ def ask(
 
 def dispatch(
     run: RunFolder,
-    missing: Mapping[str, list[dict]],
-    read: Callable[[str], dict],
+    missing: Mapping[str, Judged],
+    read: Callable[[str, Sequence[str]], dict],
     options: JudgeOptions,
     settings: dict,
     state: State,
     price: Price,
     endpoint: Endpoint,
 ) -> str | None:
-    def request(id: str, messages: list[dict]) -> ChatRequest:
+    def request(id: str, question: Judged) -> ChatRequest:
         def accept(answer: ChatAnswer, usage: dict) -> str:
             if answer.finish_reason == "content_filter" or not answer.text.strip():
                 raise Unusable("empty")
-            line = {"id": id, **read(answer.text), "judgment": answer.text, "usage": usage, "tstamp": time.time()}
+            verdict = read(answer.text, question.answers)
+            line = {"id": id, **verdict, "judgment": answer.text, "usage": usage, "tstamp": time.time()}
             return json.dumps(line, ensure_ascii=False)
 
-        return ChatRequest(id, messages, accept)
+        return ChatRequest(id, question.messages, accept)
 
-    cap = None if options.max_cost_usd is None else options.max_cost_usd - spent_elsewhere(run.path)
-    account = Account(price, cap, state.usd, state.usd_lost, discount(options, options.judge), state.overrun)
+    spent_so_far = (state.usd, state.usd_lost, discount(options, options.judge), state.overrun)
+    account = SharedAccount(run.path, price, options.max_cost_usd, *spent_so_far)
     about = {"base_url": endpoint.shown_url}
     asked = len(state.results) + len(state.failures) + len(missing)
     before = Totals(
         asked, len(state.results), len(state.failures), state, state.usd, state.usd_lost, state.seconds, NAMES
     )
     progress = Progress(run, settings, about, before, account, len(missing))
-    requests = (request(id, messages) for id, messages in missing.items())
+    requests = (request(id, question) for id, question in missing.items())
     stopped: str | None = "refused by the endpoint"
     try:
         with signals_interrupt():

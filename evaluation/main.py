@@ -2,7 +2,7 @@
 
 python evaluation/main.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor \
     --discriminator OUT/step2_discriminator --revisions OUT/labeling/revisions.jsonl --data_path DATA \
-    --mt_bench_dir FASTCHAT --prompts alpaca_eval.json --judge gpt-4 --out OUTPUT
+    --mt_bench_dir FASTCHAT --prompts alpaca_eval.json --judge gpt-6-luna --out OUTPUT
 
 A part runs where it has what it needs, and the report names the others as missing. --prompts serves AlpacaEval and the
 answers side by side, --data_path the reward scores; where only one of them is given it serves all three. Human votes
@@ -10,16 +10,18 @@ are made and counted by evaluation/human/make.py and count.py. The same command 
 Exit codes: 0 done, 3 a judge stopped early (the same command continues), 2 wrong input.
 """
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import announce, parse
-from deepspeed_chat_tlcr.asking.client import check_endpoint
+from deepspeed_chat_tlcr.arguments import announce, option, parse
+from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
-from evaluation.judging import JudgeOptions
+from evaluation.judging import JudgeOptions, Shortfall, check_judge
 from evaluation.pairwise import read_pair_prompt
 from evaluation.policies import PolicyOptions, parse_models
 from evaluation.prompts import PromptOptions, read_prompts
@@ -27,7 +29,17 @@ from evaluation.report import conclude
 
 
 @dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """run"""
+
+    run_options: str | None = option(
+        None, "where --data_path is unset: step 3's run_options.json, which says data, split and seed"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Options(
+    RunOptions,
     mt_bench.MtBenchOptions,
     alpaca_eval.AlpacaOptions,
     reward_scores.RewardOptions,
@@ -43,11 +55,11 @@ class Options(
 
 @dataclass(frozen=True)
 class Step:
-    """A part, what it needs (a list of alternatives each), and how it is run; ``run`` returns why it stopped, if so."""
+    """A part, what it needs (a list of alternatives each), and how it is run; a judged one says what it lacks."""
 
     name: str
     needs: Sequence[Sequence[str]]
-    run: Callable[[Options], str | None]
+    run: Callable[[Options], Shortfall | None]
 
 
 def for_rewards(options: Options) -> Options:
@@ -75,9 +87,31 @@ def missing(step: Step, options: Options) -> list[str]:
     return [" or ".join(f"--{name}" for name in names) for names in lacking]
 
 
+def with_data_of_run(options: Options) -> Options:
+    """The options with the data that ``--run_options`` names, where none is given.
+
+    Raises ``InputError`` for a file that is no such one.
+    """
+    if options.data_path or not options.run_options:
+        return options
+    try:
+        saved = json.loads(Path(options.run_options).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"--run_options {options.run_options}: cannot be read ({type(error).__name__})") from None
+    names = ("data_path", "data_split", "data_seed")
+    found = {name: saved.get(name) for name in names} if isinstance(saved, dict) else {}
+    paths, split, seed = map(found.get, names)
+    as_written = isinstance(split, str) and type(seed) is int and isinstance(paths, list)
+    if not as_written or not all(isinstance(path, str) for path in paths):
+        raise InputError(
+            f"--run_options {options.run_options}: no data_path, data_split and data_seed as step 3 writes them"
+        )
+    return replace(options, **found)
+
+
 def check(options: Options) -> None:
     """Raise ``InputError`` for what cannot work, before the first model is loaded."""
-    check_endpoint(options)
+    check_judge(options)
     if options.models:
         models = parse_models(options.models)
         if options.prompts or options.data_path:
@@ -99,22 +133,21 @@ def check(options: Options) -> None:
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Options, argv)
+    options = with_data_of_run(parse(Options, argv))
     check(options)
     ready = [step for step in STEPS if not missing(step, options)]
     if not ready:
         lacks = "; ".join(f"{step.name} needs {', '.join(missing(step, options))}" for step in STEPS)
         raise InputError(f"nothing to evaluate: {lacks}")
-    announce(options, options.out)
-    stopped = []
+    announce(replace(options, base_url=options.base_url and without_secrets(options.base_url)), options.out)
+    lacking: dict[str, Shortfall | None] = {}
     for step in STEPS:
         if step not in ready:
             print(f"{step.name}: left out, needs {', '.join(missing(step, options))}", flush=True)
             continue
         print(f"---- {step.name} ----", flush=True)
-        if reason := step.run(options):
-            stopped.append(f"{step.name}: {reason}")
-    return conclude(options.out, "; ".join(stopped))
+        lacking[step.name] = step.run(options)
+    return conclude(options.out, lacking)
 
 
 if __name__ == "__main__":

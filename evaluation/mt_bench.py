@@ -1,7 +1,7 @@
 """MT-Bench (Table 1): two-turn answers of the user's models, rated 1 to 10 by a judge, in FastChat's files.
 
 python evaluation/mt_bench.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/actor --mt_bench_dir FASTCHAT \
-    --judge gpt-4 --out OUTPUT
+    --judge gpt-6-luna --out OUTPUT
 
 OUTPUT/mt_bench/model_answer/NAME.jsonl and model_judgment/JUDGE_single.jsonl are FastChat's; its show_result.py reads
 them. Questions, prompts and reference answers come from --mt_bench_dir: a checkout of FastChat, or its llm_judge/data.
@@ -9,7 +9,6 @@ them. Questions, prompts and reference answers come from --mt_bench_dir: a check
 
 import json
 import math
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,11 +18,19 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_jsonl
-from evaluation.judging import JudgeOptions, Verdicts, file_name, judge_all, message_id
+from evaluation.judging import (
+    Judged,
+    JudgeOptions,
+    Shortfall,
+    Verdicts,
+    check_judge,
+    file_name,
+    judge_all,
+    message_id,
+)
 from evaluation.policies import (
     Policy,
     PolicyOptions,
@@ -37,6 +44,7 @@ from evaluation.policies import (
 from evaluation.report import conclude
 from evaluation.results import save_results
 from evaluation.stats import bootstrap_interval
+from evaluation.verdicts import read_rating
 
 NEEDS_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")
 # FastChat's sampling temperatures; a category that it does not know gets 0.7.
@@ -140,41 +148,31 @@ def read_questions(path: Path) -> list[dict]:
     return list(questions.values())
 
 
-def read_rating(text: str) -> dict:
-    """``[[rating]]``, or ``Rating: [7]`` as some judges write; 1 to 10. Raises ``Unusable`` where there is none."""
-    number = r"(\d+\.?\d*)"
-    found = re.search(rf"\[\[{number}\]\]", text) or re.search(rf"rating\W{{0,4}}\[{number}\]", text, re.IGNORECASE)
-    if not found:
-        raise Unusable("no_rating")
-    if not 1 <= (rating := float(found[1])) <= 10:
-        raise Unusable("rating_out_of_range")
-    return {"score": rating}
-
-
 # ---- judgments -------------------------------------------------------------------------------------------------------
 
 Replies = dict[str, dict[int | str, Reply]]
 """By model, then by question."""
 
 
-def requests(bench: Bench, replies: Replies) -> dict[tuple, list[dict]]:
-    """Messages by (model, question's place, turn)."""
-    return {
-        (name, place, turn): bench.messages(question, given[question["question_id"]].turns, turn)
-        for name, given in replies.items()
-        for place, question in enumerate(bench.questions)
-        for turn in range(1, len(question["turns"]) + 1)
-    }
+def requests(bench: Bench, replies: Replies) -> dict[tuple, Judged]:
+    """What is asked, by (model, question's place, turn)."""
+    asked = {}
+    for name, given in replies.items():
+        for place, question in enumerate(bench.questions):
+            answers = given[question["question_id"]].turns
+            for turn in range(1, len(question["turns"]) + 1):
+                asked[name, place, turn] = Judged(bench.messages(question, answers, turn), answers[:turn])
+    return asked
 
 
 def judge(bench: Bench, replies: Replies, folder: Path, options: JudgeOptions) -> tuple[dict[tuple, float], Verdicts]:
     """Ratings by (model, question's place, turn), NaN where there is none; FastChat's file of them is written."""
     asked = requests(bench, replies)
-    ids = {key: message_id(messages) for key, messages in asked.items()}
-    questions = {ids[key]: messages for key, messages in asked.items()}
+    ids = {key: message_id(one.messages) for key, one in asked.items()}
+    questions = {ids[key]: one for key, one in asked.items()}
     verdicts = judge_all(folder, questions, read_rating, options)
     lines, ratings = [], {}
-    for key, messages in asked.items():
+    for key, one in asked.items():
         name, place, turn = key
         verdict, question = verdicts.by_id.get(ids[key]), bench.questions[place]
         ratings[key] = verdict["score"] if verdict else math.nan
@@ -183,7 +181,7 @@ def judge(bench: Bench, replies: Replies, folder: Path, options: JudgeOptions) -
                 "question_id": question["question_id"],
                 "model": name,
                 "judge": [options.judge, bench.prompt_name(question, turn)],
-                "user_prompt": messages[-1]["content"],
+                "user_prompt": one.messages[-1]["content"],
                 "judgment": verdict["judgment"] if verdict else "",
                 "score": verdict["score"] if verdict else NOT_RATED,
                 "turn": turn,
@@ -234,9 +232,10 @@ def mean(values: np.ndarray) -> float:
 # ---- the part --------------------------------------------------------------------------------------------------------
 
 
-def run(options: Options) -> str | None:
-    """Answers, verdicts, results.json; why it stopped early, if it did."""
+def run(options: Options) -> Shortfall | None:
+    """Answers, verdicts, results.json; what the verdicts lack, where there was a judge."""
     models, bench = parse_models(options.models), read_bench(options.mt_bench_dir, options.judge)
+    check_judge(options)
     folder = Path(options.out) / "mt_bench"
     replies: Replies = {}
     for name, path in models.items():
@@ -245,34 +244,37 @@ def run(options: Options) -> str | None:
         print(f"{folder / 'model_answer'}: answers of {', '.join(models)}; --judge NAME rates them")
         return None
     ratings, verdicts = judge(bench, replies, folder, options)
+    missing = sum(map(math.isnan, ratings.values()))
     results = {
         **summarise(bench, ratings, list(models)),
         "judge": options.judge,
         "questions": len(bench.questions),
         "verdicts": len(ratings),
-        "missing": sum(map(math.isnan, ratings.values())),
+        "missing": missing,
         "usd": verdicts.usd,
         "stopped": verdicts.stopped,
         "empty_answers": {name: sum(r.turns.count("") for r in given.values()) for name, given in replies.items()},
     }
     save_results(options.out, "mt_bench", results)
     show(results)
-    return verdicts.stopped
+    return Shortfall(len(ratings), missing, verdicts.stopped)
 
 
 def show(results: dict) -> None:
     print(f"{'MT-Bench':<20} {'turn 1':>7} {'turn 2':>7} {'overall':>8}   95 % interval")
+    each = results["verdicts"] // len(results["models"])
     for name, row in results["models"].items():
         low, high = row["intervals"]["overall"]
-        print(
+        line = (
             f"{name:<20} {row['turn 1']:>7.2f} {row['turn 2']:>7.2f} {row['overall']:>8.2f}   {low:.2f} to {high:.2f}"
         )
+        print(line + (f"; only {row['rated']} of {each} ratings" if row["rated"] < each else ""))
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(Options, argv)
-    return conclude(options.out, run(options))
+    return conclude(options.out, {"MT-Bench": run(options)})
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
 
@@ -20,7 +19,6 @@ TEMPLATE = (
     "better, [[B]] where answer B is better, [[C]] where neither is."
 )
 PROMPT_NAME = "pair-v2"  # FastChat's for two answers to one question
-VERDICTS = {"[[A]]": "first", "[[B]]": "second", "[[C]]": "tie"}
 
 
 @dataclass(frozen=True)
@@ -48,14 +46,6 @@ def read_pair_prompt(path: str | None) -> PairPrompt:
                 raise InputError(f"--judge_prompts {path}:{line}: unknown placeholder ({error})") from None
             return prompt
     raise InputError(f"--judge_prompts {path}: no prompt named {PROMPT_NAME}")
-
-
-def read_verdict(text: str) -> dict:
-    """The last of the verdicts in the text. Raises ``Unusable`` where there is none."""
-    places = {text.rfind(mark): verdict for mark, verdict in VERDICTS.items() if mark in text}
-    if not places:
-        raise Unusable("no_verdict")
-    return {"verdict": places[max(places)]}
 
 
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:

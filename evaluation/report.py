@@ -4,14 +4,17 @@ python evaluation/report.py OUTPUT      draws it again from the results that are
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import Html, cards, join, paragraph, table_html, write_page
 from evaluation import discriminator_chapter, sections
+from evaluation.judging import Shortfall
 from evaluation.results import load_results
+
+EXIT_STOPPED, EXIT_MISSING = 3, 4
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,22 @@ def refresh_report(out: str | Path) -> Path:
     return page
 
 
-def conclude(out: str | Path, stopped: str | None) -> int:
-    """Draw the report after judged parts. Exit code: 3 where a judge ``stopped`` early, for that reason; else 0."""
+def conclude(out: str | Path, parts: Mapping[str, Shortfall | None]) -> int:
+    """Draw the report after judged parts, and say what their verdicts lack.
+
+    Exit code: 3 where a judge stopped early, 4 where verdicts are missing although it did not; else 0.
+    """
     refresh_report(out)
-    if stopped:
-        print(f"stopped early ({stopped}); the same command continues", flush=True)
-    return 3 if stopped else 0
+    judged = {name: lacks for name, lacks in parts.items() if lacks}
+    for name, lacks in judged.items():
+        if lacks.stopped:
+            print(f"{name} stopped early ({lacks.stopped}); the same command continues", flush=True)
+        elif lacks.missing:
+            told = f"{name}: {lacks.missing:,} of {lacks.asked:,} verdicts are missing, and the results are of the rest"
+            print(f"{told}; --retry_failed asks again for those that failed", file=sys.stderr, flush=True)
+    if any(lacks.stopped for lacks in judged.values()):
+        return EXIT_STOPPED
+    return EXIT_MISSING if any(lacks.missing for lacks in judged.values()) else 0
 
 
 def overview(found: dict[str, dict | None]) -> Html:

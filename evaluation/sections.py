@@ -36,7 +36,10 @@ def headline(found: Mapping[str, dict | None]) -> list[tuple[str, str]]:
         )
     if (alpaca := found.get("alpaca_eval")) and alpaca["head_to_head"]:
         row = alpaca["head_to_head"][0]
-        words = f"{row['model']} preferred to {row['against']} (95 %: {interval(row['interval'], 0, percent=True)})"
+        gap = f"; {row['missing']} of {alpaca['questions']} prompts without a verdict" if row.get("missing") else ""
+        words = (
+            f"{row['model']} preferred to {row['against']} (95 %: {interval(row['interval'], 0, percent=True)}{gap})"
+        )
         items.append((f"{number(percent(row['win_rate']), 0)} %", words))
     if votes := found.get("human"):
         name, part = max(((n, p) for n, p in votes["shares"].items() if n != "tie"), key=lambda entry: entry[1])

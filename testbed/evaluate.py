@@ -1,5 +1,8 @@
 """What a run on the testbed achieved: true scores of SFT and TLCR, and the report.
 
+Whatever sharpens a policy raises its score at temperature 1 here, as sampling it colder does. So each policy is also
+measured at the temperature that suits it best, chosen on prompts other than those that are reported.
+
 python testbed/evaluate.py --run_dir OUTPUT   ->  OUTPUT/results.json, OUTPUT/report.html
 """
 
@@ -7,6 +10,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,16 +25,20 @@ from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
 from deepspeed_chat_tlcr.records import read_jsonl, read_revisions
-from deepspeed_chat_tlcr.report import Run, write_report
+from deepspeed_chat_tlcr.report import Run, policy_name, verdict, write_report
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from evaluation.scoring import heatmap, revision_heatmaps
 from step2_discriminator.revisions import hold_out
-from testbed.world import World
+from testbed.world import World, repeats_a_fact
 
 SHOWN = 4
 """Prompts, and revisions, whose tokens the report shows."""
+TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.0)
+"""Those a policy's best one is chosen from; 0: greedy."""
+CHOSEN_ON = 256
+"""Prompts of the evaluation data that it is chosen on, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +54,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy's sampled answers to the test prompts, and how good they truly are."""
+    """A policy's answers at one temperature, and how good they truly are."""
 
     answers: list[Answer]
     scores: list[float]
+    temperature: float = 1.0
 
     def summary(self) -> dict[str, float]:
         count = len(self.answers)
@@ -58,18 +67,42 @@ class Policy:
             "true_score_standard_error": statistics.stdev(self.scores) / count**0.5,
             "response_length": statistics.fmean(len(answer.response_ids) for answer in self.answers),
             "eos_rate": sum(answer.ended for answer in self.answers) / count,
+            "repeats": sum(repeats_a_fact(answer.text) for answer in self.answers) / count,
+            "temperature": self.temperature,
             "prompts": count,
         }
 
 
-def sample(model: PreTrainedModel, tokenizer, prompts: Sequence[str], world: World, options: Options, name: str):
-    """Sample one answer per prompt at temperature 1, and score it."""
+def sample(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    world: World,
+    options: Options,
+    name: str,
+    temperature: float = 1.0,
+) -> Policy:
+    """One scored answer to each prompt."""
     set_seed(options.seed)
     ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
-    generated = answers(model, tokenizer, ids, Decoding(options.max_answer_seq_len), options.batch_size)
-    written = list(tqdm(generated, total=len(ids), desc=f"answers of {name}", dynamic_ncols=True))
+    decoding = Decoding(options.max_answer_seq_len, temperature)
+    generated = answers(model, tokenizer, ids, decoding, options.batch_size)
+    words = f"answers of {name} at temperature {temperature:g}"
+    written = list(tqdm(generated, total=len(ids), desc=words, dynamic_ncols=True))
     scores = [world.score(prompt, a.text, a.ended) for prompt, a in zip(prompts, written, strict=True)]
-    return Policy(written, scores)
+    return Policy(written, scores, temperature)
+
+
+def kl(policy: Policy, model: PreTrainedModel, sft: PreTrainedModel, pad_id: int) -> float:
+    """KL of the policy, as it was sampled, to the SFT model at temperature 1: nats per response."""
+    own = response_logprobs(model, policy.answers, pad_id, policy.temperature) if policy.temperature else 0.0
+    return (own - response_logprobs(sft, policy.answers, pad_id)).mean().item()
+
+
+def difference(policy: Policy, other: Policy) -> dict[str, float]:
+    """Mean true score of ``policy`` less that of ``other`` on the same prompts, with its standard error."""
+    gaps = [one - two for one, two in zip(policy.scores, other.scores, strict=True)]
+    return {"mean": statistics.fmean(gaps), "standard_error": statistics.stdev(gaps) / len(gaps) ** 0.5}
 
 
 def answer_samples(
@@ -110,16 +143,18 @@ def stage_results(run: Path) -> dict[str, dict]:
 
 
 def print_table(results: dict) -> None:
-    table = Table(title="Held-out prompts, sampled at temperature 1; the true score is never shown to training")
-    for column in ("policy", "true score (1-10)", "response length", "KL to SFT"):
+    table = Table(title="Held-out prompts; the true score is never shown to training")
+    for column in ("policy", "true score (1-10)", "repeat a fact", "response length", "KL to SFT at T=1"):
         table.add_column(column, justify="left" if column == "policy" else "right")
-    for name in ("sft", "tlcr"):
+    for name in ("sft", "tlcr", "sft_best", "tlcr_best"):
         row = results[name]
         score = f"{row['true_score']:.2f} ± {row['true_score_standard_error']:.2f}"
-        table.add_row(name.upper(), score, f"{row['response_length']:.1f}", f"{row['kl']:.2f}")
+        words = policy_name(name, row)
+        table.add_row(words, score, f"{row['repeats']:.0%}", f"{row['response_length']:.1f}", f"{row['kl']:.2f}")
     judge = results["discriminator"]
     console = Console()
     console.print(table)
+    console.print(verdict(results))
     console.print(
         f"discriminator: {judge['edited_accuracy']:.3f} accuracy on held-out edited tokens "
         f"(majority guess {judge['majority_accuracy']:.3f})"
@@ -132,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = Path(options.run_dir)
     stages = stage_results(run)
     prompts = [record["prompt"] for _, record in read_jsonl(run / "data" / "test_prompts.jsonl")]
+    others = [record["prompt"] for _, record in islice(read_jsonl(run / "data" / "eval.jsonl"), CHOSEN_ON)]
     world = World(seed=options.world_seed)
 
     tokenizer = load_tokenizer(run / "step1_sft")
@@ -140,14 +176,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         "TLCR": load_causal_lm(str(run / "step3_ppo_tlcr" / "actor"), torch.float32).eval(),
     }
     policies = {name: sample(model, tokenizer, prompts, world, options, name) for name, model in models.items()}
-    written = policies["TLCR"].answers
-    log_ratio = response_logprobs(models["TLCR"], written, tokenizer.pad_token_id) - response_logprobs(
-        models["SFT"], written, tokenizer.pad_token_id
-    )
+    tried: dict[str, dict[float, float]] = {}
+    best: dict[str, Policy] = {}
+    for name, model in models.items():
+        of_each = {t: sample(model, tokenizer, others, world, options, name, t).scores for t in TEMPERATURES}
+        tried[name] = {t: statistics.fmean(scores) for t, scores in of_each.items()}
+        chosen = max(TEMPERATURES, key=tried[name].__getitem__)
+        best[name] = sample(model, tokenizer, prompts, world, options, name, chosen)
+    pad_id, measured = tokenizer.pad_token_id, {}
+    for suffix, of in (("", policies), ("_best", best)):
+        for name, policy in of.items():
+            away = kl(policy, models[name], models["SFT"], pad_id)
+            measured[name.lower() + suffix] = {**policy.summary(), "kl": away}
     judge = {key.removeprefix("eval/"): v for key, v in stages["discriminator"].items() if key.startswith("eval/")}
     results = {
-        "sft": {**policies["SFT"].summary(), "kl": 0.0},
-        "tlcr": {**policies["TLCR"].summary(), "kl": log_ratio.mean().item()},
+        **measured,
+        "tlcr_over_sft": {
+            "temperature_1": difference(policies["TLCR"], policies["SFT"]),
+            "best": difference(best["TLCR"], best["SFT"]),
+        },
+        "temperatures": {name.lower(): {f"{t:g}": score for t, score in row.items()} for name, row in tried.items()},
         "discriminator": judge,
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
         "seed": options.seed,
@@ -167,7 +215,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         about=(
             f"A run on the testbed, a made-up world whose true score is known: a Llama of "
             f"{sum(p.numel() for p in models['SFT'].parameters()) / 1e6:.1f} million parameters, "
-            f"{len(prompts)} held-out prompts, seed {options.seed}."
+            f"{len(prompts)} held-out prompts, seed {options.seed}. A policy’s best temperature was chosen on "
+            f"{len(others)} other prompts."
         ),
     )
     print_table(results)

@@ -102,10 +102,12 @@ def make_server(world: World, host: str = "127.0.0.1", port: int = 0, model: str
         wbufsize = -1
 
         def do_GET(self):
-            if self.path != "/v1/models":
-                return self._refuse(404, f"there is no {self.path}")
             listed = {"id": model, "object": "model", "created": 0, "owned_by": "testbed"}
-            return self._send(200, {"object": "list", "data": [listed]})
+            if self.path == "/v1/models":
+                return self._send(200, {"object": "list", "data": [listed]})
+            if self.path == f"/v1/models/{model}":
+                return self._send(200, listed)
+            return self._refuse(404, f"there is no {self.path}")
 
         def do_POST(self):
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))

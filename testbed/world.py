@@ -248,6 +248,12 @@ def distinct_prompts(world: World, rng: random.Random, taken: set[str] | None = 
             yield prompt
 
 
+def repeats_a_fact(response: str) -> bool:
+    """Whether a text states some fact (relation and object) more than once."""
+    stated = [(clause.relation.text, clause.object.text) for clause in parse_answer(response).clauses]
+    return len(set(stated)) < len(stated)
+
+
 def clause_text(index: int, topic: str, adverb: str | None, relation: str, thing: str) -> str:
     """The ``index``-th clause (from 0) of an answer as a sentence."""
     ordinal = words.ORDINALS[min(index, len(words.ORDINALS) - 1)]

@@ -33,6 +33,15 @@ def study(folder, annotators=("ann", "bob"), models=("sft", "tlcr", "dpo"), *mor
     return folder / "out" / "human"
 
 
+def test_the_question_cannot_act_on_the_page(tmp_path):
+    """A right-to-left override in it would turn round what is asked; it is spelled out, as in prompts and answers."""
+    human = study(tmp_path, ("ann",), ("sft", "tlcr"), "--question", "Which is \u202eretteb\x1b\u2066?")
+    page = (human / "pages" / "ann.html").read_text()
+    assert not any(mark in page for mark in "\u202e\x1b\u2066")
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert data["question"] == "Which is \\u202eretteb\\x1b\\u2066?"
+
+
 def vote_for(human, annotator: str, choices: list[str]) -> dict:
     """The file that a page exports after votes for these models, item by item in the key's order."""
     key = json.loads((human / "key.json").read_text())

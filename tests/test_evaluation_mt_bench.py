@@ -1,5 +1,6 @@
 """MT-Bench through the real entry point, against a judge that omits ratings, rates 11, fails and dies."""
 
+import asyncio
 import importlib.util
 import json
 import math
@@ -18,10 +19,11 @@ from labeling_helpers import fault_server
 from tokenizers import processors
 from transformers import GenerationConfig
 
-from deepspeed_chat_tlcr.asking.endpoint import Unusable
+from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import mt_bench
+from evaluation.judging import SharedAccount
 from evaluation.policies import Policy, PolicyOptions, Question, prompt_ids, prompt_text
 from evaluation.stats import bootstrap_interval
 
@@ -55,7 +57,7 @@ def test_scores_are_right_and_nothing_is_paid_twice(models, tmp_path, monkeypatc
 
     def verdict(prompt: str, asked: int):
         troubles = ["It is nice.", "Rating: [[11]]", 500][len(prompt) % 3 :]
-        return troubles[asked] if asked < len(troubles) else f"Good. Rating: [[{expected_rating(prompt)}]] [[3]]"
+        return troubles[asked] if asked < len(troubles) else f"Less than [[3]]? Rating: [[{expected_rating(prompt)}]]"
 
     monkeypatch.setattr("deepspeed_chat_tlcr.asking.dispatch.back_off", lambda retry, wait: 0.0)
     with judging(verdict) as (judge, url):
@@ -101,14 +103,18 @@ def test_scores_are_right_and_nothing_is_paid_twice(models, tmp_path, monkeypatc
         assert f"{results['models']['tlcr']['overall']:.3f}"[:4] in shown
 
 
-def test_a_judge_that_never_rates_costs_three_attempts_and_leaves_a_gap(models, tmp_path):
+def test_a_judge_that_never_rates_costs_three_attempts_and_leaves_a_gap(models, tmp_path, capsys):
     folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
 
     def verdict(prompt: str, asked: int):
         return "No number." if "sea" in prompt and "||" not in prompt else "Rating: [[4]]"
 
     with judging(verdict) as (judge, url):
-        assert bench(models[:1], folder, out, url) == 0
+        assert bench(models[:1], folder, out, url) == 4
+        told = capsys.readouterr()
+    assert "MT-Bench: 1 of 8 verdicts are missing" in told.err
+    assert "only 7 of 8 ratings" in told.out
+    assert "1 of 8 verdicts are missing" in texts_of(out / "report.html")
     assert max(judge.paid.values()) == 3
     results = json.loads((out / "mt_bench" / "results.json").read_text())
     assert results["missing"] == 1
@@ -135,7 +141,7 @@ def test_a_judge_that_dies_is_continued_without_paying_again(models, tmp_path, m
         assert bench(models, folder, out, url, "--concurrency", 1, "--max_retries", 1) == 3
     assert "Stopped early" in texts_of(out / "report.html")
     with judging(lambda prompt, asked: "[[5]]") as (second, url):
-        assert bench(models, folder, out, url, "--retry_failed") == 0
+        assert bench(models, folder, out, url, "--retry_failed") == 4  # the others have not been asked for yet
         assert bench(models, folder, out, url) == 0
     assert not set(first.paid) & set(second.paid)
     results = json.loads((out / "mt_bench" / "results.json").read_text())
@@ -157,6 +163,64 @@ def test_the_cost_cap_stops_a_judge_and_is_never_passed(models, tmp_path):
         assert bench(models, folder, out, url, "--judge", "gpt-4-0125-preview") == 0
         assert set(judge.paid.values()) == {1}
     assert json.loads((out / "mt_bench" / "results.json").read_text())["missing"] == 0
+
+
+def test_a_flag_can_be_mended_until_a_verdict_was_paid_for(models, tmp_path, capsys):
+    """A judge that refuses temperature 0: both what it refuses and the setting may be asked anew, until it answers."""
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+    with judging(lambda prompt, asked: 400) as (judge, url):
+        with pytest.raises(SystemExit) as exit:  # every request is refused, so the run is
+            bench(models[:1], folder, out, url)
+        assert exit.value.code == 2
+    with judging(lambda prompt, asked: "[[5]]") as (judge, url):
+        assert bench(models[:1], folder, out, url, "--judge_temperature", 1) == 0
+        assert {body["temperature"] for body in judge.bodies} == {1.0}
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            bench(models[:1], folder, out, url, "--judge_temperature", 0.5)
+        assert "temperature: was 1.0, now 0.5" in capsys.readouterr().err
+
+
+def test_a_judge_that_is_gone_is_told_before_a_model_answers(models, tmp_path, capsys):
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+    known = json.dumps({"gpt-4": {"shutdown_date": "2026-10-23"}})
+    with fault_server(models=known) as url:
+        for name, words in (("gpt-4", "was shut down on 2026-10-23"), ("o3-mini", "was shut down on 2026-10-23")):
+            with pytest.raises(SystemExit) as exit:
+                bench(models, folder, out, url, "--judge", name)
+            assert exit.value.code == 2
+            told = capsys.readouterr().err
+            assert words in told
+            assert "set --judge (JUDGE) to gpt-5.6-sol" in told
+    assert not (out / "mt_bench" / "model_answer").exists()
+
+
+def test_a_judge_does_not_meet_the_lock_of_another_and_reckons_with_its_money(models, tmp_path):
+    """The other has spent US$ 0.006 of 0.014; 8 calls, held back at some 0.005 each and costing 0.0013, do not fit."""
+    folder, out = write_bench(tmp_path / "fastchat"), tmp_path / "out"
+    other = out / "alpaca_eval" / "judge" / "other"
+    cap = ["--judge", "gpt-4-0125-preview", "--judge_max_tokens", "90", "--concurrency", "1", "--max_cost_usd", 0.014]
+    with RunFolder(other, results="verdicts.jsonl"), judging(lambda prompt, asked: "[[5]]") as (judge, url):
+        (other / "spent").write_text("0.006\n")
+        assert bench(models[:1], folder, out, url, *cap) == 3
+    results = json.loads((out / "mt_bench" / "results.json").read_text())
+    assert results["stopped"] == "cost cap"
+    assert 0 < results["usd"] <= 0.008
+    assert judge.paid.total() < 8
+
+
+def test_two_accounts_share_one_cap(tmp_path):
+    """US$ 1 for both: 0.6 held in one leaves no 0.6 for the other, until it turns out to have cost 0.1."""
+    folders = [tmp_path / "mt_bench" / "judge" / name for name in "ab"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    one, other = (SharedAccount(folder, None, 1.0) for folder in folders)
+    asyncio.run(one.hold(0.6))
+    assert not other.fits(0.6)
+    one.settle(0.6, spent=0.1)
+    assert other.fits(0.6)
+    assert not one.fits(0.6)  # the other may hold that by now
+    assert SharedAccount(folders[0], None, None, 5.0).fits(1e6)  # no cap of its own
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["calls", "batches"])
@@ -261,23 +325,6 @@ def test_a_bench_that_does_not_fit_is_refused_before_a_model_loads(tmp_path, fil
 def test_numbers_that_are_too_small_are_refused(name, value):
     with pytest.raises(InputError, match=f"--{name} {value}: must be at least 1"):
         mt_bench.Options(out="x", **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("text", "score"),
-    [("Rating: [[5]]", 5), ("[[7.5]] or [[2]]", 7.5), ("My rating: [8]", 8), ("arr[1] is [[10]]", 10)],
-)
-def test_ratings_are_read(text, score):
-    assert mt_bench.read_rating(text) == {"score": score}
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"), [("fine", "no_rating"), ("arr[1] = 2", "no_rating"), ("[[11]]", "rating_out_of_range")]
-)
-def test_what_is_no_rating_is_asked_again(text, reason):
-    with pytest.raises(Unusable) as unusable:
-        mt_bench.read_rating(text)
-    assert unusable.value.reason == reason
 
 
 def test_fastchats_own_files_are_understood():

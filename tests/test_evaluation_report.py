@@ -3,9 +3,11 @@
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -173,6 +175,86 @@ def test_the_script_takes_a_file_of_variables(tmp_path):
     done = subprocess.run(["bash", str(script), "/nowhere"], capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert "RUN_FOLDER | CONFIG_FILE" in done.stderr
+
+
+def run_script(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
+    """evaluate.sh, up to evaluation/main.py, in whose place its words are printed, one to a line."""
+    words = "import sys; print(*sys.argv[1:], sep='\\n')"
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "python3"
+        python.write_text(f"""#!/bin/bash
+case $1 in
+  */evaluation/main.py) exec {shlex.quote(sys.executable)} -c {shlex.quote(words)} "${{@:2}}" ;;
+  *) exec {shlex.quote(sys.executable)} "$@" ;;
+esac
+""")
+        python.chmod(0o755)
+        own = f"{folder}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        command = ["bash", str(ROOT / "training_scripts" / "evaluate.sh"), *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PATH": own} | variables)
+
+
+def test_a_folder_with_blanks_is_one_word(tmp_path):
+    run = tmp_path / "my run"
+    (run / "step3_ppo_tlcr").mkdir(parents=True)
+    (run / "step3_ppo_tlcr" / "run_options.json").write_text("{}")
+    done = run_script(run)
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    models = words.index("--models")
+    assert words[models + 1 : models + 3] == [f"sft={run}/step1_sft", f"tlcr={run}/step3_ppo_tlcr/actor"]
+    assert f"--run_options={run}/step3_ppo_tlcr/run_options.json" in words
+    assert f"--out={run}/evaluation" in words
+    assert f"--discriminator={run}/step2_discriminator" in words
+    (tmp_path / "conf").write_text("MODELS=('a=my model' b=other) REVISIONS='one two' JUDGE='a b'\n")
+    words = run_script(tmp_path / "conf").stdout.splitlines()
+    assert words[words.index("--models") + 1 :][:2] == ["a=my model", "b=other"]
+    assert words[words.index("--revisions") + 1 :][:2] == ["one", "two"]
+    assert "--judge=a b" in words
+    (tmp_path / "conf").write_text("RUNS='a=x --base_url=http://h'\n")
+    refused = run_script(tmp_path / "conf")
+    assert refused.returncode == 2
+    assert 'RUNS has "--base_url=http://h"' in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        (
+            {"data_path": ["d.jsonl --judge m --base_url URL"], "data_split": "2,4,4", "data_seed": 1},
+            "d.jsonl --judge m",
+        ),
+        ({"data_path": ["d.jsonl", "--judge", "m"], "data_split": "2,4,4", "data_seed": 1}, ""),
+        ({"data_path": ["d.jsonl"], "data_split": "2,4,4 --base_url URL --judge m", "data_seed": 1}, ""),
+        ({"data_path": ["d.jsonl"], "data_split": "2,4,4", "data_seed": "1 --judge m"}, "as step 3 writes them"),
+        ("[" * 100_000, "cannot be read (RecursionError)"),
+        ('{"data_seed": ' + "9" * 5000 + "}", "cannot be read (ValueError)"),
+    ],
+)
+def test_a_run_folder_cannot_set_options(tiny, tmp_path, saved, words):
+    """What a run folder says of its data is data: no address in it is asked, with the key or without."""
+    run = tmp_path / "run"
+    for folder in ("step1_sft", "step3_ppo_tlcr/actor"):
+        shutil.copytree(tiny / "model", run / folder)
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment |= {"OPENAI_API_KEY": "sk-secret-secret", "DISCRIMINATOR": "", "REVISIONS": ""}
+    with judging(lambda prompt, asked: "[[A]]") as (judge, url):
+        text = saved if isinstance(saved, str) else json.dumps(saved).replace("URL", url)
+        (run / "step3_ppo_tlcr" / "run_options.json").write_text(text)
+        command = ["bash", str(ROOT / "training_scripts" / "evaluate.sh"), str(run), "--dtype", "fp32"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not judge.asked
+
+
+def test_a_password_in_the_judges_address_is_not_shown(tiny, tmp_path, capsys):
+    address = "http://me:hidden-password@127.0.0.1:9/v1"
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": 1, "policy/kl": 0.1}])
+    runs = ["--runs", f"a={tmp_path}", "--out", str(tmp_path / "out")]
+    assert evaluation.main([*runs, "--base_url", address]) == 0
+    assert "hidden-password" not in capsys.readouterr().out + (tmp_path / "out" / "run_options.json").read_text()
 
 
 def test_a_table_over_seeds_of_what_run_table1_left(tiny, tmp_path):

@@ -51,7 +51,7 @@ from deepspeed_chat_tlcr.pictures import (
 from deepspeed_chat_tlcr.pictures.charts import MOST_POINTS, thin, ticks
 from deepspeed_chat_tlcr.pictures.png import bar_chart_png, heatmap_png, line_chart_png
 from deepspeed_chat_tlcr.records import Preference, Revision
-from deepspeed_chat_tlcr.report import PUBLISHED, Run, duration, write_report
+from deepspeed_chat_tlcr.report import PUBLISHED, Run, duration, verdict, write_report
 from labeling import show
 
 ROOT = Path(__file__).parents[1]
@@ -599,6 +599,37 @@ def test_report_shows_results_curves_and_samples(tmp_path):
     assert sum("not recorded" in chart for chart in charts) == 6
     for chart in charts:
         ElementTree.fromstring(chart)
+
+
+def test_report_compares_both_policies_at_their_best_temperature(tmp_path):
+    results = {
+        "sft": {"true_score": 3.75, "response_length": 27.0, "kl": 0.0, "repeats": 0.09, "temperature": 1.0},
+        "tlcr": {"true_score": 7.0, "response_length": 26.0, "kl": 8.0, "repeats": 0.48, "temperature": 1.0},
+        "sft_best": {"true_score": 8.0, "response_length": 27.0, "kl": 9.0, "repeats": 0.25, "temperature": 0.1},
+        "tlcr_best": {"true_score": 7.5, "response_length": 26.0, "kl": 12.0, "repeats": 0.5, "temperature": 0.0},
+    }
+    over = {"temperature_1": {"mean": 3.25, "standard_error": 0.1}, "best": {"mean": -0.5, "standard_error": 0.1}}
+    page = write_report(tmp_path / "report.html", results | {"tlcr_over_sft": over}).read_text(encoding="utf-8")
+    text = " ".join(data for _, data in Parsed(page).texts)
+    for piece in (
+        "8.00 → 7.50",
+        "3.75 → 7.00",
+        "SFT, best T (0.1)",
+        "TLCR, best T (0)",
+        "SFT, T = 1",
+        "48.00",
+        "25.00",
+    ):
+        assert piece in text, piece
+    assert "TLCR scores lower than SFT with both at their best temperature" in text
+    assert "(−0.50, 95 % interval −0.70 to −0.30, of one run); at temperature 1 the difference is +3.25." in text
+
+
+@pytest.mark.parametrize(
+    ("mean", "said"), [(0.5, "scores higher"), (0.1, "does not differ measurably"), (-0.5, "scores lower")]
+)
+def test_verdict_needs_an_interval_beside_zero(mean, said):
+    assert f"TLCR {said}" in verdict({"tlcr_over_sft": {"best": {"mean": mean, "standard_error": 0.1}}})
 
 
 def test_report_of_nothing_names_everything_as_missing(tmp_path):

@@ -580,6 +580,15 @@ def test_background_server_ends_with_its_script(tmp_path, how):
         os.kill(server, 0)
 
 
+@pytest.mark.parametrize("stages", ["../tests/evil", "step1 ../../tmp/evil", "run_tiny", "step1;id"])
+def test_a_stage_is_one_of_the_recipes(tmp_path, stages):
+    done = run("run_7b.sh", tmp_path / "out", STAGES=stages, PLAN=1)
+    assert done.returncode == 2
+    assert "error: STAGES has no stage" in done.stderr
+    assert "known: step1 label step2" in done.stderr
+    assert done.stdout == ""
+
+
 # ---- a script that is told to end ------------------------------------------------------------------------------------
 
 
@@ -620,10 +629,16 @@ def test_run_tiny_end_to_end(tmp_path):
     done = run("run_tiny.sh", output, SEED=3, timeout=600, **sizes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((output / "results.json").read_text())
-    for policy in ("sft", "tlcr"):
+    for policy in ("sft", "tlcr", "sft_best", "tlcr_best"):
         assert 1 <= results[policy]["true_score"] <= 10
         assert 0 < results[policy]["response_length"] <= 96
+        assert 0 <= results[policy]["repeats"] <= 1
     assert results["tlcr"]["kl"] != 0
+    for policy in ("sft", "tlcr"):
+        tried = results["temperatures"][policy]
+        assert tried[f"{results[policy + '_best']['temperature']:g}"] == max(tried.values())
+    best = results["tlcr_best"]["true_score"] - results["sft_best"]["true_score"]
+    assert results["tlcr_over_sft"]["best"]["mean"] == pytest.approx(best)
     assert 0 <= results["discriminator"]["edited_accuracy"] <= 1
     assert set(results["seconds"]) == {"base", "sft", "labeling", "discriminator", "ppo"}
     assert "<html" in (output / "report.html").read_text()[:500]
@@ -641,7 +656,7 @@ def test_run_tiny_end_to_end(tmp_path):
         assert ".py" in log
         assert said.get(stage, "") in log
         assert said.get(stage, "") in done.stdout
-    assert "TLCR" in done.stdout, "the table"
+    assert "SFT, best T" in done.stdout, "the table"
     revised = [json.loads(line) for line in (output / "labeling" / "revisions.jsonl").read_text().splitlines()]
     assert len(revised) > 100
     assert all(record["model"] == "oracle-reviser" for record in revised)

@@ -10,21 +10,25 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import openai
 import pytest
+import torch
 from conftest import ROOT, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.generation import Answer
 from deepspeed_chat_tlcr.records import Preference
+from deepspeed_chat_tlcr.scoring import response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_response
 from labeling.prompt import build_messages, parse_answer
 from testbed import vocabulary as words
 from testbed.base import raw_text
 from testbed.reviser import edit_probability, propose_edits, revise
 from testbed.serve import serve_in_thread
-from testbed.world import World, distinct_prompts, parse_prompt, true_score
+from testbed.world import World, distinct_prompts, parse_prompt, repeats_a_fact, true_score
 from testbed.world import parse_answer as parse_text
 
 WORLD = World(seed=0)
@@ -47,6 +51,27 @@ def changed(old: str, new: str, text: str = PERFECT) -> str:
 
 
 # What texts are worth
+
+
+def test_which_texts_repeat_a_fact():
+    assert not repeats_a_fact(PERFECT)
+    assert repeats_a_fact(changed(FEARS, NEEDS))
+    assert repeats_a_fact(f"The rose {NEEDS}. It {FEARS}. The rose generally {NEEDS}")
+    assert not repeats_a_fact("")
+
+
+class Coin(torch.nn.Module):
+    """A model of two tokens, of which it gives the second three times the chance of the first, always."""
+
+    def forward(self, input_ids, attention_mask):
+        return SimpleNamespace(logits=torch.tensor([0.0, math.log(3)]).expand(*input_ids.shape, 2))
+
+
+def test_logprobs_at_a_temperature():
+    """Chances 1/4 and 3/4; at temperature 1/2 their squares, 1/10 and 9/10."""
+    written = [Answer([1, 0], [1, 0], "", True), Answer([0], [1], "", False)]
+    assert response_logprobs(Coin(), written, 0).exp().tolist() == pytest.approx([3 / 16, 3 / 4])
+    assert response_logprobs(Coin(), written, 0, 0.5).exp().tolist() == pytest.approx([9 / 100, 9 / 10])
 
 
 def test_a_perfect_answer_scores_ten():
@@ -356,6 +381,7 @@ QUESTION = build_messages(Preference(PROMPT, PERFECT, BAD))
 
 def test_the_endpoint_answers_the_papers_question_in_the_papers_format(client):
     assert [model.id for model in client.models.list()] == ["oracle-reviser"]
+    assert client.models.retrieve("oracle-reviser").id == "oracle-reviser"
     # With n = 40 revisions each of the two harmful choices is mended in about nine of ten.
     completion = client.chat.completions.create(model="oracle-reviser", messages=QUESTION, n=40, seed=1)
     answers = [parse_answer(choice.message.content, BAD) for choice in completion.choices]

@@ -130,6 +130,8 @@ set +a
 
 # ---- what the scripts share ----
 
+KNOWN_STAGES="step1 label step2 step2_sequence step3 dpo figa"
+
 # Finds or makes the Python environment (PLAN=1 needs none) and fills the arrays `launcher` and `data`.
 prepare() {
   # shellcheck source=training_scripts/setup.sh
@@ -140,6 +142,13 @@ prepare() {
   launcher+=(--master_port "$MASTER_PORT")
   # shellcheck disable=SC2034 # the stages' scripts use it
   read -ra data <<<"$DATA"
+  local stage
+  for stage in $STAGES; do # each becomes the name of a script to run
+    [[ " $KNOWN_STAGES " == *" $stage "* ]] || {
+      printf 'error: STAGES has no stage "%s"; known: %s\n' "$stage" "$KNOWN_STAGES" >&2
+      exit 2
+    }
+  done
 }
 
 # switch FLAG VALUE: adds FLAG to the array `command` where VALUE is 1.

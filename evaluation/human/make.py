@@ -94,7 +94,7 @@ def page(items: Sequence[Item], shown: Mapping[str, list[str]], study: str, anno
     data = {
         "study": study,
         "annotator": annotator,
-        "question": options.question,
+        "question": visible(options.question),
         "tie": not options.no_tie,
         "items": [
             {
