@@ -5,14 +5,16 @@ counted exactly where the packages are there. All numbers are estimates: memory.
 deepspeed_chat_tlcr/asking/money.py those for calls.
 """
 
+import datetime
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepspeed_chat_tlcr import memory
-from deepspeed_chat_tlcr.asking.models import price_of
+from deepspeed_chat_tlcr.asking.models import BATCH_DISCOUNT, Price, known_model, price_of
 from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate
+from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.memory import GIB, Need
 from deepspeed_chat_tlcr.model_shapes import ModelShape, shape_of
@@ -21,6 +23,9 @@ from labeling.prompt import TEMPLATE
 
 HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}
 """Training records of hub data sets that the plan knows without the network."""
+
+LABEL_CONCURRENCY = 32  # calls in flight, labeling/main.py's default
+REVISERS = ("gpt-6-luna", "gpt-6.1-terra", "gpt-6-sol")  # whose price a plan shows beside that of the chosen one
 
 HH_CHARACTERS = (650, 310, 310)
 """Mean length of prompt, chosen and rejected in HH-RLHF, from the byte counts published with its hub copies."""
@@ -56,8 +61,21 @@ def labelling(recipe: Recipe, texts: Texts) -> Estimate:
     """Calls, tokens and US$ of revising the reward part, one call a record."""
     calls = part_sizes(texts.records, recipe.data_split)[1]
     question = len(TEMPLATE) + texts.prompt + texts.chosen + texts.rejected
-    price = price_of(recipe.label_model, recipe.label_base_url or None)
-    return estimate(calls, round(calls * question), round(calls * texts.rejected), price, concurrency=1)
+    known = known_model(recipe.label_model)
+    price, effort = label_price(recipe), recipe.label_effort
+    if effort == "lowest":
+        effort = known.efforts[0] if known and known.efforts else "none"
+    if price and recipe.label_batch:
+        price = price.discounted(known.batch if known else BATCH_DISCOUNT)
+    sizes = (calls, round(calls * question), round(calls * texts.rejected))
+    return estimate(*sizes, price, concurrency=LABEL_CONCURRENCY, effort=effort)
+
+
+def label_price(recipe: Recipe) -> Price | None:
+    """US$ per million tokens of what labels; 0 on a machine of the user's own, None where nobody has said it."""
+    if recipe.label_price:
+        return Price.parse(recipe.label_price, "LABEL_PRICE")
+    return price_of(recipe.label_model, recipe.label_base_url or None)
 
 
 def optimizer_steps(examples: int, per_device: int, accumulation: int, ranks: int, epochs: int) -> int:
@@ -182,20 +200,38 @@ def gib(size: float) -> str:
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
 
 
-def labelling_report(recipe: Recipe, texts: Texts | str) -> str:
-    title = f"Labelling by {recipe.label_model}"
+def labelling_report(recipe: Recipe, texts: Texts | str, today: datetime.date | None = None) -> str:
+    where = f" at {without_secrets(recipe.label_base_url)}" if recipe.label_base_url else ""
+    title = f"Labelling by {recipe.label_model or 'the model served'}{where}"
+    known = known_model(recipe.label_model)
+    end = known and not recipe.label_base_url and known.end(today or datetime.date.today())
+    warning = f"\n  warning: {end} (LABEL_MODEL)" if end else ""
     if isinstance(texts, str):
-        return f"{title}: {texts}"
-    cost = labelling(recipe, texts)
-    dollars = "price not known" if cost.usd is None else f"US$ {cost.usd:,.0f}"
+        return f"{title}: {texts}{warning}"
+    names = [recipe.label_model]
+    if not recipe.label_base_url and not recipe.label_price:
+        names += [name for name in REVISERS if name != recipe.label_model]
+    rows = [_reviser_row(recipe, texts, name) for name in names]
     source = "lengths of the data" if texts.exact else "mean lengths of HH-RLHF"
-    row = (f"{cost.calls:,}", f"{cost.prompt_tokens:,}", f"{cost.completion_tokens:,}", dollars)
+    read = f"; prices read on {known.read}" if known and known.read and not recipe.label_price else ""
     return (
         f"{title}, for the reward part of {recipe.data} at {recipe.data_split} ({texts.records:,} records)\n"
-        + table(("calls", "input tokens", "output tokens", "cost"), [row])
-        + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token and {EXPLANATION_TOKENS} tokens of "
-        "reasoning; retries not counted)"
+        + table(("reviser", "calls", "input tokens", "output tokens", "hours", "US$", "US$ by Batch"), rows)
+        + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token, {EXPLANATION_TOKENS} tokens of explanation, "
+        f"and the hidden\n  reasoning usual at LABEL_EFFORT={recipe.label_effort}; {LABEL_CONCURRENCY} calls in flight; "
+        f"retries not counted{read})" + warning
     )
+
+
+def _reviser_row(recipe: Recipe, texts: Texts, name: str) -> tuple[str, ...]:
+    """What labelling costs by one model, plain and by the Batch API."""
+    chosen = replace(recipe, label_model=name, label_batch=False)
+    cost, batch = labelling(chosen, texts), labelling(replace(chosen, label_batch=True), texts)
+    usd = [f"{each.usd:,.2f}" if each.usd else "unknown" for each in (cost, batch)]
+    if cost.usd == 0:
+        usd = ["none", "none"]
+    tokens = (f"{cost.calls:,}", f"{cost.prompt_tokens:,}", f"{cost.completion_tokens:,}", f"{cost.hours:.1f}")
+    return (name or "(the one served)", *tokens, *usd)
 
 
 def steps_report(recipe: Recipe, texts: Texts | str) -> str:

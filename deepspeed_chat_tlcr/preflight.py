@@ -4,6 +4,7 @@ training_scripts/run_7b.sh and run_tiny.sh run it with the variables of recipe.s
 the problems. Like ``machine_checks``, it starts with the standard library alone.
 """
 
+import datetime
 import json
 import os
 import shutil
@@ -14,6 +15,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from deepspeed_chat_tlcr.asking.models import (
+    ask_listing,
+    check_base_url,
+    known_model,
+    reason_not_to_start,
+    served_models,
+)
+from deepspeed_chat_tlcr.asking.redaction import printable, without_secrets
 from deepspeed_chat_tlcr.errors import EXIT_INPUT, InputError, exits_cleanly
 from deepspeed_chat_tlcr.machine_checks import (
     ROOT,
@@ -28,8 +37,10 @@ from deepspeed_chat_tlcr.machine_checks import (
     package_problems,
 )
 from deepspeed_chat_tlcr.memory import GIB
-from deepspeed_chat_tlcr.plan import ALONE, disk_needs, most_disk, part_sizes
+from deepspeed_chat_tlcr.plan import ALONE, disk_needs, label_price, most_disk, part_sizes
 from deepspeed_chat_tlcr.recipe import Recipe
+
+RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes first
 
 # ---- labelling -------------------------------------------------------------------------------------------------------
 
@@ -45,20 +56,49 @@ def check_labelling(recipe: Recipe) -> Iterator[Problem]:
         return
     if labelling_is_complete(own):
         return
-    if not recipe.label_base_url:
-        if not os.environ.get(recipe.api_key_env, "").strip():
-            yield Problem(
-                f"{recipe.api_key_env}, the variable with the API key for {recipe.label_model}, is not set",
-                f"export {recipe.api_key_env}=...; or name another variable with API_KEY_ENV, another endpoint with "
-                "LABEL_BASE_URL, or revisions you already have with REVISIONS",
-            )
+    key = os.environ.get(recipe.api_key_env, "").strip()
+    address = recipe.label_base_url.rstrip("/") or None
+    if address is None and not key:
+        yield Problem(
+            f"{recipe.api_key_env}, the variable with the API key for {recipe.label_model}, is not set",
+            f"export {recipe.api_key_env}=...; or name another variable with API_KEY_ENV, another endpoint with "
+            "LABEL_BASE_URL, or revisions you already have with REVISIONS",
+        )
         return
-    address = urlsplit(recipe.label_base_url)
-    if address.scheme not in ("http", "https") or not address.hostname:
-        yield Problem("LABEL_BASE_URL is not an http address", "give it like http://127.0.0.1:8000/v1")
-    elif address.hostname in ("localhost", "127.0.0.1", "::1") and not _answers(recipe.label_base_url):
-        shown = f"{address.scheme}://{address.hostname}:{address.port or ''}{address.path}"
-        yield Problem(f"LABEL_BASE_URL {shown}: nothing answers there", "start the server before the run")
+    if address is not None:
+        try:
+            check_base_url(recipe.label_base_url, "LABEL_BASE_URL")
+        except InputError as error:
+            yield Problem(str(error), "mend the address, or leave it empty for OpenAI's")
+            return
+        if urlsplit(address).hostname in ("localhost", "127.0.0.1", "::1") and not _answers(address):
+            shown = without_secrets(address)
+            yield Problem(f"LABEL_BASE_URL {shown}: nothing answers there", "start the server before the run")
+            return
+    yield from _check_reviser(recipe, address, key)
+
+
+def _check_reviser(recipe: Recipe, address: str | None, key: str) -> Iterator[Problem]:
+    """The endpoint has the model, and will have it while the run lasts; its price is known."""
+    if address is not None and not recipe.label_model:
+        names = list(served_models(address, key))
+        if len(names) != 1:
+            told = ", ".join(printable(name)[:80] for name in names[:10]) or "it lists none"
+            shown = without_secrets(address)
+            yield Problem(f"LABEL_MODEL is empty, and {shown} does not serve just one model ({told})", "name one")
+        return
+    known = known_model(recipe.label_model)
+    if label_price(recipe) is None:
+        yield Problem(
+            f"the price of LABEL_MODEL={recipe.label_model} is not known",
+            "LABEL_PRICE=IN,OUT in US$ per million tokens (0,0 if it costs nothing)",
+        )
+    listing = ask_listing(recipe.label_model, address, key)
+    if reason := reason_not_to_start(recipe.label_model, listing, RUN_HOURS, "LABEL_MODEL", known):
+        found, _, remedy = reason.partition(": set ")
+        yield Problem(found, f"set {remedy}")
+    elif address is None and known and (end := known.end(datetime.date.today())):
+        print(f"preflight: warning: {end} (LABEL_MODEL)", file=sys.stderr)
 
 
 def labelling_is_complete(folder: Path) -> bool:

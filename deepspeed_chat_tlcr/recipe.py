@@ -41,6 +41,9 @@ class Recipe:
     gpu_memory_gb: float
     label_model: str
     label_base_url: str
+    label_effort: str
+    label_batch: bool
+    label_price: str
     api_key_env: str
     max_seq_len: int
     sft_batch_size: int

@@ -432,7 +432,7 @@ def test_the_estimate_comes_from_the_data_and_asks_where_someone_is_there(tmp_pa
         ({"top_p": 0}, "--top_p 0: must be from"),
         ({"reasoning_effort": "little"}, "--reasoning_effort little: known are lowest, none"),
         ({"max_failure_share": 2}, "--max_failure_share 2: must be from 0 to 1"),
-        ({"price": "-1"}, "--price takes two numbers"),
+        ({"price": "0,-2"}, "--price 0,-2: expected IN,OUT"),
         ({"max_edit_ratio": 1.5}, "--max_edit_ratio 1.5"),
         ({"model": "nobody-knows"}, "the price of 'nobody-knows' is not known"),
         ({"prices": "no.json"}, "--prices no.json: cannot be read"),

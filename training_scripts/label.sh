@@ -5,7 +5,7 @@
 # what it will cost; it stops before it could cost more than LABEL_MAX_USD, and asks no questions below that.
 # Time: hours, set by the API's rate limits; a stopped run (exit status 3) goes on where it was.
 # Launch:   bash training_scripts/label.sh [options of labeling/main.py]
-#           LABEL_MODEL=my-model LABEL_BASE_URL=http://127.0.0.1:8000/v1 bash training_scripts/label.sh
+#           LABEL_BASE_URL=http://127.0.0.1:8000/v1 bash training_scripts/label.sh     a server of your own: no key, no price
 # Variables with their defaults: recipe.sh, "label.sh". Skipped when OUTPUT/labeling/run.json says complete.
 
 # shellcheck source=training_scripts/recipe.sh
@@ -18,10 +18,14 @@ command=(
   --data_split "$DATA_SPLIT"
   --data_seed "$DATA_SEED"
   --split train
-  --model "$LABEL_MODEL"
+  --reasoning_effort "$LABEL_EFFORT"
+  --max_failure_share "$LABEL_MAX_FAILURE_SHARE"
   --api_key_env "$API_KEY_ENV"
   --output_dir "$OUTPUT/labeling"
 )
+[[ -z $LABEL_MODEL ]] || command+=(--model "$LABEL_MODEL")
+[[ -z $LABEL_PRICE ]] || command+=(--price "$LABEL_PRICE")
+switch --batch "$LABEL_BATCH"
 [[ -z $LABEL_MAX_USD ]] || command+=(--max_cost_usd "$LABEL_MAX_USD" --yes)
 [[ -z $LABEL_TOKENIZER ]] || command+=(--tokenizer "$LABEL_TOKENIZER")
 [[ -z $LABEL_BASE_URL ]] || command+=(--base_url "$LABEL_BASE_URL")

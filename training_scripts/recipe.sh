@@ -34,9 +34,14 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${PLAN:=0}"                              # 1: run nothing; print the commands, the cost, the memory, the disk
 
 # ---- label.sh: an external model revises the rejected responses (4.1) ----
-: "${LABEL_MODEL:=gpt-4-0125-preview}"
-: "${LABEL_BASE_URL:=}"                     # another OpenAI-compatible endpoint; empty: OpenAI's
-: "${LABEL_MAX_USD=1000}"                    # labelling stops before it could cost more; empty: it asks
+: "${LABEL_BASE_URL:=}"                     # another OpenAI-compatible endpoint, such as a vLLM server; empty: OpenAI's
+[[ -n $LABEL_BASE_URL ]] || : "${LABEL_MODEL:=gpt-6-luna}"
+: "${LABEL_MODEL:=}"                        # the model that revises; empty: the only one that LABEL_BASE_URL serves
+: "${LABEL_EFFORT:=lowest}"                 # its hidden reasoning: none, low, … or lowest, the least that it has
+: "${LABEL_BATCH:=0}"                       # 1: OpenAI's Batch API, half the price, up to a day
+: "${LABEL_MAX_USD=100}"                    # labelling stops before it could cost more; empty: it asks
+: "${LABEL_PRICE:=}"                        # "IN,OUT" in US$ per million tokens, of a model that prices.json lacks
+: "${LABEL_MAX_FAILURE_SHARE:=0.2}"         # with more pairs failed than that, nothing is trained on the others
 : "${LABEL_TOKENIZER:=}"                    # for data of chat messages: the model whose template makes their prompts
 : "${API_KEY_ENV:=OPENAI_API_KEY}"          # name of the variable that holds the key
 
@@ -172,6 +177,9 @@ show_command() {
       line=''
     fi
     [[ $word != *.py ]] || seen_program=1
+    # An address may hold a password or a key: neither the terminal nor a log gets it.
+    [[ ! $word =~ ^([a-z]+://)[^/]*@(.*)$ ]] || word="${BASH_REMATCH[1]}SECRET@${BASH_REMATCH[2]}"
+    [[ ! $word =~ ^([a-z]+://[^?]*)\?. ]] || word="${BASH_REMATCH[1]}?SECRET"
     [[ $word =~ ^[A-Za-z0-9_./:,=@%+-]+$ ]] || printf -v word %q "$word"
     line+=${line:+ }$word
   done
@@ -185,8 +193,8 @@ settings_of() {
   local word shown words=() skip=''
   for word in "$@"; do
     case $skip$word in
-      skip* | --yes) skip='' ;;
-      --base_url | --api_key_env | --max_cost_usd) skip=skip ;;
+      skip* | --yes | --batch) skip='' ;;
+      --base_url | --api_key_env | --max_cost_usd | --price | --max_failure_share) skip=skip ;;
       *) words+=("$word") ;;
     esac
   done

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TLCR with Llama-2-7B on full-hh-rlhf as in the paper: SFT, revisions by GPT-4, discriminator, PPO.
+# TLCR with Llama-2-7B on full-hh-rlhf as in the paper: SFT, revisions by an external model, discriminator, PPO.
 #
 # Hardware: 8 x A100 80GB, 350 GB of host memory, 400 GB of disk. Time: most of a day, by estimate: an hour for SFT, two
 # for the discriminator, several for PPO, and as long as the API's rate limits make the labelling (before that: its
@@ -14,7 +14,7 @@
 export MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
 export DATA=${DATA:-Dahoas/full-hh-rlhf}
 export OUTPUT=${1:-${OUTPUT:-output/llama2-7b}}
-export LABEL_MODEL=${LABEL_MODEL:-gpt-4-0125-preview}
+export LABEL_BASE_URL=${LABEL_BASE_URL:-} # a reviser of your own; empty: LABEL_MODEL (gpt-6-luna) at OpenAI
 export NUM_GPUS=${NUM_GPUS-8}
 export HOSTFILE=${HOSTFILE:-}
 if [[ -n ${2:-} ]]; then # one ZeRO stage for every model that is trained

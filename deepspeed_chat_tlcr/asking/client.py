@@ -61,7 +61,7 @@ class EndpointOptions:
     batch_size: int = option(50_000, "requests per batch; fewer where the endpoint enqueues few tokens at once")
     batch_poll: float = option(60.0, "seconds between two looks at the batches")
     prices: str = option(str(PRICES), "table of models: US$ per million tokens, efforts, last days")
-    price: list[float] = option([], "US$ per million tokens in and out, such as 0.1 0.5, of a model not in --prices")
+    price: str | None = option(None, "IN,OUT: US$ per million tokens, such as 0.1,0.5, of a model that --prices lacks")
     max_cost_usd: float | None = option(None, "stop before the cost, calls in flight included, could pass this")
     yes: bool = option(False, "do not ask before spending more than US$ 10")
 
@@ -100,8 +100,8 @@ def check_endpoint(options: EndpointOptions) -> None:
     if options.reasoning_effort not in (None, LOWEST, *EFFORTS):
         known = ", ".join((LOWEST, *EFFORTS))
         raise InputError(f"--reasoning_effort {options.reasoning_effort}: known are {known}")
-    if options.price and (len(options.price) != 2 or not all(0 <= value < 1e6 for value in options.price)):
-        raise InputError("--price takes two numbers: US$ per million tokens in and out, such as --price 0.1 0.5")
+    if options.price is not None:
+        Price.parse(options.price)
     if options.address:
         check_base_url(options.address, "--base_url" if options.base_url else "OPENAI_BASE_URL")
 
@@ -120,7 +120,7 @@ def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling, cont
 
 def listed_price(options: EndpointOptions, model: str) -> Price | None:
     """US$ per million tokens, by ``--price``, the table, or 0 on a machine of the user's own; None: not known."""
-    return Price(*options.price) if options.price else price_of(model, options.address, options.prices)
+    return Price.parse(options.price) if options.price else price_of(model, options.address, options.prices)
 
 
 def known_price(options: EndpointOptions, model: str) -> Price:
@@ -132,20 +132,14 @@ def known_price(options: EndpointOptions, model: str) -> Price:
     if price is not None:
         return price
     remedy = (
-        f"give it with --price IN OUT (0 0 if it costs nothing), or add it to {options.prices} (or a copy: --prices)"
+        f"give it with --price IN,OUT (0,0 if it costs nothing), or add it to {options.prices} (or a copy: --prices)"
     )
     if not sys.stdin.isatty():
         raise InputError(f"the price of {model!r} is not known, so neither is what this would cost: {remedy}")
     print(
-        f"The price of {model} is not known. US$ per million tokens, in and out (such as 0.1 0.5): ", end="", flush=True
+        f"The price of {model} is not known. US$ per million tokens in and out, such as 0.1,0.5: ", end="", flush=True
     )
-    try:
-        numbers = [float(word) for word in sys.stdin.readline().split()]
-        if len(numbers) != 2 or not all(0 <= value < 1e6 for value in numbers):
-            raise ValueError
-    except ValueError:
-        raise InputError(f"that is not two numbers; {remedy}") from None
-    return Price(*numbers)
+    return Price.parse(sys.stdin.readline().strip(), "the price")
 
 
 def discount(options: EndpointOptions, model: str) -> float:

@@ -36,6 +36,17 @@ class Price:
     def usd(self, prompt_tokens: float, completion_tokens: float) -> float:
         return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
 
+    @classmethod
+    def parse(cls, text: str, what: str = "--price") -> "Price":
+        """Of "0.1,0.5": in, out. Raises ``InputError`` where these are not two prices."""
+        try:
+            numbers = [float(part) for part in text.split(",")]
+        except ValueError:
+            numbers = []
+        if len(numbers) != 2 or not all(0 <= number < 1e6 for number in numbers):
+            raise InputError(f"{what} {text}: expected IN,OUT in US$ per million tokens, such as 0.1,0.5")
+        return cls(*numbers)
+
     def discounted(self, factor: float) -> "Price":
         return Price(self.input * factor, self.output * factor)
 
