@@ -166,6 +166,10 @@ class Server:
             if o.picky and name in body and effort != "none":
                 told = f"Unsupported parameter: '{name}' is not supported with this model."
                 return error(400, told, "unsupported_parameter", param=name)
+        if o.echo_key:
+            self.asked["echo"] += 1
+            told = "x" * (self.asked["echo"] * 3 % 330) + f"{self.key} \x1b[2J\ud800 \u202e{self.key} was flagged"
+            return error(400, told, "content_filter " + self.key)
         for word, code, told in (
             (o.filter, "content_filter", "The response was filtered due to the content management policy."),
             (o.too_long, "context_length_exceeded", "This model's maximum context length is 8192 tokens."),
@@ -189,6 +193,7 @@ class Server:
             return error(400, o.refuse_all, "invalid_request_error")
         question = read_question(body)
         key = question["key"]
+        self.key = headers.get("authorization", "").removeprefix("Bearer ")
         if key in o.refuse_keys.split(","):
             return error(400, "too long", "context_length_exceeded")
         if (refused := self.refusal(body)) is not None:
@@ -198,9 +203,6 @@ class Server:
         if o.credit_after and self.asked["chat"] > o.credit_after:
             status, code, message = o.credit.split("|")
             return error(int(status), message, code)
-        if o.echo_key:
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            return error(500, "x" * (self.asked["chat"] * 3 % 330) + given + " \x1b[2J\ud800 \u202e" + given, given)
         count = self.asked[key]
         self.asked[key] += 1
         if self.draw("in200", key, count).random() < o.error_in_200:
@@ -264,7 +266,7 @@ class Server:
     # ---- files and batches ----
 
     async def api(self, method: str, path: str, raw: bytes, headers: dict) -> tuple[int, dict, bytes]:
-        o = self.options
+        o, path = self.options, path.partition("?")[0]
         if "/models" in path:
             return self.models(path)
         kind = method + re.sub(r"\w+-\d+|\?.*", "", path)

@@ -75,6 +75,7 @@ class BatchRunner:
         self.size = limits.batch_size
         self.failed_in_a_row = 0
         self.most_live = math.inf  # batches on their way at a time; fewer once the endpoint enqueues no more
+        self.learning = self.answered = False  # does the first batch ask alone; has any brought an answer
         self.retries: Counter = Counter()
         self.waiting: dict[str, list[ChatRequest]] = {}  # requests of this wave without an outcome, by id
         self.stopping = asyncio.Event()
@@ -105,7 +106,8 @@ class BatchRunner:
         Whether to go on. Azure's deployments for batches answer no plain calls: there the first batch has one request.
         """
         if self.endpoint.azure_api_version:
-            self.size = 1
+            self.size = self.most_live = 1
+            self.learning = True
             return True
         plain = Dispatcher(self.endpoint, self.folder, self.account, replace(self.limits, concurrency=1), self.state)
 
@@ -274,8 +276,8 @@ class BatchRunner:
         self.live.remove(chunk)
         self.account.settle(chunk.usd)
         self._note(chunk, "merged", status=batch.status)
-        if self.size == 1 and chunk.done:  # it told how to ask
-            self.size = self.limits.batch_size
+        if self.learning and self.answered:
+            self.size, self.most_live, self.learning = self.limits.batch_size, math.inf, False
         if batch.status == "failed":
             self._on_failed(chunk, batch)
         else:
@@ -371,6 +373,7 @@ class BatchRunner:
             self.failed += 1
             return
         chunk.done.add(custom_id)
+        self.answered = True
         attempts = self.state.attempts.pop(request.id, 0)
         self._settled(request)
         limit = self._limit_of(chunk, custom_id)
