@@ -55,7 +55,7 @@ PUBLISHED_REWARDS: dict[str, dict[str, float]] = {
 # What is said of the discriminator, by its keys in results.json; the first two even where they are missing.
 MEASURES = {
     "edited_accuracy": "accuracy on edited tokens (paper, 7.2: 0.814)",
-    "majority_accuracy": "the same, always guessing the commoner label",
+    "majority_accuracy": "the same, always guessing the majority class",
     "three_class_accuracy": "accuracy on positive, neutral and negative tokens",
     "auroc": "AUROC, positive against negative tokens",
     "reward_positive": "mean reward 2D − 1 of positive tokens",
@@ -203,10 +203,10 @@ def result_tables(results: Mapping) -> Html:
     policies |= {key: row for key, row in results.items() if isinstance(row, Mapping) and "true_score" in row}
     itself = {"sft": 0.0} if policies["sft"] else {}  # the SFT model's KL to itself
     rows = [
-        [policy_name(key, row), row.get("true_score"), row.get("response_length"), row.get("kl", itself.get(key))]
+        [policy_name(key, row), with_error(row), row.get("response_length"), row.get("kl", itself.get(key))]
         for key, row in policies.items()
     ]
-    header = ["policy", "true score (1–10)", "response length, tokens", "KL to SFT, nats per response"]
+    header = ["policy", "true score (1–10) ± standard error", "response length, tokens", "KL to SFT, nats per response"]
     if any("repeats" in row for row in policies.values()):
         header.append("answers that repeat a fact, %")
         shares = [row.get("repeats") for row in policies.values()]
@@ -225,6 +225,13 @@ def result_tables(results: Mapping) -> Html:
             ),
         ]
     )
+
+
+def with_error(row: Mapping) -> object:
+    """A true score with its standard error, where that is known."""
+    if not _known(row, "true_score") or not _known(row, "true_score_standard_error"):
+        return row.get("true_score")
+    return f"{row['true_score']:.2f} ± {row['true_score_standard_error']:.2f}"
 
 
 def training_curves(runs: Sequence[Run]) -> Html:

@@ -128,7 +128,7 @@ def calibration(probs: np.ndarray, targets: np.ndarray) -> dict:
 
 
 def accuracy_within(tokens: Tokens, inside: np.ndarray) -> dict:
-    """Accuracy on the edited ones of some tokens, and what always guessing their commoner label would get."""
+    """Accuracy on the edited ones of some tokens, and what always guessing their majority class would get."""
     found = token_metrics(tokens.probs[inside], tokens.targets[inside])
     return {
         "tokens": int(inside.sum()),

@@ -73,7 +73,7 @@ def reliability(calibration: dict) -> Html:
 
 def by_place(places: Sequence[dict]) -> Html:
     x = [(place + 0.5) / len(places) for place in range(len(places))]
-    names = {"edited_accuracy": "discriminator", "majority_accuracy": "always the commoner label"}
+    names = {"edited_accuracy": "discriminator", "majority_accuracy": "always the majority class"}
     lines = [Series(words, x, [nan(one[key]) for one in places]) for key, words in names.items()]
     return line_chart(lines, "Accuracy on edited tokens by place", "place (0 start, 1 end)", "share", y_range=(0, 1))
 
@@ -82,7 +82,7 @@ def by_kind(kinds: Mapping[str, dict]) -> Html:
     shown = {kind: row for kind, row in kinds.items() if row["edited"]}
     series = {
         "discriminator": [row["edited_accuracy"] for row in shown.values()],
-        "always the commoner label": [row["majority_accuracy"] for row in shown.values()],
+        "always the majority class": [row["majority_accuracy"] for row in shown.values()],
     }
     return bar_chart(list(shown), series, "Accuracy on edited tokens by kind", "share")
 

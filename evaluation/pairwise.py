@@ -29,6 +29,8 @@ class PairPrompt:
     template: str = TEMPLATE
 
     def messages(self, question: str, first: str, second: str) -> list[dict]:
+        # No text can end its own frame: our template's marks begin with <<<.
+        question, first, second = (text.replace("<<<", "<< <") for text in (question, first, second))
         user = self.template.format(question=question, answer_a=first, answer_b=second)
         return [{"role": "system", "content": self.system}, {"role": "user", "content": user}]
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.arguments import Dtype, option
-from deepspeed_chat_tlcr.asking.journal import cut_torn_line
+from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
 from deepspeed_chat_tlcr.dataset_formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
@@ -229,8 +229,15 @@ def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> d
 
 
 def answers_folder(out: str | Path, questions: Sequence[Question]) -> Path:
-    """Where answers to these questions lie, whichever part asks: they are written once."""
-    return Path(out) / "answers" / f"{len(questions)}-prompts-{questions_hash(questions)[:6]}"
+    """Where answers to these questions lie, whichever part asks: they are written once.
+
+    Beside the folder stands a file of its name with the prompts, for those who show the answers to people.
+    """
+    folder = Path(out) / "answers" / f"{len(questions)}-prompts-{questions_hash(questions)[:6]}"
+    require_writable(folder)
+    records = ({"prompt" if question.raw else "instruction": question.turns[0]} for question in questions)
+    replace_file(folder.with_suffix(".jsonl"), (json.dumps(record) + "\n" for record in records))
+    return folder
 
 
 def questions_hash(questions: Sequence[Question]) -> str:

@@ -329,7 +329,7 @@ def show(results: dict) -> None:
     table.add_section()
     table.add_row(f"discriminator, revisions of {held_out} held-out prompts")
     table.add_row("  accuracy on edited tokens", f"{judge['edited_accuracy']:.3f}")
-    table.add_row("  always the commoner label", f"{judge['majority_accuracy']:.3f}")
+    table.add_row("  always the majority class", f"{judge['majority_accuracy']:.3f}")
     table.add_row("  AUROC, positive against negative tokens", f"{judge['auroc']:.3f}")
     for name in results["methods"]:
         row = results[name]

@@ -19,6 +19,7 @@ from test_pictures import HOSTILE, Parsed, assert_harmless
 
 from evaluation import main as evaluation
 from evaluation import report
+from evaluation.human import make
 from evaluation.results import load_results, save_results
 
 PARTS = [part.folder for part in report.PARTS]
@@ -62,6 +63,18 @@ def test_one_command_measures_everything_and_names_what_is_missing(evaluated):
     assert json.loads((evaluated / "run_options.json").read_text())["judge"] == "judge"
     # AlpacaEval and side by side show the same prompts: answered once.
     assert len(list((evaluated / "answers").glob("*/sft.jsonl"))) == 2
+
+
+def test_people_can_vote_on_what_was_evaluated(evaluated, tmp_path):
+    """Prompts of a file and those of the data alike: each stand beside the folder of their answers."""
+    folders = [folder for folder in (evaluated / "answers").iterdir() if folder.is_dir()]
+    assert len(folders) == 2
+    for folder in folders:
+        answers = [f"{name}={folder / name}.jsonl" for name in ("sft", "tlcr")]
+        prompts = ["--prompts", f"{folder}.jsonl", "--items", "0", "--annotators", "ann"]
+        make.main(["--answers", *answers, *prompts, "--out", str(tmp_path / folder.name)])
+        key = json.loads((tmp_path / folder.name / "human" / "key.json").read_text())
+        assert len(key["slots"]["ann"]) == int(folder.name.split("-")[0])
 
 
 def test_the_page_is_harmless_whatever_the_models_say(evaluated, tmp_path):

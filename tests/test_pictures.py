@@ -605,7 +605,14 @@ def test_report_compares_both_policies_at_their_best_temperature(tmp_path):
     results = {
         "sft": {"true_score": 3.75, "response_length": 27.0, "kl": 0.0, "repeats": 0.09, "temperature": 1.0},
         "tlcr": {"true_score": 7.0, "response_length": 26.0, "kl": 8.0, "repeats": 0.48, "temperature": 1.0},
-        "sft_best": {"true_score": 8.0, "response_length": 27.0, "kl": 9.0, "repeats": 0.25, "temperature": 0.1},
+        "sft_best": {
+            "true_score": 8.0,
+            "true_score_standard_error": 0.06,
+            "response_length": 27.0,
+            "kl": 9.0,
+            "repeats": 0.25,
+            "temperature": 0.1,
+        },
         "tlcr_best": {"true_score": 7.5, "response_length": 26.0, "kl": 12.0, "repeats": 0.5, "temperature": 0.0},
     }
     over = {"temperature_1": {"mean": 3.25, "standard_error": 0.1}, "best": {"mean": -0.5, "standard_error": 0.1}}
@@ -614,6 +621,7 @@ def test_report_compares_both_policies_at_their_best_temperature(tmp_path):
     for piece in (
         "8.00 → 7.50",
         "3.75 → 7.00",
+        "8.00 ± 0.06",
         "SFT, best T (0.1)",
         "TLCR, best T (0)",
         "SFT, T = 1",

@@ -1,7 +1,7 @@
 """One page for each annotator: blind, each item's answers in a shuffled order, offline, exported as JSON.
 
 python evaluation/human/make.py --answers sft=OUT/answers/…/sft.jsonl tlcr=OUT/answers/…/tlcr.jsonl \
-    --prompts prompts.jsonl --annotators ann bob cy --out OUTPUT
+    --prompts OUT/answers/….jsonl --annotators ann bob cy --out OUTPUT
 
 Writes OUTPUT/human/pages/NAME.html, to be sent to the annotators, and OUTPUT/human/key.json, which says whose answer is
 whose and is not sent to them. evaluation/human/count.py counts what comes back.

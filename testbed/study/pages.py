@@ -99,7 +99,8 @@ def write_study_page(path: Path, results: Mapping) -> Path:
     )
     lead = paragraph(
         "True scores on prompts that no method trained on and no setting was chosen on. Intervals are 95 %; methods "
-        f"are compared seed by seed, {each}.",
+        f"are compared seed by seed, {each}. Whatever sharpens a policy can raise its score at temperature 1, as "
+        "sampling SFT colder does: a method is better than SFT only where its best decoding beats SFT's best.",
         "lead",
     )
     return write_page(path, "Which reward pays", sections, lead)
@@ -331,7 +332,7 @@ def at_edge(setting: Mapping[str, float], tried: Sequence[Mapping[str, float]]) 
 
 
 def judge_section(judges: Sequence[Mapping]) -> Html:
-    header = ["judge", "accuracy on edited tokens", "always the commoner label", "AUROC", "pair accuracy", "margin"]
+    header = ["judge", "accuracy on edited tokens", "always the majority class", "AUROC", "pair accuracy", "margin"]
     keys = ("edited_accuracy", "majority_accuracy", "auroc", "pair_accuracy", "margin")
     names = [f"{one['judge'].replace('_', ' ')}, seed {one['seed']}" for one in judges]
     body = [[name, *map(one.get, keys)] for name, one in zip(names, judges, strict=True)]
