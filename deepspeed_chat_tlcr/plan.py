@@ -217,9 +217,9 @@ def labelling_report(recipe: Recipe, texts: Texts | str, today: datetime.date | 
     return (
         f"{title}, for the reward part of {recipe.data} at {recipe.data_split} ({texts.records:,} records)\n"
         + table(("reviser", "calls", "input tokens", "output tokens", "hours", "US$", "US$ by Batch"), rows)
-        + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token, {EXPLANATION_TOKENS} tokens of explanation, "
-        f"and the hidden\n  reasoning usual at LABEL_EFFORT={recipe.label_effort}; {LABEL_CONCURRENCY} calls in flight; "
-        f"retries not counted{read})" + warning
+        + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token, {EXPLANATION_TOKENS} tokens of explanation "
+        f"and\n  the hidden reasoning usual at LABEL_EFFORT={recipe.label_effort}; {LABEL_CONCURRENCY} calls in flight; "
+        f"retries not\n  counted{read})" + warning
     )
 
 

@@ -18,12 +18,12 @@ command=(
   --data_split "$DATA_SPLIT"
   --data_seed "$DATA_SEED"
   --split train
-  --reasoning_effort "$LABEL_EFFORT"
   --max_failure_share "$LABEL_MAX_FAILURE_SHARE"
   --api_key_env "$API_KEY_ENV"
   --output_dir "$OUTPUT/labeling"
 )
 [[ -z $LABEL_MODEL ]] || command+=(--model "$LABEL_MODEL")
+[[ $LABEL_EFFORT == lowest ]] || command+=(--reasoning_effort "$LABEL_EFFORT")
 [[ -z $LABEL_PRICE ]] || command+=(--price "$LABEL_PRICE")
 switch --batch "$LABEL_BATCH"
 [[ -z $LABEL_MAX_USD ]] || command+=(--max_cost_usd "$LABEL_MAX_USD" --yes)

@@ -257,8 +257,9 @@ attended() {
 
 # SIGTERM to a process and to all it started: DeepSpeed's launcher does not pass it on to the ranks.
 terminate() {
-  local child
-  for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do terminate "$child"; done
+  local child children=()
+  read -ra children -d '' < <(cat "/proc/$1/task/"*/children 2>/dev/null) || true
+  for child in "${children[@]}"; do terminate "$child"; done
   kill -TERM "$1" 2>/dev/null || true
 }
 

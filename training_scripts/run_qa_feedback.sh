@@ -66,7 +66,8 @@ run_stage audit is_audited python3 "${at}labeling/audit.py" "$OUTPUT/labeling/re
 # There are too few questions to share out: every stage trains on all that are not held out. The base model first, on
 # whole texts: it takes what Llama-2 would bring along.
 scripts=$project/training_scripts
-DATA_SPLIT=10,0,0 MODEL=$OUTPUT/prepared/model DATA=$OUTPUT/prepared/texts OUTPUT=$OUTPUT/base \
+prepared=$OUTPUT/prepared base=$OUTPUT/base
+DATA_SPLIT=10,0,0 MODEL=$prepared/model DATA=$prepared/texts OUTPUT=$base \
   SFT_EPOCHS=$BASE_EPOCHS SFT_BATCH_SIZE=$BASE_BATCH_SIZE SFT_LEARNING_RATE=$BASE_LEARNING_RATE \
   attended bash "$scripts/step1.sh" --loss_on_prompt
 DATA_SPLIT=10,0,0 attended bash "$scripts/step1.sh"
@@ -87,6 +88,7 @@ done
 # What it brought, on the held-out prompts; again, whenever a stage was made again since.
 is_reported() {
   local stage
+  # shellcheck disable=SC2086 # several names
   for stage in step1_sft step2_discriminator step3_ppo_tlcr ${MORE_METHODS:+$(printf 'step3_%s ' $MORE_METHODS)}; do
     [[ $OUTPUT/results.json -nt $OUTPUT/$stage/results.json ]] || return 1
   done

@@ -191,7 +191,9 @@ def ask_listing(model: str, base_url: str | None, key: str, timeout: float = 10.
         error = body.get("error")
         error = error if isinstance(error, dict) else {}
         message = str(error.get("message") or "")
-        knows_route = error.get("code") == "model_not_found" or model in message
+        # A server without the route may repeat the path, and so the name: only words about the model count.
+        about = rf"\bmodel\b\W*{re.escape(model)}\W.*(does not exist|not found|deprecated)"
+        knows_route = error.get("code") == "model_not_found" or bool(re.search(about, message, re.IGNORECASE))
         return Listing(unknown=message or "no such model") if knows_route else Listing()
     if status != 200 or body.get("id") != model:
         return Listing()
