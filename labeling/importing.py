@@ -12,7 +12,7 @@ from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.asking.progress import Totals
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.record_files import place, read_records, suffix_of
+from deepspeed_chat_tlcr.record_files import read_records, suffix_of
 from deepspeed_chat_tlcr.records import Preference, Revision
 from labeling.convention import in_convention_of
 from labeling.options import Options
@@ -107,14 +107,15 @@ def _response(text: str) -> str:
 
 
 def read_objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line", object), streaming: a list of objects is not loaded as a whole."""
+    """("file:line" or "file: record n", object), streaming: a list of objects is not loaded as a whole."""
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--from {path}: no such file")
     if suffix_of(path) in (None, ".parquet"):
         raise InputError(f"--from {path}: expected .json, .jsonl, or either with .gz")
-    for position, record in read_records(path, ()):
-        yield place(path, position), record
+    by_line = suffix_of(path).startswith(".jsonl")
+    for number, (line, record) in enumerate(read_records(path, ()), 1):
+        yield f"{path}:{line}" if by_line else f"{path}: record {number}", record
 
 
 def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, str, str]]:
