@@ -175,12 +175,16 @@ def own_strings(row: dict) -> Triple:
             raise InputError(f"{field!r} is of type {type(value).__name__}, expected a string")
         if value == "":
             raise InputError(f"{field!r} is empty")
-        if value is not None and _WRITTEN_MESSAGES.match(value):
-            raise InputError(
-                f"{field!r} is a list of chat messages written as a string, which would be trained on as it stands; "
-                "store the list itself (json.loads or ast.literal_eval gives it)"
-            )
+        _refuse_written_messages(value, field)
     return row["prompt"], row["chosen"], row.get("rejected")
+
+
+def _refuse_written_messages(value: object, field: str):
+    if isinstance(value, str) and _WRITTEN_MESSAGES.match(value):
+        raise InputError(
+            f"{field!r} is a list of chat messages written as a string, which would be trained on as it stands; "
+            "store the list itself (json.loads or ast.literal_eval gives it)"
+        )
 
 
 class ChatRecords:
@@ -288,6 +292,7 @@ def split_conversations(row: dict) -> tuple[list[dict], dict, dict | None]:
 
 
 def _messages(value: object, field: str, role_of_string: str | None = None) -> list[dict]:
+    _refuse_written_messages(value, field)
     if isinstance(value, str) and role_of_string:
         value = [{"role": role_of_string, "content": value}]
     if not isinstance(value, list) or not value:

@@ -50,9 +50,10 @@ def _save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, fol
         use_cache, model.config.use_cache = model.config.use_cache, True
         if model.can_generate():
             # What ends an answer belongs to the model: without it a server would run on to its length limit.
+            ends = end_ids(tokenizer)
             model.generation_config = GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=list(end_ids(tokenizer)),
+                eos_token_id=list(ends) if len(ends) > 1 else ends[0],
                 pad_token_id=tokenizer.pad_token_id,
             )
         state_dict = merge_lora(state_dict, model)

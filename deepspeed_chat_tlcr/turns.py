@@ -14,6 +14,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from deepspeed_chat_tlcr.errors import InputError
 
 DATE = datetime.datetime(2024, 7, 26)  # the day that Llama 3's template writes where it is told none
+# In front of a template, whose variables may be plain data only: a macro in the place of transformers' function.
+_FIXED_DAY = "{% macro strftime_now(format) %}{{ format"
+_FIXED_DAY += "".join(
+    f" | replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in (*"aAbBdmyYjHIMSpxXc", "-d", "-m", "e")
+)
+_FIXED_DAY += " }}{% endmacro %}"
 _USER, _ASSISTANT = "\ue000", "\ue001"  # private-use characters: no template contains them
 
 
@@ -24,8 +30,11 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict], generation:
     labelling that was begun today could not go on. Raises ``InputError`` for messages that the template refuses.
     """
     try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            template = _FIXED_DAY + template
         return tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation, strftime_now=DATE.strftime
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
         )
     except Exception as error:  # the template is a program of the model's author: any error may come out of it
         raise InputError(f"the tokenizer's chat template refuses these messages: {error}") from None
@@ -52,7 +61,7 @@ def assistant_turn(tokenizer: PreTrainedTokenizerFast) -> Turn | None:
     return _assistant_turn(tokenizer, str(tokenizer.chat_template), tokenizer.eos_token)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _assistant_turn(tokenizer: PreTrainedTokenizerFast, template: str, eos: str) -> Turn | None:
     if not tokenizer.chat_template:
         return None
@@ -83,20 +92,24 @@ def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     return tuple(dict.fromkeys((tokenizer.eos_token_id, *of_template, *named)))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _named_ends(tokenizer: PreTrainedTokenizerFast, path: str) -> tuple[int, ...]:
     """The generation config's ``eos_token_id``, one or several.
 
-    Only tokens that stand for no text: a config made by default says 2, whatever token of the vocabulary that is.
+    One that was derived from a model's config counts only where it stands for no text: by default that says 2,
+    whatever token of the vocabulary this is.
     """
     if not path:
         return ()
     try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
+        config = GenerationConfig.from_pretrained(path)
     except (OSError, ValueError):
         return ()
-    ids = ids if isinstance(ids, list) else [ids]
-    return tuple(id for id in ids if id in tokenizer.added_tokens_decoder)
+    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    is_derived = getattr(config, "_from_model_config", False)
+    return tuple(
+        id for id in ids if id in tokenizer.added_tokens_decoder or (id in range(len(tokenizer)) and not is_derived)
+    )
 
 
 def end_after(tokenizer: PreTrainedTokenizerFast, prompt: str) -> int:
