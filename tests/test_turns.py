@@ -8,7 +8,14 @@ import torch
 from conftest import byte_level_tokenizer, tiny_llama, write_jsonl
 from labeling_helpers import fault_server, label
 from tokenizers import processors
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import step2_discriminator.main
 import step3_ppo_tlcr.main
@@ -193,7 +200,7 @@ def test_the_day_does_not_change_the_data(monkeypatch):
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A base model whose EOS is <|endoftext|> and whose template ends turns with <|im_end|>, and chat data."""
+    """A base model with EOS <|endoftext|> whose template ends turns with <|im_end|>; a discriminator; chat data."""
     folder = tmp_path_factory.mktemp("base")
     rows = [
         {
@@ -210,6 +217,9 @@ def base(tmp_path_factory) -> Path:
     )
     tokenizer.chat_template = FAMILIES["chatml"].template
     tiny_llama(folder / "model", tokenizer)
+    config = LlamaConfig.from_pretrained(folder / "model", num_labels=2)
+    AutoModelForTokenClassification.from_config(config).save_pretrained(folder / "disc")
+    tokenizer.save_pretrained(folder / "disc")
     return folder
 
 
@@ -272,7 +282,7 @@ def test_a_policy_that_says_the_turn_s_end_stops_there(base, rollout, tmp_path, 
     assert (answer.response_ids, answer.text, answer.ended) == ([end], "", True)
     in_process(
         step3_ppo_tlcr.main.main,
-        *("--actor_model_name_or_path", actor, "--reward", f"python:{__name__}:nothing", "--algo", "remax"),
+        *("--actor_model_name_or_path", actor, "--critic_model_name_or_path", base / "disc"),
         *("--data_path", base / "chat.jsonl", "--dtype", "fp32", "--rollout", rollout, "--num_warmup_steps", 0),
         *("--max_answer_seq_len", 8, "--max_prompt_seq_len", 64, "--output_dir", tmp_path / "out"),
         *("--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 4),
@@ -280,10 +290,6 @@ def test_a_policy_that_says_the_turn_s_end_stops_there(base, rollout, tmp_path, 
     )
     (line,) = [line for line in read_metrics(tmp_path / "out" / "metrics.jsonl") if "rollout/eos_rate" in line][:1]
     assert (line["rollout/eos_rate"], line["rollout/response_length"]) == (1.0, 1.0)
-
-
-def nothing(rollout, tokenizer) -> torch.Tensor:
-    return torch.zeros_like(rollout.action_mask, dtype=torch.float32)
 
 
 def ending_model(path: Path, folder: Path, token: int) -> Path:
