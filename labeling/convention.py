@@ -5,6 +5,7 @@ composed, quotes straight or double spaces single. ``in_convention_of`` takes su
 """
 
 import unicodedata
+from functools import lru_cache
 
 import regex
 from rapidfuzz.distance import LCSseq
@@ -15,6 +16,7 @@ _UNIT = regex.compile(
     r"|\.\.\."
     r"|\X[\xad\u200b\u2060\ufeff]*"  # a character with its combining marks, and what takes no room behind it
 )
+_ODD = ("\r", "  ", " \n", "\t\n", "...")
 _PLAIN = {"\xa0": " ", "\u2009": " ", "\u202f": " ", "\u2010": "-", "\u2011": "-", "\u2026": "..."}
 _PLAIN |= dict.fromkeys("\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 _PLAIN |= dict.fromkeys("\xad\u200b\u2060\ufeff", "")
@@ -30,10 +32,10 @@ def in_convention_of(rejected: str, modified: str) -> str:
     >>> in_convention_of("It\\u2019s  bad.\\r\\nBye.", "It's good.\\nBye.")
     'It’s  good.\\r\\nBye.'
     """
+    if _is_plain(rejected) and _is_plain(modified):
+        return modified
     before, after = _UNIT.findall(rejected), _UNIT.findall(modified)
     seen_before, seen_after = list(map(_seen, before)), list(map(_seen, after))
-    if seen_before == before and seen_after == after:
-        return modified
     line_end = "\r\n" if rejected.count("\r\n") * 2 > rejected.count("\n") else "\n"
     form = "NFC" if unicodedata.is_normalized("NFC", rejected) else "NFD"
     plain = str.maketrans({odd: usual for odd, usual in _PLAIN.items() if odd not in rejected})
@@ -52,6 +54,12 @@ def in_convention_of(rejected: str, modified: str) -> str:
     return "".join(written)
 
 
+def _is_plain(text: str) -> bool:
+    """Whether a text can only be written in one way: most are, and need no alignment."""
+    return text.isascii() and not any(odd in text for odd in _ODD)
+
+
+@lru_cache(maxsize=4096)
 def _seen(unit: str) -> str:
     """What is seen of a unit: the same text for all that look alike."""
     if unit[-1] in "\r\n":
