@@ -153,7 +153,9 @@ def find_format(data_path: str) -> DatasetFormat | None:
 
 OWN_FIELDS = ("prompt", "chosen", "rejected", "messages")
 _PROBE = "\ue000"  # a private-use character: no template contains it, so it marks where a response's text begins
-_WRITTEN_MESSAGES = re.compile(r"""\s*\[?\s*\{\s*(['"])(role|content|from|value)\1\s*:""")
+_WRITTEN_MESSAGES = re.compile(
+    r"""\s*\[?\s*\{.*?(['"])(role|from)\1\s*:\s*(['"])(system|user|assistant|tool|human|gpt)\3""", re.DOTALL
+)
 
 
 def has_messages(row: dict) -> bool:

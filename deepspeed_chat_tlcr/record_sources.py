@@ -123,13 +123,13 @@ def find_source(data_path: str) -> Source:
             )
         if len(kinds) > 1:
             raise InputError(
-                f"{path}: several train splits ({', '.join(kinds)}), which differ in what they hold; name one, "
-                f"as in --data_path {path / kinds[0]}"
+                f"{path}: several train splits ({', '.join(kinds)}), which may hold different things; name what is "
+                f"wanted of them, as in --data_path {path / kinds[0]}"
             )
         return _from_split(data_path, known, fields, folder, kinds[0])
     folder, splits = _split_folder(path.parent)
-    if _is_train(path.name) and path.name in splits:
-        return _from_split(data_path, known, fields, folder, path.name)
+    if _is_train(path.name.lower()) and path.name.lower() in splits:
+        return _from_split(data_path, known, fields, folder, path.name.lower())
     if known and not data_path.startswith(("/", ".", "~")):
         return _hub_dataset(data_path, known, fields)
     names = ", ".join(known.name for known in FORMATS)
@@ -144,7 +144,8 @@ def _split_of(path: Path) -> str | None:
     None for a file of another kind.
     """
     name, suffix = path.name.lower(), suffix_of(path)
-    return suffix and re.sub(r"([-_.]\d+(-of-\d+)?)+$", "", name.removesuffix(suffix))
+    # The Hub once put a hash behind the number of a shard.
+    return suffix and re.sub(r"([-_.]\d+(-of-\d+(-[0-9a-f]{16})?)?)+$", "", name.removesuffix(suffix))
 
 
 def _is_train(split: str) -> bool:
@@ -171,10 +172,15 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _eval_files(folder: Path, known: DatasetFormat | None, train_split: str) -> list[Path]:
-    """The files of the eval split that belongs to a train split: of test_prefs, not of test_sft, to train_prefs."""
+    """The files of the eval split that belongs to a train split: of test_prefs, not of test_sft, to train_prefs.
+
+    A folder's only train split may also have one of plain name.
+    """
     names = (known.eval_split, *EVAL_NAMES) if known and known.eval_split else EVAL_NAMES
-    kind = train_split[len("train") :]
-    return next((files for name in names if (files := _split_files(folder, name + kind))), [])
+    candidates = [name + train_split[len("train") :] for name in names]
+    if sum(map(_is_train, _split_folder(folder)[1])) == 1:
+        candidates += names
+    return next((files for name in candidates if (files := _split_files(folder, name))), [])
 
 
 def _from_split(

@@ -56,7 +56,7 @@ _SPEAKERS = {"user": "Human", "[INST]": "Human", "system": "System"}
 _TAG_LIKE = re.compile(
     r"<[\s/]*\|[^<>\n]{0,60}>|<[^<>\n]{0,60}\|>"  # <|…|>, <|…>, <…|>, </|…|>
     r"|<\|\s*(start|end)\b"
-    r"|\b(start|end)\s+of\s+(reasoning|context|(modified|(non-?)?preferred)\s+response)\b"
+    r"|\b(start|end)\s+of\s+(modified|(non-?)?preferred)\s+response\b"
     r"|[<\[*]\s*/?\s*(start|end)\s+(of\s+)?(reasoning|context|(modified|(non-?)?preferred)\s+response)\b",
     re.IGNORECASE,
 )
@@ -205,6 +205,7 @@ def has_stray_tag(modified: str, rejected: str) -> bool:
     """Whether ``modified`` has one of the prompt's tags, perhaps misspelt, or a chat template's token, and ``rejected``
     does not: the rest of a wrapping that was not understood, which would be labelled as an edit.
     """
+    modified, rejected = modified.translate(_LOOK_ALIKES), rejected.translate(_LOOK_ALIKES)
     return any(found[0] not in rejected for found in _TAG_LIKE.finditer(modified))
 
 
@@ -234,6 +235,7 @@ def _unwrapped(text: str, rejected: str) -> str:
 
 
 def _peeled(text: str, rejected: str) -> str:
+    """Without the outermost layers that are found in one pass."""
     if "```" not in rejected:
         text = _unfenced(text)
     if not _speaker(rejected):

@@ -462,6 +462,19 @@ def test_a_clone_with_several_train_splits_is_read_one_at_a_time(tmp_path):
     assert everything(tmp_path / "train_sft", "eval") == [Preference(**record(11))]
 
 
+def test_names_of_shards_and_of_an_only_train_split(tmp_path):
+    for shard, hashed in enumerate(("", "-6ef3991c06080e14", "-0f3991c06080e146")):
+        write_parquet(tmp_path / f"train_hh-0000{shard}-of-00003{hashed}.parquet", [ROWS[shard]])
+    write_jsonl(tmp_path / "eval.jsonl", [record(9)])
+    assert everything(tmp_path) == [Preference(**row) for row in ROWS]
+    assert everything(tmp_path, "eval") == [Preference(**record(9))]
+
+
+def test_json_that_is_no_chat_is_text(tmp_path):
+    rows = [{**row, "chosen": '{"value": 3, "from": "here"}', "rejected": '[{"role": "admin"}]'} for row in ROWS]
+    assert everything(write_jsonl(tmp_path / "train.jsonl", rows).parent)[0].rejected == '[{"role": "admin"}]'
+
+
 def test_two_forms_of_one_split_are_not_read_as_more_records(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     write_parquet(tmp_path / "train.parquet", ROWS)
