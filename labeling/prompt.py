@@ -67,12 +67,11 @@ _DECORATION = r"(?:[#*_`~=>|<()\[\]{}/:\- \t]|&[lg]t;)*"
 _FIRST_TOKEN = re.compile(r"^\s*(?:<s>|<bos>|<\|begin_of_text\|>)")
 _BEFORE = re.compile(r"\s*(?:<think>.*?</think>\s*)?", re.DOTALL)
 _LAST_TOKEN = re.compile(r"(?:<\|[a-z_]{1,30}\|>|</s>|<end_of_turn>|<eos>)\Z")
-_MARKS = ("***", "**", "*", "__", "_", "`", '"', "'", "“”", "‘’", "„“", "«»", "「」", "()", "[]")
+_MARKS = ("***", "**", "*", "__", "_", "`", '"', "'", "“”", "‘’", "„“", "«»", "「」", "()")
 _LABEL = re.compile(
     r"""[#*_>\s"'`]*(?:here(?:['’]s|\s+is)\s+)?(?:(?:the|a|my)\s+)?"""
-    r"(?:(?:(?:minimally\s+)?(?:modified|revised|edited|corrected|improved|rewritten|updated)\s+"
-    r"(?:non-?preferred\s+)?(?:response|answer|version|text)|(?:response|answer)(?=[*_`]*\s*:))"
-    r"[*_`]*\s*(?::|-+|\n)[*_`]*\s*)",
+    r"(?:(?:modified|revised|edited|corrected|improved|rewritten|updated)\s+(?:non-?preferred\s+)?"
+    r"(?:response[*_`]*\s*(?::|-+|\n)|(?:answer|version|text)[*_`]*\s*:)|(?:response|answer)[*_`]*\s*:)[*_`]*\s*",
     re.IGNORECASE,
 )
 _RULE = r"[-*=_]{3,}[ \t]*"

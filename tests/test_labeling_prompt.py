@@ -255,3 +255,28 @@ def test_text_that_json_cannot_spell_in_utf8_is_still_written():
 
     body = json.loads('{"choices": [{"message": {"content": "a\\ud83db"}, "finish_reason": "stop"}]}')
     assert read_completion(body).text.encode() == b"a?b"
+
+
+@pytest.mark.parametrize(
+    ("rejected", "modified"),
+    [
+        ("The old version - of 2009 - is bad.", "The revised version - of 2010 - is good."),
+        ("The answer: 4", "The corrected answer: 5"),
+        ("1, 2, 4", "[1, 2, 3]"),
+        ('"No," she said.', '"Yes," she said.'),
+        ('Bad and "worse"', '"Good" and "better"'),
+        ("**Bad** and **worse**", "**Good** and **better**"),
+        ("> bad", "> good"),
+        ("(bad)", "(good)"),
+        ("Assistant: bad", "Assistant: good"),
+        ("bad\n---\nworse", "good\n---\nbetter"),
+        ("- bad\n- worse", "- good\n- better"),
+    ],
+)
+def test_words_that_only_look_like_wrapping_stay(rejected, modified):
+    assert parse_answer(f"{START}\n{modified}\n{END}", rejected).modified == modified
+
+
+def test_words_of_an_answer_whose_tags_are_escaped_are_unescaped():
+    text = f"{START}\nif a &lt; b &amp;&amp; c\n{END}".replace("<|", "&lt;|").replace("|>", "|&gt;")
+    assert parse_answer(text, "if a < b").modified == "if a < b && c"

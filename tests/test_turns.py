@@ -1,5 +1,6 @@
 """The end of a turn, for chat templates of several families: from messages to labels, rollouts and saved models."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -270,6 +271,7 @@ def test_label_discriminator_and_ppo_of_a_base_model_with_a_turn_end_of_its_own(
     )
     for _, record in read_jsonl(tmp_path / "own" / "train.jsonl"):
         assert not record["rejected"].endswith(("<|im_end|>", "<|endoftext|>"))
+        assert re.fullmatch(r"###Human: question \d+\?", context_of(record["prompt"]))  # as the next labelling shows it
 
 
 @pytest.mark.parametrize("rollout", ["loop", "hf", "continuous"])
