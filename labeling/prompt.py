@@ -11,7 +11,6 @@ from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import Preference
-from labeling.convention import in_convention_of
 
 TEMPLATE = """\
 Below are a conversation between a human and an assistant and two candidate responses for the assistant's next turn. \
@@ -178,6 +177,8 @@ def framed_as(rejected: str, modified: str) -> str:
     """``modified`` as ``rejected`` writes what looks alike, between what ``rejected`` has around its words (a blank
     ``rejected``: one space in front).
     """
+    from labeling.convention import in_convention_of  # PLAN=1 reads TEMPLATE where no package is installed
+
     before, words, after = _framed(rejected)
     return f"{before if words else ' '}{in_convention_of(words, _framed(modified)[1])}{after if words else ''}"
 
