@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.turns import assistant_turn, render, shared_start
 
 Triple = tuple[str | None, str | None, str | None]  # prompt, chosen, rejected; None where the record has none
 
@@ -152,6 +153,9 @@ def find_format(data_path: str) -> DatasetFormat | None:
 
 OWN_FIELDS = ("prompt", "chosen", "rejected", "messages")
 _PROBE = "\ue000"  # a private-use character: no template contains it, so it marks where a response's text begins
+_WRITTEN_MESSAGES = re.compile(
+    r"""\s*\[?\s*\{.*?(['"])(role|from)\1\s*:\s*(['"])(system|user|assistant|tool|human|gpt)\3""", re.DOTALL
+)
 
 
 def has_messages(row: dict) -> bool:
@@ -173,15 +177,25 @@ def own_strings(row: dict) -> Triple:
             raise InputError(f"{field!r} is of type {type(value).__name__}, expected a string")
         if value == "":
             raise InputError(f"{field!r} is empty")
+        _refuse_written_messages(value, field)
     return row["prompt"], row["chosen"], row.get("rejected")
 
 
+def _refuse_written_messages(value: object, field: str):
+    if isinstance(value, str) and _WRITTEN_MESSAGES.match(value):
+        raise InputError(
+            f"{field!r} is a list of chat messages written as a string, which would be trained on as it stands; "
+            "store the list itself (json.loads or ast.literal_eval gives it)"
+        )
+
+
 class ChatRecords:
-    """Renders chat records with a tokenizer's chat template.
+    """Renders chat records with a tokenizer's chat template: prompt, chosen, rejected, and the conversation in the form
+    that the external model is shown.
 
     The prompt is the template's rendering with ``add_generation_prompt=True``; a response is what the rendering of the
-    whole conversation has beyond it. The EOS text at the end is left out because tokenisation appends EOS itself, and
-    so is a BOS text at the start where the tokenizer adds BOS by itself.
+    whole conversation has beyond it, up to the token that ends the turn. That token is left out because tokenisation
+    appends it itself (``turns.end_after``), and so is a BOS text at the start where the tokenizer adds BOS by itself.
     """
 
     def __init__(self, tokenizer):
@@ -194,25 +208,26 @@ class ChatRecords:
         bos = tokenizer.bos_token
         adds_bos = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
         self.own_bos = bos if adds_bos else ""
+        turn = assistant_turn(tokenizer)
+        self.closing = turn.closing if turn else ""
+        end = turn.end_id if turn else None
+        self.end = tokenizer.eos_token if end is None else tokenizer.added_tokens_decoder[end].content
 
-    def __call__(self, row: dict) -> Triple:
+    def __call__(self, row: dict) -> tuple[str, str, str | None, str]:
         prompt, *turns = split_conversations(row)
         texts = [None if turn is None else self._render(prompt + [turn]) for turn in turns]
         header = self._render(prompt, generation=True)
         if not all(text is None or text.startswith(header) for text in texts):
             header = self._shared_header(prompt, header)
         responses = [None if text is None else self._response(text, header) for text in texts]
-        return header.removeprefix(self.own_bos), *responses
+        return header.removeprefix(self.own_bos), *responses, conversation(prompt)
 
     def prompt(self, messages: list[dict]) -> str:
         """The text behind which the model answers these messages, to be tokenised as any prompt."""
         return self._render(messages, generation=True).removeprefix(self.own_bos)
 
     def _render(self, messages: list[dict], generation: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-        except Exception as error:  # the template is a program of the model's author: any error may come out of it
-            raise InputError(f"the tokenizer's chat template refuses these messages: {error}") from None
+        return render(self.tokenizer, messages, generation)
 
     def _shared_header(self, prompt: list[dict], header: str) -> str:
         """What a generation prompt has in common with finished answers.
@@ -221,17 +236,31 @@ class ChatRecords:
         the two part is found with a response that cannot resemble that text.
         """
         probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
-        parting = (at for at, (a, b) in enumerate(zip(header, probed, strict=False)) if a != b)
-        return header[: next(parting, len(header))]
+        return shared_start(header, probed)
 
     def _response(self, text: str, header: str) -> str:
         if not text.startswith(header):
             raise InputError("the tokenizer's chat template does not render the prompt as the beginning of the whole")
         response = text[len(header) :]
-        eos = self.tokenizer.eos_token
-        if eos and response.rstrip().endswith(eos):
-            response = response.rstrip().removesuffix(eos)
-        return response
+        words, end, rest = response.rpartition(self.end)
+        if end and not rest.replace(self.tokenizer.eos_token, "").strip():
+            return words
+        # A template that ends turns by ordinary text: EOS stands in its place, as it does where nothing ends a turn.
+        return response.removesuffix(self.closing) if self.closing.strip() else response
+
+
+def conversation(messages: list[dict]) -> str:
+    """Messages as ``###Human: …`` / ``###Assistant: …`` lines, the form in which the external model is shown them.
+
+    >>> conversation([{"role": "user", "content": "Hi"}])
+    '###Human: Hi'
+    """
+    speakers = {"user": "Human"}
+    return "\n".join(
+        f"###{speakers.get(message['role'], message['role'].capitalize())}: {message['content'].strip()}"
+        for message in messages
+        if message["content"].strip()
+    )
 
 
 def split_conversations(row: dict) -> tuple[list[dict], dict, dict | None]:
@@ -259,10 +288,13 @@ def split_conversations(row: dict) -> tuple[list[dict], dict, dict | None]:
             raise InputError("'chosen' begins neither with the assistant's answer nor with the messages of 'prompt'")
         shared = chosen[:-1]
         whole = [chosen, rejected]
+        if isinstance(prompt, str) and not any(prompt.strip() in (m["content"], m["content"].strip()) for m in shared):
+            raise InputError("'prompt' is none of the messages in front of the answer; leave it out, or mend it")
     return shared, *_last_turns(shared, *whole)
 
 
 def _messages(value: object, field: str, role_of_string: str | None = None) -> list[dict]:
+    _refuse_written_messages(value, field)
     if isinstance(value, str) and role_of_string:
         value = [{"role": role_of_string, "content": value}]
     if not isinstance(value, list) or not value:

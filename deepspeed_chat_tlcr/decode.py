@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from deepspeed_chat_tlcr.generation import Decoding, response_mask, warp
+from deepspeed_chat_tlcr.generation import Decoding, Ends, response_mask, warp
 
 CHUNK = 32
 _CHECK_EVERY = 8  # tokens between questions to the device whether all rows have ended
@@ -73,7 +73,7 @@ def decode(
     ids: torch.Tensor,
     mask: torch.Tensor,
     decoding: Decoding,
-    eos_id: int,
+    eos_id: Ends,
     pad_id: int,
     synced: bool = False,
 ) -> torch.Tensor:
@@ -93,6 +93,7 @@ def decode(
     forward = _forward_of(model, roomy)
     live = _Live(torch.arange(batch, device=ids.device), mask, (mask.cumsum(1) - 1).clamp(min=0))
     ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
+    ends = torch.tensor(eos_id, device=ids.device)
     logits = forward(ids, live, cache)
     live.positions = live.positions[:, -1:]
     with _decoding_attention(model), _packed_weights(model, batch):
@@ -101,7 +102,7 @@ def decode(
             # A row that has ended goes on until it leaves the cache; what it says is not kept.
             chosen = torch.where(ended[live.rows], pad_id, chosen)
             responses[live.rows, step] = chosen
-            ended[live.rows] |= chosen == eos_id
+            ended[live.rows] |= torch.isin(chosen, ends)
             if step == limit - 1 or (step % _CHECK_EVERY == 0 and _all_ended(ended, synced)):
                 break
             if step % CHUNK == 0:
@@ -147,7 +148,7 @@ def _forward_of(model: PreTrainedModel, roomy: bool) -> Callable[[torch.Tensor, 
 
 
 def _choose(
-    logits: torch.Tensor, decoding: Decoding, eos_id: int, step: int, uniform: torch.Tensor | None
+    logits: torch.Tensor, decoding: Decoding, eos_id: Ends, step: int, uniform: torch.Tensor | None
 ) -> torch.Tensor:
     """One token per row, ``(b, V)`` logits to ``(b,)``: the likeliest, or the one ``uniform`` in [0, 1) falls on."""
     warped = warp(logits.unsqueeze(1), decoding, eos_id, first_action=step).squeeze(1)

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.turns import end_ids
+
+Ends = int | Sequence[int]
+"""The token that ends a response, or all that do (``turns.end_ids``)."""
+
 
 @dataclass(frozen=True)
 class Decoding:
     """How tokens are chosen. ``temperature`` 0 means the likeliest token; ``top_k`` 0 and ``top_p`` 1 mean no cut.
 
-    ``min_new_tokens``: EOS is impossible before that many tokens. ``stop_ids``: tokens that end a response as EOS does
-    (a chat model's end of turn).
+    ``min_new_tokens``: a response cannot end before that many tokens.
     """
 
     max_new_tokens: int
@@ -20,7 +24,6 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     min_new_tokens: int = 0
-    stop_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Answer:
     """One generated response. ``ended``: the model ended it itself, rather than the length limit."""
 
     prompt_ids: list[int]
-    response_ids: list[int]  # EOS included
+    response_ids: list[int]  # the token that ends it included
     text: str
     ended: bool
 
@@ -44,12 +47,12 @@ def left_pad(prompts: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Ten
     return ids, mask
 
 
-def response_mask(response_ids: torch.Tensor, eos_id: int, stop_ids: Sequence[int] = ()) -> torch.Tensor:
-    """1 up to and including each row's first EOS; all ones where a row was cut at the limit. ``(B, A)`` to ``(B, A)``.
+def response_mask(response_ids: torch.Tensor, eos_id: Ends) -> torch.Tensor:
+    """1 up to and including each row's first end; all ones where a row was cut at the limit. ``(B, A)`` to ``(B, A)``.
 
-    What a generator writes behind the first EOS is padding, whatever its id: pad = EOS is harmless.
+    What a generator writes behind the first end is padding, whatever its id: pad = EOS is harmless.
     """
-    is_eos = torch.isin(response_ids, torch.tensor([eos_id, *stop_ids], device=response_ids.device)).long()
+    is_eos = torch.isin(response_ids, torch.tensor(eos_id, device=response_ids.device)).long()
     ended_before = is_eos.cumsum(1) - is_eos
     return (ended_before == 0).long()
 
@@ -57,7 +60,7 @@ def response_mask(response_ids: torch.Tensor, eos_id: int, stop_ids: Sequence[in
 def warp(
     logits: torch.Tensor,
     decoding: Decoding,
-    eos_id: int,
+    eos_id: Ends,
     tokens: torch.Tensor | None = None,
     first_action: int = 0,
 ) -> torch.Tensor:
@@ -113,7 +116,7 @@ def generate(
         top_p=1.0 if greedy else decoding.top_p,
         top_k=0 if greedy else max(0, decoding.top_k),
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.eos_token_id, *decoding.stop_ids],
+        eos_token_id=list(end_ids(tokenizer)),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -130,12 +133,12 @@ def answers(
     batch_size: int,
 ) -> Iterator[Answer]:
     """One answer for each prompt (token ids), in the order of the prompts."""
-    ends = {tokenizer.eos_token_id, *decoding.stop_ids}
+    ends = end_ids(tokenizer)
     for begin in range(0, len(prompts), batch_size):
         batch = prompts[begin : begin + batch_size]
         ids, mask = left_pad(batch, tokenizer.pad_token_id)
         output = generate(model, tokenizer, ids.to(model.device), mask.to(model.device), decoding)[:, ids.size(1) :]
-        lengths = response_mask(output, tokenizer.eos_token_id, decoding.stop_ids).sum(1).tolist()
+        lengths = response_mask(output, ends).sum(1).tolist()
         for prompt, row, length in zip(batch, output.tolist(), lengths, strict=True):
             response = row[:length]
             ended = response[-1:] != [] and response[-1] in ends

@@ -146,7 +146,9 @@ def load_preferences(
     found = Preferences([_part_of(entry, part, split, fractions, data_seed, require_rejected) for entry in tables])
     if not len(found):
         sizes = ", ".join(f"{len(table)} records in {records}" for _, records, table in tables)
-        raise InputError(f"the {part} part of the {split} data is empty at --data_split {data_split} ({sizes})")
+        whole = any(source.eval is None for source, _, _ in tables)
+        remedy = "; without an eval file it is split 9:1: give more records, or eval.jsonl" if whole else ""
+        raise InputError(f"the {part} part of the {split} data is empty at --data_split {data_split} ({sizes}){remedy}")
     return found
 
 

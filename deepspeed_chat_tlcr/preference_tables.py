@@ -22,13 +22,14 @@ from deepspeed_chat_tlcr.record_files import ROWS_AT_ONCE
 from deepspeed_chat_tlcr.record_sources import Records, Source
 from deepspeed_chat_tlcr.records import Preference
 
-_CACHE_VERSION = "1"  # part of the cache's key: raise it when a record is read in another way than before
+_CACHE_VERSION = "2"  # part of the cache's key: raise it when a record is read in another way than before
 
 _SCHEMA = pa.schema(
     [
         pa.field("prompt", pa.string()),  # null: a record without prompt or chosen response, left out of every part
         pa.field("chosen", pa.string()),
         pa.field("rejected", pa.string()),
+        pa.field("context", pa.string()),  # of a chat: its messages as the external model is shown them
         pa.field("file", pa.int32()),
         pa.field("position", pa.int64()),
     ]
@@ -65,7 +66,7 @@ class Table:
         return self._batches[number].column(column)[offset].as_py()
 
     def preference(self, row: int) -> Preference:
-        return Preference(*(self.value(column, row) for column in ("prompt", "chosen", "rejected")))
+        return Preference(*(self.value(column, row) for column in _SCHEMA.names[:4]))
 
     def present(self, column: str) -> np.ndarray:
         """Which records have a value in this column; shape (len,), bool."""
@@ -86,18 +87,21 @@ def _reader(source: Source, records: Records, tokenizer) -> tuple[Callable[[dict
         reader = ChatRecords(tokenizer)
     except InputError as error:
         raise InputError(f"{records}: {error}") from None
-    template = [tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, reader.own_bos]
+    template = [tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, reader.own_bos, reader.end]
     return reader, json.dumps(template, sort_keys=True)
 
 
 def _triples(source: Source, records: Records, read: Callable[[dict], Triple]) -> Iterator[tuple]:
-    """Rows of ``_SCHEMA``. Raises ``InputError`` with the place of a record that is not in its form."""
+    """Rows of ``_SCHEMA``. Raises ``InputError`` with the place of a record that is not in its form, and where most
+    records repeat the prompt in their responses: one or the other may do so by chance ("Hi" and "Hi there").
+    """
+    count = doubled = 0
     for file_number, position, record in records:
         try:
             if read is own_strings and has_messages(record):
                 raise InputError("chat messages, while the first record has strings; use one form per data set")
-            triple = read(record)
-            for text in triple:
+            prompt, chosen, rejected, *context = read(record)
+            for text in (prompt, chosen, rejected):
                 if text is not None:
                     text.encode()
         except InputError as error:
@@ -110,9 +114,20 @@ def _triples(source: Source, records: Records, read: Callable[[dict], Triple]) -
                 f"{records.place(file_number, position)}: not a record of {known.name}, whose name is in the path and "
                 f"whose fields are {', '.join(known.fields)} ({type(error).__name__}: {error})"
             ) from None
-        prompt, chosen, _ = triple
         usable = bool(prompt) and chosen is not None
-        yield *(triple if usable else (None, None, None)), file_number, position
+        texts = (prompt, chosen, rejected, context[0] if context else None)
+        yield *(texts if usable else (None,) * 4), file_number, position
+        count += 1
+        doubled += usable and _repeats(prompt, chosen) and (rejected is None or _repeats(prompt, rejected))
+    if source.is_own and doubled > count / 2:
+        raise InputError(
+            f"{records}: in {doubled} of {count} records the responses begin with the prompt, so the text would hold "
+            "it twice; cut it off 'chosen' and 'rejected'"
+        )
+
+
+def _repeats(prompt: str, response: str) -> bool:
+    return bool(prompt.strip()) and response.strip().startswith(prompt.strip())
 
 
 def _write(path: Path, rows: Iterator[tuple], label: str):

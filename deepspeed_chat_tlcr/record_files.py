@@ -24,8 +24,9 @@ _CHARACTERS_AT_ONCE = 1 << 20
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def has_known_suffix(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES)
+def suffix_of(path: Path) -> str | None:
+    """Which of ``SUFFIXES`` a file has."""
+    return next((suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix)), None)
 
 
 def place(path: str | Path, position: int) -> str:

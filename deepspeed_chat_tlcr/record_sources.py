@@ -15,7 +15,7 @@ from deepspeed_chat_tlcr.dataset_formats import (
     find_format,
 )
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.record_files import ROWS_AT_ONCE, SUFFIXES, has_known_suffix, place, read_records
+from deepspeed_chat_tlcr.record_files import ROWS_AT_ONCE, SUFFIXES, place, read_records, suffix_of
 
 SPLITS = ("train", "eval")
 EVAL_NAMES = ("eval", "validation", "valid", "dev", "test")  # the first that a folder or saved data set has is its eval
@@ -106,21 +106,30 @@ def find_source(data_path: str) -> Source:
     if known and known.name == LOCAL_JSON:
         return _local_json(data_path, known, path)
     if path.is_file():
-        if not has_known_suffix(path):
+        if not suffix_of(path):
             raise InputError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-        train_files, eval_files = [path], _files_of(path.parent, known) if _split_name(path) == "train" else []
+        split = _split_of(path)
+        train_files, eval_files = [path], _eval_files(path.parent, known, split) if _is_train(split) else []
         return _from_files(data_path, known, fields, train_files, eval_files)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             return _saved_dataset(data_path, known, fields, path)
-        folder = path if _split_files(path, "train") else path / "data"  # Hub repositories keep their files in data/
-        train_files = _split_files(folder, "train")
-        if not train_files:
+        folder, splits = _split_folder(path)
+        kinds = sorted(filter(_is_train, splits))
+        if not kinds:
             raise InputError(
                 f"{path}: neither a saved data set nor a folder with train.* (and eval.*, validation.* or test.*) "
                 f"in one of {', '.join(SUFFIXES)}"
             )
-        return _from_files(data_path, known, fields, train_files, _files_of(folder, known))
+        if len(kinds) > 1:
+            raise InputError(
+                f"{path}: several train splits ({', '.join(kinds)}), which may hold different things; name what is "
+                f"wanted of them, as in --data_path {path / kinds[0]}"
+            )
+        return _from_split(data_path, known, fields, folder, kinds[0])
+    folder, splits = _split_folder(path.parent)
+    if _is_train(path.name.lower()) and path.name.lower() in splits:
+        return _from_split(data_path, known, fields, folder, path.name.lower())
     if known and not data_path.startswith(("/", ".", "~")):
         return _hub_dataset(data_path, known, fields)
     names = ", ".join(known.name for known in FORMATS)
@@ -130,20 +139,55 @@ def find_source(data_path: str) -> Source:
     )
 
 
-def _split_name(path: Path) -> str | None:
-    """'train' for train.jsonl, train-00000-of-00002.parquet, train_1.json.gz; None for what is no split's file."""
-    match = re.match(r"([a-z]+)(?:[-_.].*)?$", path.name.lower())
-    return match and match[1] if has_known_suffix(path) else None
+def _split_of(path: Path) -> str | None:
+    """'train' for train.jsonl, train-00000-of-00002.parquet, train_1.json.gz; 'train_prefs' for train_prefs.parquet;
+    None for a file of another kind.
+    """
+    name, suffix = path.name.lower(), suffix_of(path)
+    # The Hub once put a hash behind the number of a shard.
+    return suffix and re.sub(r"([-_.]\d+(-of-\d+(-[0-9a-f]{16})?)?)+$", "", name.removesuffix(suffix))
+
+
+def _is_train(split: str) -> bool:
+    """Whether a split is one to train on: 'train', 'train_prefs'."""
+    return re.match(r"train(?![a-z])", split) is not None
+
+
+def _split_folder(path: Path) -> tuple[Path, set[str]]:
+    """The folder that holds the split files, which Hub repositories keep in data/, and its splits."""
+    for folder in (path, path / "data"):
+        splits = {split for file in folder.glob("*") if file.is_file() and (split := _split_of(file))}
+        if any(map(_is_train, splits)):
+            return folder, splits
+    return path, set()
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    return sorted(file for file in folder.glob("*") if file.is_file() and _split_name(file) == split)
+    """The files of a split. Raises ``InputError`` where they are of several kinds: one is a copy of the other."""
+    files = sorted(file for file in folder.glob("*") if file.is_file() and _split_of(file) == split)
+    one_of_each = {suffix_of(file): file.name for file in files}
+    if len(one_of_each) > 1:
+        raise InputError(f"{folder}: {' and '.join(one_of_each.values())} are two forms of one split; name one file")
+    return files
 
 
-def _files_of(folder: Path, known: DatasetFormat | None) -> list[Path]:
-    """The files of a folder's eval split."""
+def _eval_files(folder: Path, known: DatasetFormat | None, train_split: str) -> list[Path]:
+    """The files of the eval split that belongs to a train split: of test_prefs, not of test_sft, to train_prefs.
+
+    A folder's only train split may also have one of plain name.
+    """
     names = (known.eval_split, *EVAL_NAMES) if known and known.eval_split else EVAL_NAMES
-    return next((files for name in names if (files := _split_files(folder, name))), [])
+    candidates = [name + train_split[len("train") :] for name in names]
+    if sum(map(_is_train, _split_folder(folder)[1])) == 1:
+        candidates += names
+    return next((files for name in candidates if (files := _split_files(folder, name))), [])
+
+
+def _from_split(
+    data_path: str, known: DatasetFormat | None, fields: tuple[str, ...], folder: Path, split: str
+) -> Source:
+    train_files = _split_files(folder, split)
+    return _from_files(data_path, known, fields, train_files, _eval_files(folder, known, split))
 
 
 def _from_files(
@@ -210,7 +254,8 @@ def _first_line(error: Exception) -> str:
 def _from_datasets(data_path: str, known: DatasetFormat | None, fields: tuple[str, ...], found) -> Source:
     splits = found if hasattr(found, "keys") else {"train": found}
     if "train" not in splits:
-        raise InputError(f"{data_path}: no train split (found: {', '.join(splits)})")
+        found = ", ".join(splits)
+        raise InputError(f"{data_path}: no train split (found: {found}); save the wanted ones as train and test")
     names = EVAL_NAMES if known is None else (known.eval_split, *EVAL_NAMES) if known.eval_split else ()
     evaluation = next((name for name in names if name in splits), None)
     train = ArrowRecords(splits["train"], f"{data_path} (train)", fields)

@@ -4,12 +4,13 @@ Only text is stored. Token labels are recomputed for whatever tokenizer trains, 
 model family.
 """
 
+import codecs
 import gzip
 import hashlib
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
@@ -19,12 +20,14 @@ from deepspeed_chat_tlcr.errors import InputError
 class Preference:
     """A prompt and two responses. ``prompt`` ends exactly where a response begins: ``prompt + chosen`` is the text.
 
-    A data set without preferences (SFT only) has ``rejected=None``.
+    A data set without preferences (SFT only) has ``rejected=None``. ``context``: of a chat, its messages in front of
+    the response as the external model is shown them; None where the prompt itself tells.
     """
 
     prompt: str
     chosen: str
     rejected: str | None
+    context: str | None = field(default=None, compare=False)
 
     @property
     def id(self) -> str:
@@ -53,7 +56,8 @@ class Revision:
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield ``(line_number, object)`` of a ``.jsonl`` or ``.jsonl.gz`` file, streaming; blank lines are skipped.
 
-    Raises ``InputError`` naming file and line where a line is not UTF-8, not JSON or not an object.
+    A byte-order mark in front is no part of the text. Raises ``InputError`` naming file and line where a line is not
+    UTF-8, not JSON or not an object.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,6 +65,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         try:
             for number, line in enumerate(lines, 1):
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.strip():
                     continue
                 try:

@@ -15,6 +15,7 @@ from deepspeed_chat_tlcr.chat_format import to_chat_critic, write_chat_folder
 from deepspeed_chat_tlcr.errors import InputError, SaveError
 from deepspeed_chat_tlcr.models import head_of
 from deepspeed_chat_tlcr.optim import merge_lora
+from deepspeed_chat_tlcr.turns import end_ids
 
 
 def save_model(
@@ -49,9 +50,10 @@ def _save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, fol
         use_cache, model.config.use_cache = model.config.use_cache, True
         if model.can_generate():
             # What ends an answer belongs to the model: without it a server would run on to its length limit.
+            ends = end_ids(tokenizer)
             model.generation_config = GenerationConfig(
                 bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
+                eos_token_id=list(ends) if len(ends) > 1 else ends[0],
                 pad_token_id=tokenizer.pad_token_id,
             )
         state_dict = merge_lora(state_dict, model)

@@ -7,14 +7,16 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.errors import InputError, cannot_load
+from deepspeed_chat_tlcr.turns import end_after, end_ids
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedExample:
     """A prompt and its response as tokens.
 
-    ``input_ids``: all tokens, EOS last where the response is whole. ``response_start``: index of the response's first
-    token. ``targets``: for ``input_ids[response_start:]``, 0.0 negative, 0.5 neutral, 1.0 positive, or None.
+    ``input_ids``: all tokens, those of a whole response with the one that ends it (``turns.end_after``) last.
+    ``response_start``: index of the response's first token. ``targets``: for ``input_ids[response_start:]``, 0.0
+    negative, 0.5 neutral, 1.0 positive, or None.
     """
 
     input_ids: list[int]
@@ -70,20 +72,23 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int
 
 
 def tokenize_response(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> TokenizedExample:
-    """Tokenise ``prompt + response`` once, append EOS, and find where the response starts.
+    """Tokenise ``prompt + response`` once, append the token that ends it, and find where the response starts.
 
-    A token that straddles the boundary belongs to the response: it is the first token that the response decides.
+    Nothing is appended to a text that ends in such a token already. A token that straddles the boundary belongs to the
+    response: it is the first token that the response decides.
     Nothing is cut; see ``truncate``.
     """
     encoding = tokenizer(prompt + response, return_offsets_mapping=True)
     ids = _without_final_specials(encoding["input_ids"], encoding["offset_mapping"])
     ends = [end for _, end in encoding["offset_mapping"][: len(ids)]]
     start = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
-    return TokenizedExample([*ids, tokenizer.eos_token_id], start)
+    if start == len(ids) or ids[-1] not in end_ids(tokenizer):
+        ids = [*ids, end_after(tokenizer, prompt)]
+    return TokenizedExample(ids, start)
 
 
 def truncate(example: TokenizedExample, max_length: int) -> TokenizedExample | None:
-    """Cut the response so that at most ``max_length`` tokens remain; a cut response carries no EOS.
+    """Cut the response so that at most ``max_length`` tokens remain; a cut response carries no end.
 
     Returns None when not one response token would be left: such an example is dropped, never its prompt cut.
     """

@@ -22,6 +22,7 @@ from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.pictures import token_strings
 from deepspeed_chat_tlcr.records import Revision, read_revisions
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
+from deepspeed_chat_tlcr.turns import end_ids
 from evaluation.policies import OutOptions, device, torch_dtype
 from evaluation.report import refresh_report
 from evaluation.results import save_results
@@ -92,7 +93,7 @@ def gather(
         strings = token_strings(tokenizer, example.input_ids)[example.response_start :]
         ids, count = example.response_ids, len(found)
         for place, (prob, target, token, id) in enumerate(zip(found, example.targets, strings, ids, strict=True)):
-            kind = kind_of(token, id == tokenizer.eos_token_id, place == 0)
+            kind = kind_of(token, id in end_ids(tokenizer), place == 0)
             columns.append((prob, target, place * PLACES // count, kind))
     return Tokens(*(np.array(column) for column in zip(*columns, strict=True)))
 

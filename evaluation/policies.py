@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.arguments import Dtype, option
 from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
@@ -66,7 +66,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answers, one for each turn. ``tokens`` counts EOS; ``ended``: the model ended the answer itself."""
+    """A model's answers, one for each turn. ``tokens`` counts the end; ``ended``: the model ended the answer itself."""
 
     turns: list[str]
     tokens: list[int]
@@ -153,14 +153,13 @@ class Policy:
         if self.model is None:
             self.tokenizer = load_tokenizer(self.path)
             self.model = load_causal_lm(self.path, torch_dtype(self.options.dtype)).to(device()).eval()
-            self.stop_ids = further_stops(self.path, self.tokenizer)
             self.room = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
 
     def answer(self, prompts: Sequence[list[int]], temperature: float) -> Iterator[Answer]:
         """Answers in order. A prompt that leaves less than ``max_new_tokens`` is answered on its own, as far as there
         is room; one that fills the model's positions gets an empty answer.
         """
-        decoding = Decoding(self.options.max_new_tokens, temperature, stop_ids=self.stop_ids)
+        decoding = Decoding(self.options.max_new_tokens, temperature)
         roomy = [prompt for prompt in prompts if len(prompt) + decoding.max_new_tokens <= self.room]
         together = answers(self.model, self.tokenizer, roomy, decoding, max(len(roomy), 1))
         for prompt in prompts:
@@ -188,16 +187,6 @@ class Policy:
                 reply.tokens.append(len(answer.response_ids))
                 reply.ended.append(answer.ended)
         return replies
-
-
-def further_stops(path: str, tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Tokens besides EOS that the checkpoint's generation config says end an answer (a chat model's end of turn)."""
-    try:
-        ids = GenerationConfig.from_pretrained(path).eos_token_id
-    except (OSError, ValueError):
-        return ()
-    ids = ids if isinstance(ids, list) else [ids]
-    return tuple(id for id in ids if id is not None and id != tokenizer.eos_token_id)
 
 
 def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> dict[int | str, Reply]:

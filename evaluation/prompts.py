@@ -7,7 +7,7 @@ from pathlib import Path
 from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.preference_data import load_preferences
-from deepspeed_chat_tlcr.record_files import has_known_suffix, place, read_records
+from deepspeed_chat_tlcr.record_files import place, read_records, suffix_of
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation.policies import Question, is_text
 
@@ -62,7 +62,7 @@ def prompts_of_file(path: str, temperature: float, for_models: bool = True) -> l
     Raises ``InputError`` naming file and record.
     """
     file = Path(path)
-    if not file.is_file() or not has_known_suffix(file):
+    if not file.is_file() or not suffix_of(file):
         raise InputError(f"--prompts {path}: no such .jsonl, .json or .parquet file")
     questions = []
     for position, record in read_records(file, FIELDS):

@@ -93,6 +93,7 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
             [f"suspected rewrites: edit ratio above {rewrites['above']:g}", rewrites["count"]],
             ["unedited", summary["unedited"]],
             ["identical to the chosen response", summary["identical_to_chosen"]],
+            ["with differences that nobody sees (line ends, spaces, quotes)", summary["unseen_differences"]],
             ["of a pair that has one already", summary["repeated_pairs"]],
             ["the same text for the same pair again", summary["repeated_revisions"]],
         ],

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, tokenize_response
+from labeling.convention import in_convention_of
 from labeling.revising import MAX_EDIT_RATIO, edit_ratio
 from labeling.token_labels import NEGATIVE, NEUTRAL, edit_targets, label_revision
 
@@ -112,7 +113,7 @@ class Audit:
         self.deleted, self.added = Counter(), Counter()
         self.rewrites: list[str] = []
         self.seen, self.lines = set(), set()
-        self.unedited = self.copied = self.same_pair = self.same_line = 0
+        self.unedited = self.copied = self.same_pair = self.same_line = self.unseen = 0
         self.draw = random.Random(0)
         self.random_ones: list[Revision] = []
         self.most_edited: list[tuple[float, int, Revision]] = []
@@ -126,6 +127,7 @@ class Audit:
             self.rewrites.append(revision.id)
         self.unedited += revision.modified == revision.rejected
         self.copied += revision.modified.strip() == revision.chosen.strip()
+        self.unseen += in_convention_of(revision.rejected, revision.modified) != revision.modified
         pair, line = hash(revision.id), hash((revision.id, revision.modified))
         self.same_pair += pair in self.seen
         self.same_line += line in self.lines
@@ -168,6 +170,7 @@ class Audit:
             "revisions": len(self.ratios),
             "unedited": self.unedited,
             "identical_to_chosen": self.copied,
+            "unseen_differences": self.unseen,
             "repeated_pairs": self.same_pair,
             "repeated_revisions": self.same_line,
             "edit_ratio": {

@@ -3,7 +3,6 @@
 .json (one list of objects), .jsonl, and either with .gz. Which schema it is, the first record's keys tell.
 """
 
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -13,9 +12,11 @@ from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.asking.progress import Totals
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import Preference, Revision, read_jsonl
+from deepspeed_chat_tlcr.record_files import read_records, suffix_of
+from deepspeed_chat_tlcr.records import Preference, Revision
+from labeling.convention import in_convention_of
 from labeling.options import Options
-from labeling.prompt import has_stray_tag, parse_answer, prompt_of, with_white_space_of
+from labeling.prompt import framed_as, has_stray_tag, parse_answer, prompt_of
 from labeling.revising import describe
 
 Read = Callable[[dict], Revision]
@@ -46,7 +47,7 @@ def released_revision(record: dict) -> Revision:
 def qa_feedback_revision(record: dict, passages: int = 0) -> Revision:
     """A QA-feedback record: a person's minimal correction of a model's answer plays the external model's part."""
     preference = qa_feedback_preference(record, passages)
-    modified = with_white_space_of(preference.rejected, record["corrected"])
+    modified = framed_as(preference.rejected, record["corrected"])
     return _revision(preference, modified, "", "person")
 
 
@@ -87,6 +88,7 @@ def reader_for(record: dict, passages: int = 0) -> Read:
 def _revision(preference: Preference, modified: str, reasoning: str, model: str, usage: dict | None = None) -> Revision:
     texts = (preference.prompt, preference.chosen, preference.rejected, _text(modified), _text(reasoning), _text(model))
     prompt, chosen, rejected, modified, reasoning, model = texts
+    modified = in_convention_of(rejected, modified)
     return Revision(preference.id, prompt, chosen, rejected, modified, reasoning, model, usage or {})
 
 
@@ -109,47 +111,11 @@ def read_objects(path: str | Path) -> Iterator[tuple[str, dict]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"--from {path}: no such file")
-    if path.name.removesuffix(".gz").endswith(".jsonl"):
-        for number, record in read_jsonl(path):
-            yield f"{path}:{number}", record
-        return
-    if not path.name.removesuffix(".gz").endswith(".json"):
+    if suffix_of(path) in (None, ".parquet"):
         raise InputError(f"--from {path}: expected .json, .jsonl, or either with .gz")
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            for number, record in enumerate(_list_items(file), 1):
-                if not isinstance(record, dict):
-                    raise InputError(f"{path}: record {number} is not an object")
-                yield f"{path}: record {number}", record
-    except (ValueError, OSError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"--from {path}: not a list of JSON objects in UTF-8 ({error})") from None
-
-
-def _list_items(file) -> Iterator:
-    """The items of one JSON list, decoded as they are read."""
-    decoder, text = json.JSONDecoder(), file.read(1 << 20).lstrip()
-    if not text.startswith("["):
-        raise ValueError("it does not begin with [")
-    text = text[1:]
-    while True:
-        text = text.lstrip(" \t\r\n,")
-        if text.startswith("]"):
-            return
-        try:
-            item, end = decoder.raw_decode(text)
-            complete = end < len(text)
-        except json.JSONDecodeError:
-            complete = False
-        if complete:
-            yield item
-            text = text[end:]
-            continue
-        more = file.read(1 << 20)
-        if not more:
-            raise ValueError("it ends in the middle of a record")
-        text += more
+    by_line = suffix_of(path).startswith(".jsonl")
+    for number, (line, record) in enumerate(read_records(path, ()), 1):
+        yield f"{path}:{line}" if by_line else f"{path}: record {number}", record
 
 
 def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, str, str]]:

@@ -4,6 +4,7 @@ The question shows the conversation, the preferred and the non-preferred respons
 reasoning and the modified response between tags. Other programs may rely on this layout.
 """
 
+import html
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,36 @@ Answer in exactly this format and write nothing else:
 
 PLACEHOLDERS = ("context", "chosen", "rejected")
 
+# How a prompt's turns begin: in HH-RLHF's form, or written by one of the common chat templates (ChatML, Llama 3, Gemma,
+# Phi and Zephyr, Llama 2 and Mistral). The messages of chat data need no such guess: they bring their context along.
 _TURN = re.compile(r"\s*\n\n(Human|Assistant): ?|^ ?(Human|Assistant): ?")
+_TEMPLATE_TURN = re.compile(
+    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|)(system|user|assistant|model)\b"
+    r"(?:<\|end_header_id\|>|\|>)?|(\[/?INST\])"
+)
+_SPEAKERS = {"user": "Human", "[INST]": "Human", "system": "System"}
 _TAG_LIKE = re.compile(
     r"<[\s/]*\|[^<>\n]{0,60}>|<[^<>\n]{0,60}\|>"  # <|…|>, <|…>, <…|>, </|…|>
     r"|<\|\s*(start|end)\b"
-    r"|[<\[*]\s*/?\s*(start|end)\s+(of\s+)?(reasoning|context|(modified|(non-)?preferred)\s+response)\b",
+    r"|\b(start|end)\s+of\s+(modified|(non-?)?preferred)\s+response\b"
+    r"|[<\[*]\s*/?\s*(start|end)\s+(of\s+)?(reasoning|context|(modified|(non-?)?preferred)\s+response)\b",
     re.IGNORECASE,
 )
+# Other forms of the characters that tags are made of, one for one: full-width ones, other bars and dashes.
+_LOOK_ALIKES = str.maketrans("｜¦│＜〈＞〉＊＃（）［］：‐‑‒–—―－", "|||<<>>*#()[]:-------")
+# What a Markdown writer puts around a tag, on its line.
+_DECORATION = r"(?:[#*_`~=>|<()\[\]{}/:\- \t]|&[lg]t;)*"
+_FIRST_TOKEN = re.compile(r"^\s*(?:<s>|<bos>|<\|begin_of_text\|>)")
+_BEFORE = re.compile(r"\s*(?:<think>.*?</think>\s*)?", re.DOTALL)
+_LAST_TOKEN = re.compile(r"(?:<\|[a-z_]{1,30}\|>|</s>|<end_of_turn>|<eos>)\Z")
+_MARKS = ("***", "**", "*", "__", "_", "`", '"', "'", "“”", "‘’", "„“", "«»", "「」", "()")
+_LABEL = re.compile(
+    r"""[#*_>\s"'`]*(?:here(?:['’]s|\s+is)\s+)?(?:(?:the|a|my)\s+)?"""
+    r"(?:(?:modified|revised|edited|corrected|improved|rewritten|updated)\s+(?:non-?preferred\s+)?"
+    r"(?:response[*_`]*\s*(?::|-+|\n)|(?:answer|version|text)[*_`]*\s*:)|(?:response|answer)[*_`]*\s*:)[*_`]*\s*",
+    re.IGNORECASE,
+)
+_RULE = r"[-*=_]{3,}[ \t]*"
 _MARKED_TURN = re.compile(r"(?:^|\n)\s*###\s*(Human|Assistant): ?")
 
 
@@ -82,9 +106,9 @@ def load_template(path: str | Path) -> str:
 def build_messages(preference: Preference, template: str = TEMPLATE) -> list[dict]:
     """The chat messages of one question: a single user message, which every model's chat template accepts."""
     parts = {
-        "context": context_of(preference.prompt),
-        "chosen": preference.chosen.strip(),
-        "rejected": preference.rejected.strip(),
+        "context": preference.context or context_of(preference.prompt),
+        "chosen": _framed(preference.chosen)[1],
+        "rejected": _framed(preference.rejected)[1],
     }
     # One pass over the template: braces in the texts themselves stay as they are.
     text = re.sub(r"\{(" + "|".join(PLACEHOLDERS) + r")\}", lambda match: parts[match[1]], template)
@@ -97,13 +121,23 @@ def context_of(prompt: str) -> str:
     >>> context_of("\\n\\nHuman: Hi\\n\\nAssistant: Hello!\\n\\nHuman: Who are you?\\n\\nAssistant:")
     '###Human: Hi\\n###Assistant: Hello!\\n###Human: Who are you?'
     """
-    pieces = _TURN.split(prompt)
-    turns = [(pieces[i] or pieces[i + 1], pieces[i + 2].strip()) for i in range(1, len(pieces), 3)]
-    if pieces[0].strip() or not turns:  # not (only) the Human / Assistant form: one human turn
+    turns = _turns(_TURN, prompt)
+    if not turns:
+        written = _turns(_TEMPLATE_TURN, _FIRST_TOKEN.sub("", prompt))
+        turns = [(_SPEAKERS.get(name, "Assistant"), _without_last_tokens(text)) for name, text in written]
+    if not turns:  # not (only) turns: one human turn
         return f"###Human: {prompt.strip()}"
     if turns[-1] == ("Assistant", ""):
         turns.pop()
     return "\n".join(f"###{speaker}: {text}" for speaker, text in turns)
+
+
+def _turns(beginning: re.Pattern, prompt: str) -> list[tuple[str, str]]:
+    """(speaker, text) of each turn; none where the prompt does not begin with one."""
+    before, *pieces = beginning.split(prompt)
+    if before.strip():
+        return []
+    return [(pieces[i] or pieces[i + 1], pieces[i + 2].strip()) for i in range(0, len(pieces), 3)]
 
 
 def prompt_of(context: str) -> str:
@@ -120,46 +154,110 @@ def prompt_of(context: str) -> str:
 
 
 def parse_answer(text: str, rejected: str = "") -> Answer:
-    """Read an answer: tags in any capitals ("of" and "Of"), end tags missing, code fences, talk before and after.
+    """Read an answer: tags in any capitals, with or without bars, in Markdown or full-width characters, end tags
+    missing, talk before and after.
 
-    The last modified response counts. It gets the white space around it from ``rejected``, and loses a code fence or a
-    speaker's name in front that ``rejected`` does not have: such things are the answer's wrapping, not edits.
+    The last modified response counts. It loses the wrapping around it that ``rejected`` does not have (a code fence,
+    bold type, quotes, a heading or a speaker's name in front), is written as ``rejected`` is where the two look alike,
+    and gets what ``rejected`` has around its words: none of these is an edit.
     """
     text = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
-    starts = list(_tag("start", "modified response").finditer(text))
-    reasoning_part = text[: starts[-1].start()] if starts else text
-    after_start = _tag("start", "reasoning").split(reasoning_part)[-1]
-    reasoning = _unfenced(_tag("end", "reasoning").split(after_start)[0].strip())
-    if not starts:
+    *before, after = _split("start", "modified response", text)
+    reasoning = _split("start", "reasoning", "\n".join(before) if before else text)[-1]
+    reasoning = _unfenced(_split("end", "reasoning", reasoning)[0].strip())
+    if not before:
         return Answer(reasoning, None, False)
-    modified, *rest = _tag("end", "modified response").split(text[starts[-1].end() :])
-    modified = modified.strip()
-    if "```" not in rejected:
-        modified = _unfenced(modified)
-    if not _speaker(rejected):
-        modified = modified[_speaker(modified) :]
-    return Answer(reasoning, with_white_space_of(rejected, modified), bool(rest))
+    modified, *rest = _split("end", "modified response", after)
+    if "&lt;|" in text and "&lt;" not in rejected:  # the tags are escaped, so the words are
+        modified = html.unescape(modified)
+    return Answer(reasoning, framed_as(rejected, _unwrapped(modified, rejected)), bool(rest))
 
 
-def with_white_space_of(rejected: str, modified: str) -> str:
-    """``modified`` between the white space that ``rejected`` begins and ends with (a blank ``rejected``: one space)."""
-    if not rejected.strip():
-        return f" {modified.strip()}"
-    start = len(rejected) - len(rejected.lstrip())
-    end = len(rejected.rstrip())
-    return rejected[:start] + modified.strip() + rejected[end:]
+def framed_as(rejected: str, modified: str) -> str:
+    """``modified`` as ``rejected`` writes what looks alike, between what ``rejected`` has around its words (a blank
+    ``rejected``: one space in front).
+    """
+    from labeling.convention import in_convention_of  # PLAN=1 reads TEMPLATE where no package is installed
+
+    before, words, after = _framed(rejected)
+    return f"{before if words else ' '}{in_convention_of(words, _framed(modified)[1])}{after if words else ''}"
+
+
+def _framed(text: str) -> tuple[str, str, str]:
+    """What stands before a response's words, the words, and what stands behind them.
+
+    White space, a thinking model's block of thoughts, and the tokens of a chat template that end a turn: nothing of it
+    is shown to the external model, so nothing of it can be edited.
+    """
+    begin = _BEFORE.match(text).end()
+    words = _without_last_tokens(text[begin:])
+    return text[:begin], words, text[begin + len(words) :]
+
+
+def _without_last_tokens(text: str) -> str:
+    text = text.rstrip()
+    while found := _LAST_TOKEN.search(text, max(0, len(text) - 40)):
+        text = text[: found.start()].rstrip()
+    return text
 
 
 def has_stray_tag(modified: str, rejected: str) -> bool:
     """Whether ``modified`` has one of the prompt's tags, perhaps misspelt, or a chat template's token, and ``rejected``
     does not: the rest of a wrapping that was not understood, which would be labelled as an edit.
     """
+    modified, rejected = modified.translate(_LOOK_ALIKES), rejected.translate(_LOOK_ALIKES)
     return any(found[0] not in rejected for found in _TAG_LIKE.finditer(modified))
 
 
 def _tag(edge: str, name: str) -> re.Pattern:
-    words = r"\s+".join([edge, "of", *name.split()])
-    return re.compile(rf"<\|\s*{words}\s*\|>", re.IGNORECASE)
+    words = r"\s+".join([edge, "of", *name.split()]).replace("modified", r"modified(?:\s+non-?preferred)?")
+    return re.compile(
+        rf"^{_DECORATION}{words}{_DECORATION}$|(?:^{_DECORATION})?(?:<|&lt;)\s*\|?\s*{words}\s*\|?\s*(?:>|&gt;)",
+        re.IGNORECASE | re.MULTILINE,
+    )
+
+
+def _split(edge: str, name: str, text: str) -> list[str]:
+    """The pieces of a text between the tags of one kind."""
+    pieces, at = [], 0
+    for found in _tag(edge, name).finditer(text.translate(_LOOK_ALIKES)):
+        pieces.append(text[at : found.start()])
+        at = found.end()
+    return [*pieces, text[at:]]
+
+
+def _unwrapped(text: str, rejected: str) -> str:
+    """A modified response without the layers around it that ``rejected`` does not have."""
+    rejected, wrapped = _framed(rejected)[1], None
+    while text != wrapped:
+        text, wrapped = _peeled(text.strip(), rejected), text
+    return text
+
+
+def _peeled(text: str, rejected: str) -> str:
+    """Without the outermost layers that are found in one pass."""
+    if "```" not in rejected:
+        text = _unfenced(text)
+    if not _speaker(rejected):
+        text = text[_speaker(text) :]
+    for form in (_LABEL, re.compile(rf"{_RULE}\n")):
+        plain, begins_so = text.translate(_LOOK_ALIKES), form.match(rejected.translate(_LOOK_ALIKES))
+        if not begins_so and (found := form.match(plain)) and found.end() < len(text):
+            text = text[found.end() :]
+    if not re.search(rf"\n{_RULE}$", rejected):
+        text = re.sub(rf"\n{_RULE}$", "", text)
+    lines = text.splitlines()
+    if lines and all(line.startswith(">") for line in lines if line.strip()) and not rejected.startswith(">"):
+        text = "\n".join(line.removeprefix(">").removeprefix(" ") for line in lines)
+    for mark in _MARKS:
+        first, last = (mark[0], mark[1]) if len(set(mark)) == 2 else (mark, mark)
+        inner = text[len(first) : -len(last)]
+        is_wrapping = text == first + inner + last and inner.strip() and not rejected.startswith(first)
+        # Quotes within stay; they are as many as the rejected response has, or the outer two are not a pair.
+        same_within = all(inner.count(one) in (0, rejected.count(one)) for one in (first, last))
+        if is_wrapping and same_within and not rejected.endswith(last):
+            return inner
+    return text
 
 
 def _unfenced(text: str) -> str:

@@ -100,7 +100,7 @@ def question(
 def describe(summary: dict, path) -> str:
     """The closing words of a run: where things are, and how often each kind of failure came up."""
     counts, tokens = summary["counts"], summary["tokens"]
-    cost = "" if summary["usd"] is None else f", US$ {summary['usd']:.2f}"
+    cost = f", US$ {summary['usd']:.2f}" if summary["usd"] else ""
     found = f"{counts['revisions']} revisions, {counts['failures']} failures of {counts['pairs']} pairs"
     spent = f"{tokens['prompt']:,} tokens in, {tokens['completion']:,} out{cost}, {summary['seconds']:.0f} s"
     lines = [f"{path}: {found}; {spent}"]

@@ -31,6 +31,7 @@ from deepspeed_chat_tlcr.training import (
     stage_config,
     training_arguments,
 )
+from deepspeed_chat_tlcr.turns import end_ids
 from labeling.token_labels import label_revisions
 from step2_discriminator.objectives import diverging_pair_loss, end_scores, pair_loss, positive_logit, token_loss
 from step2_discriminator.revisions import RevisionOptions, load_revisions
@@ -110,7 +111,7 @@ def token_pairs(
         rejected, modified = label_revisions(tokenizer, group, max_length)
         kept = [(side, rejected) for side in modified if side is not None and rejected is not None]
         dropped += len(group) - len(kept)
-        cut += sum(side.input_ids[-1] != tokenizer.eos_token_id for pair in kept for side in pair)
+        cut += sum(side.input_ids[-1] not in end_ids(tokenizer) for pair in kept for side in pair)
         pairs += kept
     if not pairs:
         raise InputError(f"no {what} revision has a prompt shorter than --max_seq_len {max_length} tokens")

@@ -13,6 +13,7 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import StepLines, read_metrics
 from deepspeed_chat_tlcr.pictures import Sample, TokenScores, join, legend_html, sample_html, token_strings, write_page
 from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.averages import Averages
 from step3_ppo_tlcr.engines import action_logits
 from step3_ppo_tlcr.measures import finished, measure_policy, measure_rollout
@@ -77,7 +78,7 @@ class HeldOut:
             old_logprobs=trainer.logprobs(logits, rollout),
             whole_logprobs=trainer.whole_logprobs(logits, rollout),
         )
-        measure_rollout(experience, terms, trainer.tokenizer.eos_token_id, averages, prefix)
+        measure_rollout(experience, terms, end_ids(trainer.tokenizer), averages, prefix)
         measure_policy(experience, averages, prefix)
         averages.add(f"{prefix}policy/entropy", trainer.entropy(logits, rollout), rollout.action_mask)
         return rewards, terms

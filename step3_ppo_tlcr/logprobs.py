@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import torch
 
-from deepspeed_chat_tlcr.generation import Decoding, warp
+from deepspeed_chat_tlcr.generation import Decoding, Ends, warp
 
 
 class _ChosenLogprobs(torch.autograd.Function):
     """log softmax(logits)[token] in fp32, row by row, keeping only the logits and one number per action.
 
-    EOS counts as impossible in the first ``barred`` actions.
+    ``eos_id``, what ends a response, counts as impossible in the first ``barred`` actions.
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, eos_id: int, barred: int) -> torch.Tensor:
+    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, eos_id: Ends, barred: int) -> torch.Tensor:
         rows = (_barred_row(row, eos_id, barred) for row in logits)
         chosen, normaliser = [], []
         for row, its_tokens in zip(rows, tokens, strict=True):
@@ -37,15 +37,15 @@ class _ChosenLogprobs(torch.autograd.Function):
         return result, None, None, None
 
 
-def _barred_row(logits: torch.Tensor, eos_id: int, barred: int) -> torch.Tensor:
-    """One row's ``(A, V)`` logits in fp32, a copy if EOS is barred."""
+def _barred_row(logits: torch.Tensor, eos_id: Ends, barred: int) -> torch.Tensor:
+    """One row's ``(A, V)`` logits in fp32, a copy if its end is barred."""
     row = logits.to(torch.float32, copy=barred > 0)
     if barred:
         row[:barred, eos_id] = -torch.inf
     return row
 
 
-def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: int) -> torch.Tensor:
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: Ends) -> torch.Tensor:
     """log pi(token) under the distribution that ``decoding`` draws from.
 
     ``logits`` ``(B, A, V)`` as the model gives them, ``tokens`` ``(B, A)``; returns ``(B, A)`` in fp32.
@@ -54,17 +54,17 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decodin
     return _ChosenLogprobs.apply(warped, tokens, eos_id, barred)
 
 
-def _warped(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: int) -> tuple[torch.Tensor, int]:
-    """``warp``'s logits, and in how many first actions EOS has still to be barred."""
+def _warped(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: Ends) -> tuple[torch.Tensor, int]:
+    """``warp``'s logits, and in how many first actions the end has still to be barred."""
     barred = 0
     if decoding.top_k <= 0 and decoding.top_p >= 1.0:
-        # Without a cut, which depends on whether EOS is barred, this can be left to the rows: no copy of all logits.
+        # Without a cut, which depends on whether the end is barred, this is left to the rows: no copy of all logits.
         barred, decoding = decoding.min_new_tokens, replace(decoding, min_new_tokens=0)
     return warp(logits, decoding, eos_id, tokens), barred
 
 
 @torch.no_grad()
-def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor, decoding: Decoding, eos_id: int) -> torch.Tensor:
+def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor, decoding: Decoding, eos_id: Ends) -> torch.Tensor:
     """KL(pi || pi_ref) over the whole vocabulary, in nats: two ``(B, A, V)`` to ``(B, A)``, row by row.
 
     Both at the temperature and with the minimum length of ``decoding``, whose top-p and top-k do not count.
@@ -84,11 +84,11 @@ def full_kl(logits: torch.Tensor, ref_logits: torch.Tensor, decoding: Decoding, 
 class _Entropy(torch.autograd.Function):
     """Entropy of softmax(logits), row by row, keeping only the logits and one number per action.
 
-    EOS counts as impossible in the first ``barred`` actions.
+    ``eos_id``, what ends a response, counts as impossible in the first ``barred`` actions.
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, eos_id: int, barred: int) -> torch.Tensor:
+    def forward(ctx, logits: torch.Tensor, eos_id: Ends, barred: int) -> torch.Tensor:
         rows = (_barred_row(row, eos_id, barred) for row in logits)
         entropies = torch.stack([_row_entropy(row.log_softmax(-1)) for row in rows])
         ctx.save_for_backward(logits, entropies)
@@ -114,7 +114,7 @@ def _row_entropy(logprobs: torch.Tensor) -> torch.Tensor:
     return -(logprobs.exp() * logprobs.clamp(min=_LOWEST)).sum(-1)
 
 
-def entropy(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: int) -> torch.Tensor:
+def entropy(logits: torch.Tensor, tokens: torch.Tensor, decoding: Decoding, eos_id: Ends) -> torch.Tensor:
     """Entropy in nats of the distributions that ``decoding`` draws from, ``(B, A, V)`` to ``(B, A)``; differentiable.
 
     ``tokens`` ``(B, A)``, the chosen ones, are in them whatever the cut.

@@ -6,6 +6,7 @@ import resource
 import torch
 from deepspeed.accelerator import get_accelerator
 
+from deepspeed_chat_tlcr.generation import Ends
 from step3_ppo_tlcr.averages import Averages
 from step3_ppo_tlcr.records import Experience
 
@@ -13,7 +14,11 @@ _GIB = 2**30
 
 
 def measure_rollout(
-    experience: Experience, terms: dict[str, torch.Tensor], eos_id: int, averages: Averages, prefix: str = ""
+    experience: Experience,
+    terms: dict[str, torch.Tensor],
+    eos_id: Ends,
+    averages: Averages,
+    prefix: str = "",
 ) -> None:
     """Rewards, lengths and the reference's view of a batch of rollouts; ``prefix`` stands before every name."""
     mask, rewards = experience.rollout.action_mask, experience.rewards
@@ -26,7 +31,8 @@ def measure_rollout(
     for name, term in terms.items() if len(terms) > 1 else ():
         averages.add(f"{prefix}reward/{name}", (term * mask).sum(1))
     averages.add(f"{prefix}rollout/response_length", lengths)
-    averages.add(f"{prefix}rollout/eos_rate", (last_ids == eos_id).float())
+    ends = torch.tensor(eos_id, device=last_ids.device)
+    averages.add(f"{prefix}rollout/eos_rate", torch.isin(last_ids, ends).float())
     averages.add(f"{prefix}rollout/ref_perplexity", -experience.ref_logprobs, mask)
 
 

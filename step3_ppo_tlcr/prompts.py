@@ -36,7 +36,8 @@ def require_a_set(prompts: Sequence[list[int]], options: "Options", runtime: Run
     """Raise ``InputError`` for too few prompts."""
     if len(prompts) < set_size(options, runtime):
         raise InputError(
-            f"{len(prompts)} prompts do not fill one set of rollouts of {set_size(options, runtime)} "
+            f"{len(prompts)} prompts of at most {options.max_prompt_seq_len} tokens (--max_prompt_seq_len) do not fill "
+            f"one set of rollouts of {set_size(options, runtime)} "
             f"(--per_device_generation_batch_size x --generation_batches x {runtime.world_size} rank(s))"
         )
 

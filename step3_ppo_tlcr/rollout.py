@@ -15,6 +15,7 @@ from deepspeed_chat_tlcr.decode import decode
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding, generate, left_pad, response_mask
 from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.records import Rollout
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class _EngineRollout(RolloutEngine):
     def _batch(self, request: RolloutRequest, ids: torch.Tensor) -> RolloutBatch:
         """Generated ids ``(B, P + A)`` with the exact mask of their responses."""
         prompt_length = request.prompt_ids.size(1)
-        responses = response_mask(ids[:, prompt_length:], self.tokenizer.eos_token_id)
+        responses = response_mask(ids[:, prompt_length:], end_ids(self.tokenizer))
         return RolloutBatch(
             input_ids=ids,
             attention_mask=torch.cat([request.prompt_attention_mask, responses], dim=1),
@@ -68,7 +69,7 @@ class LoopRollout(_EngineRollout):
             request.prompt_ids,
             request.prompt_attention_mask,
             self._decoding(sampling),
-            self.tokenizer.eos_token_id,
+            end_ids(self.tokenizer),
             self.tokenizer.pad_token_id,
             synced=self.synced,
         )
@@ -115,7 +116,7 @@ class ContinuousRollout(_EngineRollout):
                 temperature=1.0 if greedy else sampling.temperature,
                 top_p=1.0 if greedy else sampling.top_p,
                 top_k=0 if greedy else max(0, sampling.top_k),
-                eos_token_id=self.tokenizer.eos_token_id,
+                eos_token_id=list(end_ids(self.tokenizer)),
                 pad_token_id=self.tokenizer.pad_token_id,
                 use_cache=True,
             ),

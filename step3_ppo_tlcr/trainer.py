@@ -14,6 +14,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.rollout import RolloutEngine, SamplingConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.averages import Averages, RunningScale
 from step3_ppo_tlcr.ema import WeightAverage
 from step3_ppo_tlcr.engines import RewardSum, action_logits, state_values
@@ -150,14 +151,12 @@ class Trainer(ABC):
                 experience,
                 old_logprobs=self.logprobs(logits, rollout),
                 whole_logprobs=self.whole_logprobs(logits, rollout) if self.whole != self.decoding else None,
-                divergence=full_kl(logits, ref_logits, self.whole, self.tokenizer.eos_token_id)
-                if self.full_kl
-                else None,
+                divergence=full_kl(logits, ref_logits, self.whole, end_ids(self.tokenizer)) if self.full_kl else None,
             )
         frozen = (experience.ref_logprobs, experience.old_logprobs, experience.old_values, experience.divergence)
         if self.faults.found(experience, *(tensor * mask for tensor in frozen if tensor is not None)):
             return None
-        measure_rollout(experience, terms, self.tokenizer.eos_token_id, averages)
+        measure_rollout(experience, terms, end_ids(self.tokenizer), averages)
         return experience
 
     def learn(self, experiences: Sequence[Experience], averages: Averages) -> None:
@@ -211,15 +210,15 @@ class Trainer(ABC):
 
     def logprobs(self, logits: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """log pi of the chosen tokens, ``(B, A, V)`` to ``(B, A)``, under the distribution sampled from."""
-        return token_logprobs(logits, rollout.action_ids, self.decoding, self.tokenizer.eos_token_id)
+        return token_logprobs(logits, rollout.action_ids, self.decoding, end_ids(self.tokenizer))
 
     def whole_logprobs(self, logits: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """Log-probs ``(B, A)`` of the chosen tokens without top-p and top-k: the policy's and the reference's KL."""
-        return token_logprobs(logits, rollout.action_ids, self.whole, self.tokenizer.eos_token_id)
+        return token_logprobs(logits, rollout.action_ids, self.whole, end_ids(self.tokenizer))
 
     def entropy(self, logits: torch.Tensor, rollout: Rollout) -> torch.Tensor:
         """Entropy ``(B, A)`` of the distribution sampled from."""
-        return entropy(logits, rollout.action_ids, self.decoding, self.tokenizer.eos_token_id)
+        return entropy(logits, rollout.action_ids, self.decoding, end_ids(self.tokenizer))
 
     def policy(self, batch: Experience) -> tuple[Experience, torch.Tensor, torch.Tensor]:
         """The actor's forward pass: the experience, with old log-probs now, and log-probs and entropies ``(B, A)``."""

@@ -40,13 +40,16 @@ FAMILIES = {
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Tokens:
     """What ``generate`` asks of a tokenizer."""
 
     eos_token_id: int
     bos_token_id: int = 1
     pad_token_id: int = PAD
+    eos_token: str = "</s>"
+    chat_template: str | None = None
+    name_or_path: str = ""
 
 
 def model_of(family: str, **sizes):

@@ -105,7 +105,7 @@ def test_a_list_is_read_piece_by_piece(tmp_path, capsys):
     (tmp_path / "cut.json").write_text(json.dumps(rows)[:-5000])
     with pytest.raises(SystemExit):
         main(["--from", str(tmp_path / "cut.json"), "--output_dir", str(tmp_path / "cut")])
-    assert "ends in the middle of a record" in capsys.readouterr().err
+    assert "cut.json:1: not JSON" in capsys.readouterr().err
 
 
 def test_our_own_lines_and_people_s_corrections(tmp_path):

@@ -85,6 +85,59 @@ def test_a_context_becomes_the_prompt_it_was():
         "<think>" + START + "a draft" + END + "</think>\n" + REASON + START + "\n" + EDITED + "\n" + END,
         REASON + START + "\nfirst try\n" + END + "\nBetter:\n" + START + "\n" + EDITED + "\n" + END,
         REASON + "<| start of  modified response |>" + "\n" + EDITED + "\n" + END,
+        *(
+            REASON + START + "\n" + EDITED + "\n" + end
+            for end in (
+                "<|End of Modified Response>",
+                "<End of Modified Response|>",
+                "<|End of Modified Non-Preferred Response|>",
+                "[End of Modified Response]",
+                "**End of Modified Response**",
+                "--- End of Modified Response ---",
+                "——— End of Modified Response ———",
+                "### End of Modified Response",
+                "(End of Modified Response)",
+                "<｜End of Modified Response｜>",
+                "＜｜End of Modified Response｜＞",
+                "&lt;|End of Modified Response|&gt;",
+                "<|im_end|>",
+                END + "<|im_end|>",
+            )
+        ),
+        *(
+            REASON.replace("<|Start of Reasoning|>", f"{left}<|Start of Reasoning|>{right}")
+            + f"{left}{START}{right}\n{EDITED}\n{left}{END}{right}"
+            for left, right in (("**", "**"), ("`", "`"), ("### ", ""), ("> ", ""), ("- ", ""), ("", ":"))
+        ),
+        *(
+            REASON + START + "\n" + form.format(EDITED) + "\n" + END
+            for form in (
+                "**{}**",
+                "*{}*",
+                "***{}***",
+                "__{}__",
+                "`{}`",
+                "({})",
+                '"{}"',
+                "“{}”",
+                "«{}»",
+                "'{}'",
+                "> {}",
+                '> **"{}"**',
+                "---\n{}\n---",
+                "Modified response: {}",
+                "**Modified response:** {}",
+                "Modified Response - {}",
+                "Modified response — {}",
+                "Modified response：{}",
+                "### Modified Response\n\n{}",
+                "Here is the revised response:\n\n{}",
+                "The modified non-preferred response: “{}”",
+                "Response: {}",
+                "Assistant: {}",
+                "<think>a draft</think>{}",
+            )
+        ),
     ],
 )
 def test_answers_that_are_understood(text):
@@ -122,13 +175,8 @@ def test_a_fence_that_the_rejected_response_has_is_kept():
             for end in (
                 "<|End of Modifed Response|>",
                 "<|End Modified Response|>",
-                "<|End of Modified Response>",
-                "<End of Modified Response|>",
                 "</|Modified Response|>",
                 "<|End of Modified Resp",
-                "[End of Modified Response]",
-                "**End of Modified Response**",
-                "<|im_end|>",
             )
         ),
         ("cut_by_max_tokens", REASON + START + "\nIt takes ten", "length"),
@@ -207,3 +255,28 @@ def test_text_that_json_cannot_spell_in_utf8_is_still_written():
 
     body = json.loads('{"choices": [{"message": {"content": "a\\ud83db"}, "finish_reason": "stop"}]}')
     assert read_completion(body).text.encode() == b"a?b"
+
+
+@pytest.mark.parametrize(
+    ("rejected", "modified"),
+    [
+        ("The old version - of 2009 - is bad.", "The revised version - of 2010 - is good."),
+        ("The answer: 4", "The corrected answer: 5"),
+        ("1, 2, 4", "[1, 2, 3]"),
+        ('"No," she said.', '"Yes," she said.'),
+        ('Bad and "worse"', '"Good" and "better"'),
+        ("**Bad** and **worse**", "**Good** and **better**"),
+        ("> bad", "> good"),
+        ("(bad)", "(good)"),
+        ("Assistant: bad", "Assistant: good"),
+        ("bad\n---\nworse", "good\n---\nbetter"),
+        ("- bad\n- worse", "- good\n- better"),
+    ],
+)
+def test_words_that_only_look_like_wrapping_stay(rejected, modified):
+    assert parse_answer(f"{START}\n{modified}\n{END}", rejected).modified == modified
+
+
+def test_words_of_an_answer_whose_tags_are_escaped_are_unescaped():
+    text = f"{START}\nif a &lt; b &amp;&amp; c\n{END}".replace("<|", "&lt;|").replace("|>", "|&gt;")
+    assert parse_answer(text, "if a < b").modified == "if a < b && c"

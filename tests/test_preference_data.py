@@ -448,6 +448,61 @@ def test_shards_in_the_data_folder_of_a_cloned_repository(tmp_path):
     assert everything(tmp_path) == [Preference(**row) for row in ROWS]
 
 
+def test_a_clone_with_several_train_splits_is_read_one_at_a_time(tmp_path):
+    for number, kind in enumerate(("prefs", "sft", "gen")):
+        for side, offset in (("train", 0), ("test", 10)):
+            name = f"{side}_{kind}-00000-of-00001.parquet"
+            (tmp_path / "data").mkdir(exist_ok=True)
+            write_parquet(tmp_path / "data" / name, [record(number + offset)])
+    with pytest.raises(InputError, match=r"several train splits \(train_gen, train_prefs, train_sft\).*/train_gen"):
+        everything(tmp_path)
+    for path in ("train_prefs", "data/train_prefs", "data/train_prefs-00000-of-00001.parquet"):
+        assert everything(tmp_path / path) == [Preference(**record(0))]
+        assert everything(tmp_path / path, "eval") == [Preference(**record(10))]
+    assert everything(tmp_path / "train_sft", "eval") == [Preference(**record(11))]
+
+
+def test_names_of_shards_and_of_an_only_train_split(tmp_path):
+    for shard, hashed in enumerate(("", "-6ef3991c06080e14", "-0f3991c06080e146")):
+        write_parquet(tmp_path / f"train_hh-0000{shard}-of-00003{hashed}.parquet", [ROWS[shard]])
+    write_jsonl(tmp_path / "eval.jsonl", [record(9)])
+    assert everything(tmp_path) == [Preference(**row) for row in ROWS]
+    assert everything(tmp_path, "eval") == [Preference(**record(9))]
+
+
+def test_json_that_is_no_chat_is_text(tmp_path):
+    rows = [{**row, "chosen": '{"value": 3, "from": "here"}', "rejected": '[{"role": "admin"}]'} for row in ROWS]
+    assert everything(write_jsonl(tmp_path / "train.jsonl", rows).parent)[0].rejected == '[{"role": "admin"}]'
+
+
+def test_two_forms_of_one_split_are_not_read_as_more_records(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", ROWS)
+    write_parquet(tmp_path / "train.parquet", ROWS)
+    with pytest.raises(InputError, match=r"train\.jsonl and train\.parquet are two forms of one split; name one file"):
+        everything(tmp_path)
+    assert everything(tmp_path / "train.parquet") == [Preference(**row) for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.json", "data.json.gz"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
+    content = b"\xef\xbb\xbf" + LINES.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / f"plain-{name.removesuffix('.gz')}").write_text(LINES)
+    assert everything(tmp_path / name) == everything(tmp_path / f"plain-{name.removesuffix('.gz')}")
+
+
+def test_responses_that_repeat_the_prompt_are_refused_unless_by_chance(tmp_path):
+    doubled = [{**row, "chosen": row["prompt"] + row["chosen"], "rejected": row["prompt"] + "x"} for row in ROWS]
+    by_chance = [record(number) for number in range(3)]
+    with pytest.raises(InputError, match=r"a\.jsonl: in 3 of 3 records the responses begin with the prompt"):
+        everything(write_jsonl(tmp_path / "a.jsonl", doubled))
+    without = [{key: text for key, text in row.items() if key != "rejected"} for row in doubled]
+    with pytest.raises(InputError, match=r"c\.jsonl: in 3 of 3 records"):
+        everything(write_jsonl(tmp_path / "c.jsonl", without), require_rejected=False)
+    path = write_jsonl(tmp_path / "b.jsonl", doubled + by_chance)
+    assert len(load_preferences(str(path), "all", "train")) == 5  # nine tenths of six
+
+
 def test_saved_dataset_without_eval_is_split_nine_to_one(tmp_path):
     Dataset.from_list([record(number) for number in range(30)]).save_to_disk(str(tmp_path / "mine"))
     for split in ("train", "eval"):
@@ -607,6 +662,9 @@ BAD_CHATS = [
     ({"prompt": USER}, "no 'chosen' and no 'messages'"),
     ({"prompt": "Hi", "chosen": "Yes", "rejected": "No"}, "strings, while the first record has chat messages"),
     ({"prompt": [{"role": "clown", "content": "x"}], "chosen": "x"}, "the tokenizer's chat template refuses these"),
+    ({"prompt": USER, "chosen": json.dumps(YES)}, "'chosen' is a list of chat messages written as a string"),
+    ({"prompt": str(USER), "chosen": YES}, "'prompt' is a list of chat messages written as a string"),
+    ({"prompt": "Other", "chosen": USER + YES}, "'prompt' is none of the messages in front of the answer"),
 ]
 
 
@@ -667,6 +725,16 @@ def bad_line(**change) -> bytes:
 
 
 BAD_FILES = [
+    (
+        "data.jsonl",
+        json.dumps({"prompt": str(USER), "chosen": str(YES), "rejected": str(NO)}).encode(),
+        "data.jsonl:1: 'prompt' is a list of chat messages written as a string, which would be trained on as it stands",
+    ),
+    (
+        "data.jsonl",
+        json.dumps({"prompt": " x", "chosen": json.dumps(YES[0]), "rejected": " n"}).encode(),
+        "data.jsonl:1: 'chosen' is a list of chat messages written as a string",
+    ),
     ("data.jsonl", b"", "data.jsonl: no records"),
     ("data.json", b"[]", "data.json: no records"),
     ("data.json", b" \n", "data.json: no records"),

@@ -265,7 +265,12 @@ def test_finished_labelling_stays_so_when_a_later_one_needs_more_money(launcher,
     folder, path = tmp_path / "labeling", path_with(launcher)
     assert run("label.sh", path=path, OUTPUT=tmp_path, DATA=str(tmp_path / "absent.jsonl")).returncode == 2
     (folder / "run.json").write_text('{"complete": true}')
-    more = {"LABEL_MAX_USD": 2000, "LABEL_MODEL": "gpt-6-luna", "LABEL_BASE_URL": "http://127.0.0.1:1/v1", "API_KEY_ENV": "OTHER_KEY"}
+    more = {
+        "LABEL_MAX_USD": 2000,
+        "LABEL_MODEL": "gpt-6-luna",
+        "LABEL_BASE_URL": "http://127.0.0.1:1/v1",
+        "API_KEY_ENV": "OTHER_KEY",
+    }
     same = {"OUTPUT": tmp_path, "DATA": str(tmp_path / "absent.jsonl")}
     assert f"{folder}: complete, skipped" in run("label.sh", path=path, **same, **more).stdout
     assert "complete, skipped" in run("label.sh", path=path, **same, LABEL_MAX_USD="").stdout, "it asks"

@@ -26,6 +26,7 @@ from deepspeed_chat_tlcr.training import (
     stage_config,
     training_arguments,
 )
+from deepspeed_chat_tlcr.turns import end_ids
 from step2_discriminator.main import collate, token_pairs
 from step2_discriminator.revisions import RevisionOptions, load_revisions
 
@@ -89,7 +90,7 @@ class FigaTrainer(StageTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
         logits = model(input_ids=ids, attention_mask=inputs["attention_mask"]).logits
-        ends = ids == self.processing_class.eos_token_id
+        ends = torch.isin(ids, torch.tensor(end_ids(self.processing_class), device=ids.device))
         added, removed = is_weighted(inputs["targets"], inputs["response_mask"], ends)
         nll = chosen_nll(logits, ids, added | removed)
         weights = (self.stage.added_weight, self.stage.removed_weight)

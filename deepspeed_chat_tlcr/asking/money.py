@@ -34,6 +34,8 @@ class Estimate:
 
     def __str__(self) -> str:
         usd = "US$ unknown (no price for this model)" if self.usd is None else f"US$ {self.usd:,.2f}"
+        if self.usd == 0 and self.calls:
+            usd = "at no price (a machine of your own; --price IN,OUT where it passes questions on to a paid model)"
         return (
             f"{self.calls:,} calls, about {self.prompt_tokens:,} tokens in and {self.completion_tokens:,} out, "
             f"{usd}, {self.hours:.2f} hours"

@@ -10,6 +10,7 @@ import os
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.records import Rollout
 from testbed.study.schedule import ROLLOUTS
 
@@ -26,7 +27,7 @@ def record(rollout: Rollout, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor
     prompt_length = rollout.input_ids.size(1) - rollout.actions
     for row in range(min(KEPT, len(rollout.input_ids))):
         ids = rollout.action_ids[row][rollout.action_mask[row].bool()].tolist()
-        ended = ids[-1:] == [tokenizer.eos_token_id]
+        ended = ids[-1] in end_ids(tokenizer)
         prompt = rollout.input_ids[row, :prompt_length][rollout.attention_mask[row, :prompt_length].bool()].tolist()
         texts = {
             "prompt": tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False),

@@ -1,0 +1,71 @@
+"""Differences between a response and its revision that nobody sees, and that would become labels all the same.
+
+A model that revises a text hands it back with line feeds for CRLF, without the spaces at line ends, with accents
+composed, quotes straight or double spaces single. ``in_convention_of`` takes such differences back.
+"""
+
+import unicodedata
+from functools import lru_cache
+
+import regex
+from rapidfuzz.distance import LCSseq
+
+_UNIT = regex.compile(
+    r"[ \t\xa0]*(?:\r\n|\n|\r)"  # a line end with the spaces in front of it
+    r"|(?<=\S)[ \xa0\u2009\u202f]+(?=\S)"  # the space between two words
+    r"|\.\.\."
+    r"|\X[\xad\u200b\u2060\ufeff]*"  # a character with its combining marks, and what takes no room behind it
+)
+_ODD = ("\r", "  ", " \n", "\t\n", "...")
+_PLAIN = {"\xa0": " ", "\u2009": " ", "\u202f": " ", "\u2010": "-", "\u2011": "-", "\u2026": "..."}
+_PLAIN |= dict.fromkeys("\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
+_PLAIN |= dict.fromkeys("\xad\u200b\u2060\ufeff", "")
+_MOST_CELLS = 4 * 10**8  # of the alignment's table, a bit each: 50 MB
+
+
+def in_convention_of(rejected: str, modified: str) -> str:
+    """``modified`` with everything that looks as it does in ``rejected`` written as it is there.
+
+    What ``rejected`` does not have gets its line ends and composition, and plain quotes, spaces and hyphens for kinds
+    that ``rejected`` never uses. Two texts of more than 20,000 characters each are not aligned, only given these.
+
+    >>> in_convention_of("It\\u2019s  bad.\\r\\nBye.", "It's good.\\nBye.")
+    'It’s  good.\\r\\nBye.'
+    """
+    if _is_plain(rejected) and _is_plain(modified):
+        return modified
+    before, after = _UNIT.findall(rejected), _UNIT.findall(modified)
+    seen_before, seen_after = list(map(_seen, before)), list(map(_seen, after))
+    line_end = "\r\n" if rejected.count("\r\n") * 2 > rejected.count("\n") else "\n"
+    form = "NFC" if unicodedata.is_normalized("NFC", rejected) else "NFD"
+    plain = str.maketrans({odd: usual for odd, usual in _PLAIN.items() if odd not in rejected})
+
+    def adapted(units: list[str]) -> list[str]:
+        return [
+            line_end if _seen(unit) == "\n" else unicodedata.normalize(form, unit).translate(plain) for unit in units
+        ]
+
+    if len(before) * len(after) > _MOST_CELLS:
+        return "".join(adapted(after))
+    written = []
+    for step in LCSseq.opcodes(seen_before, seen_after):
+        is_kept = step.tag == "equal"
+        written += before[step.src_start : step.src_end] if is_kept else adapted(after[step.dest_start : step.dest_end])
+    return "".join(written)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether a text can only be written in one way: most are, and need no alignment."""
+    return text.isascii() and not any(odd in text for odd in _ODD)
+
+
+@lru_cache(maxsize=4096)
+def _seen(unit: str) -> str:
+    """What is seen of a unit: the same text for all that look alike."""
+    if unit[-1] in "\r\n":
+        return "\n"
+    plain = unicodedata.normalize("NFC", unit).translate(_TABLE)
+    return plain if plain.strip() else plain[:1]
+
+
+_TABLE = str.maketrans(_PLAIN)
