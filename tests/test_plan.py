@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import datetime
 import json
 import os
 import subprocess
@@ -379,11 +380,31 @@ def test_labelling_by_hand(monkeypatch):
     cost = plan.labelling(recipe(), plan.Texts(10, 20, 40, 40, exact=True))
     assert (cost.calls, cost.prompt_tokens) == (4, 500)
     # An answer: reasoning and tags, and a response of 10 tokens like the rejected one.
-    from deepspeed_chat_tlcr.asking.money import REASONING_TOKENS, TAG_TOKENS
+    from deepspeed_chat_tlcr.asking.money import EXPLANATION_TOKENS, TAG_TOKENS
 
-    assert cost.completion_tokens == 4 * (REASONING_TOKENS + TAG_TOKENS + 10)
+    assert cost.completion_tokens == 4 * (EXPLANATION_TOKENS + TAG_TOKENS + 10)
     # gpt-4-0125-preview: US$ 10 a million in, 30 out
     assert cost.usd == pytest.approx((500 * 10 + cost.completion_tokens * 30) / 1e6)
+    assert plan.labelling(recipe(label_batch=True), plan.Texts(10, 20, 40, 40, exact=True)).usd == cost.usd / 2
+
+
+def test_a_plan_says_what_the_reviser_costs_and_when_it_ends():
+    """44,821 calls for the paper's data, as docs/labeling.md has it."""
+    texts, day = plan.Texts(112_052, *plan.HH_CHARACTERS, exact=False), datetime.date(2026, 11, 25)
+    told = plan.labelling_report(recipe(), texts, day)
+    assert "gpt-4-0125-preview was shut down on 2026-03-26; use gpt-6-luna (LABEL_MODEL)" in told
+    rows = {words[0]: words[-2:] for line in told.splitlines() if (words := line.split())[:1]}
+    assert rows["gpt-4-0125-preview"] == ["576.62", "288.31"]
+    assert rows["gpt-6-luna"] == ["7.90", "3.95"]
+    assert "warning" not in plan.labelling_report(recipe(label_model="gpt-6-luna"), texts, day)
+    own = plan.labelling_report(
+        recipe(label_model="", label_base_url="http://u:secret-pass@127.0.0.1:1/v1"), texts, day
+    )
+    assert "the model served at http://127.0.0.1:1/v1" in own
+    assert "secret-pass" not in own
+    unknown = plan.labelling_report(recipe(label_model="nobody-knows"), texts, day)
+    assert "unknown" in unknown
+    assert "0.00" not in unknown
 
 
 def test_steps_by_hand():
