@@ -218,7 +218,7 @@ def labelling_report(recipe: Recipe, texts: Texts | str, today: datetime.date | 
         f"{title}, for the reward part of {recipe.data} at {recipe.data_split} ({texts.records:,} records)\n"
         + table(("reviser", "calls", "input tokens", "output tokens", "hours", "US$", "US$ by Batch"), rows)
         + f"\n  (from the {source}, {BYTES_PER_TOKEN:g} characters a token, {EXPLANATION_TOKENS} tokens of explanation "
-        f"and\n  the hidden reasoning usual at LABEL_EFFORT={recipe.label_effort}; {LABEL_CONCURRENCY} calls in flight; "
+        f"and\n  hidden reasoning as usual at LABEL_EFFORT={recipe.label_effort}; {LABEL_CONCURRENCY} calls at a time; "
         f"retries not\n  counted{read})" + warning
     )
 

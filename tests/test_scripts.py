@@ -147,9 +147,9 @@ def test_every_planned_command_is_one_its_stage_understands(plan_7b):
 
 def test_labelling_command_is_one_that_labelling_understands(plan_7b):
     options = options_of("labeling", commands(plan_7b)["labeling"])
-    assert (options.model, options.split, options.data_seed) == ("gpt-4-0125-preview", "train", 1234)
+    assert (options.model, options.split, options.data_seed) == ("gpt-6-luna", "train", 1234)
     assert (options.base_url, options.api_key_env) == (None, "OPENAI_API_KEY")
-    assert options.max_cost_usd == 1000
+    assert options.max_cost_usd == 100
 
 
 def test_run_7b_restates_the_defaults_of_the_recipe(plan_7b):
@@ -265,12 +265,8 @@ def test_finished_labelling_stays_so_when_a_later_one_needs_more_money(launcher,
     folder, path = tmp_path / "labeling", path_with(launcher)
     assert run("label.sh", path=path, OUTPUT=tmp_path, DATA=str(tmp_path / "absent.jsonl")).returncode == 2
     (folder / "run.json").write_text('{"complete": true}')
-    more = {
-        "LABEL_MAX_USD": 2000,
-        "LABEL_MODEL": "gpt-6-luna",
-        "LABEL_BASE_URL": "http://127.0.0.1:1/v1",
-        "API_KEY_ENV": "OTHER_KEY",
-    }
+    more = {"LABEL_MAX_USD": 2000, "API_KEY_ENV": "OTHER_KEY", "LABEL_BATCH": 1, "LABEL_PRICE": "1,1"}
+    more |= {"LABEL_MODEL": "gpt-6-luna", "LABEL_BASE_URL": "http://127.0.0.1:1/v1"}
     same = {"OUTPUT": tmp_path, "DATA": str(tmp_path / "absent.jsonl")}
     assert f"{folder}: complete, skipped" in run("label.sh", path=path, **same, **more).stdout
     assert "complete, skipped" in run("label.sh", path=path, **same, LABEL_MAX_USD="").stdout, "it asks"
@@ -359,7 +355,7 @@ def test_packages_that_cannot_be_had_are_told_with_all_else_that_is_missing(bare
     done = run(project / "training_scripts" / "run_7b.sh", path=path, **offline)
     assert done.returncode == 2
     assert "the Python package torch is not installed" in done.stderr
-    assert "OPENAI_API_KEY, the variable with the API key for gpt-4-0125-preview, is not set" in done.stderr
+    assert "OPENAI_API_KEY, the variable with the API key for gpt-6-luna, is not set" in done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: the packages cannot be installed")
     assert not (project / ".venv" / ".installed-from").exists()
 
