@@ -113,13 +113,14 @@ async def our_run(url: str, pairs: list, concurrency: int, output: Path) -> floa
     from deepspeed_chat_tlcr.asking.dispatch import Dispatcher, Limits
     from deepspeed_chat_tlcr.asking.endpoint import Endpoint
     from deepspeed_chat_tlcr.asking.journal import RunFolder
-    from deepspeed_chat_tlcr.asking.money import Account, price_of
+    from deepspeed_chat_tlcr.asking.models import price_of
+    from deepspeed_chat_tlcr.asking.money import Account
     from labeling.revising import question
 
     endpoint = Endpoint(MODEL, url)
     with RunFolder(output) as folder:
         state = folder.read_state()
-        account = Account(price_of("gpt-4-0125-preview"), cap=1e9)
+        account = Account(price_of("gpt-6-luna"), cap=1e9)
         dispatcher = Dispatcher(endpoint, folder, account, Limits(concurrency=concurrency), state)
         folder.open_files()
         started = time.perf_counter()

@@ -1,7 +1,6 @@
 """Resumable checkpoints of several DeepSpeed engines: whole or absent, never half."""
 
 import hashlib
-import json
 import pickle
 import random
 import shutil
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 
 from deepspeed_chat_tlcr.errors import InputError, SaveError
 from deepspeed_chat_tlcr.optim import Rates
+from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import write_json
 
@@ -99,7 +99,7 @@ class Checkpoints:
         Raises ``InputError`` on another number of ranks: optimiser states and data are divided by it.
         """
         path = self.folder / f"step-{step}"
-        state = json.loads((path / _STATE).read_text())
+        state = read_json(path / _STATE)
         if state["world_size"] != self.world_size:
             raise InputError(
                 f"{path} was written by {state['world_size']} rank(s), this run has {self.world_size}: continue with "
@@ -215,7 +215,7 @@ def _has_finished(options: Any) -> bool:
     if options.resume == "never" or not (folder / "results.json").is_file():
         return False
     try:
-        before = json.loads((folder / "run_options.json").read_text(encoding="utf-8"))
+        before = read_json(folder / "run_options.json")
     except (OSError, ValueError):
         return False
     return all(before.get(name) == value for name, value in asdict(options).items() if name not in _HARMLESS)

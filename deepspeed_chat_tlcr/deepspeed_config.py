@@ -1,10 +1,10 @@
 """The DeepSpeed config of every engine, built from DeepSpeed-Chat's flags."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import read_json
 
 
 def build_config(
@@ -69,7 +69,7 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     Batches, optimiser and schedule are the flags' business: half of the program would not know of other ones.
     """
     try:
-        overrides = json.loads(Path(path).read_text(encoding="utf-8"))
+        overrides = read_json(Path(path))
     except OSError as error:
         raise InputError(f"--deepspeed_config {path}: {error.strerror}") from None
     except ValueError as error:

@@ -12,6 +12,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import parse_json
 
 NEUTRAL_ZONE = 0.6
 """A token counts as labelled by the discriminator where max(D, 1 - D) reaches this (paper, Eq. 2)."""
@@ -24,7 +25,7 @@ class StepLines:
     def __init__(self, path: str | Path, resume_step: int = 0):
         self.path = Path(path)
         before = _whole_lines(self.path) if resume_step else []  # a step 0 may have been measured, and will be again
-        kept = [line for line in before if json.loads(line)["step"] <= resume_step]
+        kept = [line for line in before if parse_json(line)["step"] <= resume_step]
         part = self.path.with_name(self.path.name + ".part")  # killed meanwhile, the run has lost nothing
         part.write_text("".join(kept), encoding="utf-8")
         part.replace(self.path)
@@ -112,7 +113,7 @@ def _plain(value: Any) -> bool:
 
 def read_metrics(path: str | Path) -> list[dict]:
     """All whole lines of a ``metrics.jsonl`` or another file of JSON lines."""
-    return [json.loads(line) for line in _whole_lines(Path(path))]
+    return [parse_json(line) for line in _whole_lines(Path(path))]
 
 
 def _whole_lines(path: Path) -> list[str]:

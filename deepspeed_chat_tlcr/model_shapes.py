@@ -1,6 +1,5 @@
 """The sizes of a model without loading it: from its config.json, or by its well-known name."""
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ FAMILIES: dict[str, Callable[[dict[str, Any]], ModelShape]] = {
 
 def _from_config(path: Path) -> ModelShape:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json(path)
         kind = config["model_type"]
         if kind in FAMILIES:
             return FAMILIES[kind](config)

@@ -5,7 +5,6 @@ the problems. Like ``machine_checks``, it starts with the standard library alone
 """
 
 import datetime
-import json
 import os
 import shutil
 import sys
@@ -39,6 +38,7 @@ from deepspeed_chat_tlcr.machine_checks import (
 from deepspeed_chat_tlcr.memory import GIB
 from deepspeed_chat_tlcr.plan import ALONE, disk_needs, label_price, most_disk, part_sizes
 from deepspeed_chat_tlcr.recipe import Recipe
+from deepspeed_chat_tlcr.records import read_json
 
 RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes first
 
@@ -104,7 +104,7 @@ def _check_reviser(recipe: Recipe, address: str | None, key: str) -> Iterator[Pr
 def labelling_is_complete(folder: Path) -> bool:
     """Whether labeling/main.py finished there."""
     try:
-        return bool(json.loads((folder / "run.json").read_text(encoding="utf-8")).get("complete"))
+        return bool(read_json(folder / "run.json").get("complete"))
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -114,6 +114,9 @@ class _JsonText:
                     raise self.error(error.msg, error.pos) from None
                 self._read(amount)
                 amount *= 2
+            except (ValueError, RecursionError) as error:
+                told = "nested too deep" if isinstance(error, RecursionError) else str(error)
+                raise self.error(told) from None
             else:
                 line = self.line
                 self._move(end - self.at)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
 
@@ -53,6 +54,33 @@ class Revision:
         return json.dumps(asdict(self), ensure_ascii=False)
 
 
+MOST_JSON_BYTES = 1_000_000_000  # of one document
+MOST_LINE_BYTES = 100_000_000  # of one record
+
+
+def parse_json(text: str | bytes) -> Any:
+    """``json.loads``, but whatever is wrong is a ``ValueError``: nesting without end, too, and endless numbers."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The one JSON document of a file. Raises ``InputError`` naming the file where it cannot be read or is none."""
+    path = Path(path)
+    try:
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise InputError(f"{path}: larger than {MOST_JSON_BYTES:,} bytes")
+        return parse_json(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from None
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield ``(line_number, object)`` of a ``.jsonl`` or ``.jsonl.gz`` file, streaming; blank lines are skipped.
 
@@ -64,17 +92,21 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
         raise InputError(f"{path}: no such file")
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         try:
-            for number, line in enumerate(lines, 1):
+            for number, line in enumerate(iter(lambda: lines.readline(MOST_LINE_BYTES + 1), b""), 1):
+                if len(line) > MOST_LINE_BYTES:
+                    raise InputError(f"{path}:{number}: a line of more than {MOST_LINE_BYTES:,} bytes")
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)
                 if not line.strip():
                     continue
                 try:
-                    record = json.loads(line.decode("utf-8"))
+                    record = parse_json(line.decode("utf-8"))
                 except UnicodeDecodeError as error:
                     raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}, byte {error.start})") from None
                 except json.JSONDecodeError as error:
                     raise InputError(f"{path}:{number}: not JSON ({error.msg}, column {error.colno})") from None
+                except ValueError as error:
+                    raise InputError(f"{path}:{number}: not JSON that can be read ({error})") from None
                 if not isinstance(record, dict):
                     raise InputError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
                 yield number, record

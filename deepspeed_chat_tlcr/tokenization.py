@@ -1,12 +1,12 @@
 """Text to tokens: the one place where ids, the response's start and the end-of-sequence token are put together."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.errors import InputError, cannot_load
+from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.turns import end_after, end_ids
 
 
@@ -59,7 +59,7 @@ def _tokenizer_home(path: str | Path) -> str | Path:
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return path
     try:
-        base = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+        base = read_json(folder / "config.json").get("_name_or_path")
     except (OSError, ValueError):
         return path
     return base or path

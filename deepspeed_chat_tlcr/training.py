@@ -1,6 +1,5 @@
 """What the stages that train one model share: transformers' Trainer on DeepSpeed, driven by DeepSpeed-Chat's flags."""
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from deepspeed_chat_tlcr.faults import (
 from deepspeed_chat_tlcr.metrics import MetricsLog, require_trackers
 from deepspeed_chat_tlcr.models import require_positions
 from deepspeed_chat_tlcr.optim import Rates, add_lora, make_optimizer
+from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import save_model, write_json
 from deepspeed_chat_tlcr.tokenization import TokenizedExample
@@ -301,7 +301,7 @@ def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
     newest = newest_checkpoint(folder) if trainer.stage.resume == "auto" else None
     if newest is None:
         return None, 0
-    saved = json.loads((newest / SETTINGS).read_text(encoding="utf-8"))
+    saved = read_json(newest / SETTINGS)
     changes = changes_since(saved, trainer.stage, trainer.args.world_size, newest)
     if main:
         print(f"continuing from {newest}", flush=True)

@@ -10,7 +10,6 @@ evaluation/annotators/ has a configuration of ours for a current model.
 
 import csv
 import itertools
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, judge_all, message_id
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt
@@ -192,7 +192,7 @@ def leaderboard_row(path: Path, name: str, reference: str) -> dict:
 
 def annotations_of(folder: Path) -> dict:
     """US$ as the package counts them, None where it knows no price; how many verdicts it could not read."""
-    annotations = json.loads((folder / "annotations.json").read_text(encoding="utf-8"))
+    annotations = read_json(folder / "annotations.json")
     prices = [record.get("preference_price_per_example") for record in annotations]
     known = [price for price in prices if price is not None]
     missing = sum(record.get("preference") is None for record in annotations)

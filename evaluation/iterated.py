@@ -3,7 +3,6 @@
 python evaluation/iterated.py --run_dir OUTPUT --rounds 3
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.results import load_results
 
@@ -29,16 +29,16 @@ class Options:
     rounds: int = option(MISSING, "how many rounds are finished")
 
 
-def read_json(path: Path) -> dict:
+def made_by_stage(path: Path) -> dict:
     """Raises ``InputError`` where a stage has not written it."""
     if not path.is_file():
         raise InputError(f"{path} is not there: that stage of run_iterated.sh has not finished")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def labels(folder: Path) -> dict[str, float]:
     """How much of the answers the reviser changed."""
-    audit = read_json(folder / "audit" / "audit.json")
+    audit = made_by_stage(folder / "audit" / "audit.json")
     return {
         "share_negative": audit["tokens"]["share_negative"],
         "share_positive": audit["tokens"]["share_positive"],
@@ -49,7 +49,7 @@ def labels(folder: Path) -> dict[str, float]:
 
 def paid(folder: Path) -> float | None:
     """US dollars for a round's labels, those of its held-out answers included; None where a price is not known."""
-    runs = [read_json(part / "labeling" / "run.json") for part in (folder, folder / "held_out")]
+    runs = [made_by_stage(part / "labeling" / "run.json") for part in (folder, folder / "held_out")]
     return None if any(run.get("usd") is None for run in runs) else sum(run["usd"] for run in runs)
 
 
@@ -64,8 +64,8 @@ def judged(folder: Path) -> dict[str, float]:
 def round_of(folder: Path, before: dict[str, float]) -> dict:
     """One round; ``before``: the labels of the round before, from which these have shifted."""
     now = labels(folder)
-    ppo = read_json(folder / "step3_ppo_tlcr" / "results.json")
-    counts = read_json(folder / "labeling" / "run.json")["counts"]
+    ppo = made_by_stage(folder / "step3_ppo_tlcr" / "results.json")
+    counts = made_by_stage(folder / "labeling" / "run.json")["counts"]
     return {
         "labels": now,
         # Answers without a usable revision: mostly those in which the reviser found nothing to mend.

@@ -10,7 +10,6 @@ are made and counted by evaluation/human/make.py and count.py. The same command 
 Exit codes: 0 done, 3 a judge stopped early (the same command continues), 2 wrong input.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from deepspeed_chat_tlcr.arguments import announce, option, parse
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
+from deepspeed_chat_tlcr.records import read_json
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
 from evaluation.judging import JudgeOptions, Shortfall, check_judge
 from evaluation.pairwise import read_pair_prompt
@@ -95,7 +95,7 @@ def with_data_of_run(options: Options) -> Options:
     if options.data_path or not options.run_options:
         return options
     try:
-        saved = json.loads(Path(options.run_options).read_text(encoding="utf-8"))
+        saved = read_json(Path(options.run_options))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--run_options {options.run_options}: cannot be read ({type(error).__name__})") from None
     names = ("data_path", "data_split", "data_seed")

@@ -20,7 +20,7 @@ from deepspeed_chat_tlcr.dataset_formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm
-from deepspeed_chat_tlcr.records import read_jsonl
+from deepspeed_chat_tlcr.records import read_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -276,7 +276,7 @@ def settings_of(policy: Policy, questions: Sequence[Question]) -> dict:
 def bind(path: Path, settings: dict) -> None:
     """Tie an answer file to its settings, which stand in a ``.json`` beside it."""
     beside = path.with_suffix(".json")
-    before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else None
+    before = read_json(beside) if beside.exists() else None
     if before is None or not path.exists():
         write_json(beside, settings)
     elif different := [name for name in settings if before.get(name) != settings[name]]:

@@ -33,7 +33,7 @@ from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
-from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
+from deepspeed_chat_tlcr.records import Revision, read_json, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -270,7 +270,7 @@ def read_results(run: Path) -> dict[str, dict]:
     for name, path in names.items():
         if not (run / path).is_file():
             raise InputError(f"{run / path} is not there: the {name} stage of run_qa_feedback.sh has not finished")
-    return {name: json.loads((run / path).read_text(encoding="utf-8")) for name, path in names.items()}
+    return {name: read_json(run / path) for name, path in names.items()}
 
 
 def report(argv: Sequence[str]) -> None:

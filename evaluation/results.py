@@ -1,11 +1,11 @@
 """What the parts leave for the report: ``OUT/PART/results.json``."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 
 
@@ -22,7 +22,7 @@ def load_results(out: str | Path, part: str) -> dict | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except ValueError:
         found = None
     if not isinstance(found, dict):

@@ -6,7 +6,6 @@ measured at the temperature that suits it best, chosen on prompts other than tho
 python testbed/evaluate.py --run_dir OUTPUT   ->  OUTPUT/results.json, OUTPUT/report.html
 """
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
@@ -24,7 +23,7 @@ from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
-from deepspeed_chat_tlcr.records import read_jsonl, read_revisions
+from deepspeed_chat_tlcr.records import read_json, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.report import Run, policy_name, verdict, write_report
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
@@ -139,7 +138,7 @@ def stage_results(run: Path) -> dict[str, dict]:
     for name, path in names.items():
         if not (run / path).is_file():
             raise InputError(f"{run / path} is not there: the {name} stage has not finished")
-    return {name: json.loads((run / path).read_text()) for name, path in names.items()}
+    return {name: read_json(run / path) for name, path in names.items()}
 
 
 def print_table(results: dict) -> None:

@@ -14,6 +14,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import parse_json
 from testbed.reviser import revise
 from testbed.world import World
 
@@ -114,7 +115,7 @@ def make_server(world: World, host: str = "127.0.0.1", port: int = 0, model: str
             if self.path != "/v1/chat/completions":
                 return self._refuse(404, f"there is no {self.path}")
             try:
-                request = json.loads(body)
+                request = parse_json(body)
             except ValueError:
                 return self._refuse(400, "the request's body is not JSON")
             if not isinstance(request, dict):

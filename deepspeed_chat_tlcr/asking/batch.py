@@ -34,7 +34,7 @@ from deepspeed_chat_tlcr.asking.endpoint import (
 from deepspeed_chat_tlcr.asking.journal import ACCEPTED, RunFolder, State, replace_file, write_synced
 from deepspeed_chat_tlcr.asking.money import Account
 from deepspeed_chat_tlcr.asking.pace import back_off
-from deepspeed_chat_tlcr.records import read_jsonl
+from deepspeed_chat_tlcr.records import parse_json, read_jsonl
 
 MOST_BYTES = 190_000_000  # OpenAI takes files of 200 MB
 WAVE = 50_000  # requests held in memory at a time
@@ -332,7 +332,7 @@ class BatchRunner:
 
     async def _take(self, chunk: Chunk, line: bytes):
         try:
-            line = json.loads(line)
+            line = parse_json(line)
             custom_id = line["custom_id"]
             error, response = line.get("error"), line.get("response")
             status = 0 if error or not response else int(response["status_code"])

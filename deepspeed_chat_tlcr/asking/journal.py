@@ -21,7 +21,7 @@ import numpy as np
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.locking import lock
-from deepspeed_chat_tlcr.records import read_jsonl
+from deepspeed_chat_tlcr.records import parse_json, read_json, read_jsonl
 
 ACCEPTED, FAILED, LOST = "accepted", "failed", "lost"
 
@@ -118,7 +118,7 @@ class RunFolder:
         if not self.summary.exists():
             return {}
         try:
-            saved = json.loads(self.summary.read_text(encoding="utf-8"))
+            saved = read_json(self.summary)
             if isinstance(saved, dict) and isinstance(saved.get("settings"), dict):
                 return saved
         except ValueError:
@@ -320,7 +320,7 @@ def cut_torn_line(path: Path) -> int:
         if not tail or tail.endswith(b"\n"):
             return 0
         try:
-            whole = isinstance(json.loads(tail), dict)
+            whole = isinstance(parse_json(tail), dict)
         except ValueError:
             whole = False
         if whole:

@@ -3,7 +3,6 @@
 python evaluation/human/count.py --votes votes-ann.json votes-bob.json votes-cy.json --out OUTPUT
 """
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.records import read_json
 from evaluation.policies import OutOptions
 from evaluation.report import refresh_report
 from evaluation.results import save_results
@@ -34,13 +34,13 @@ def read_key(out: str) -> dict:
     path = Path(out) / "human" / "key.json"
     if not path.is_file():
         raise InputError(f"{path} is not there: --out must be that of evaluation/human/make.py, which writes it")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)
 
 
 def read_votes(path: str, key: Mapping) -> tuple[str, dict[str, str]]:
     """Who voted, and for which model (or ``TIE``) by item. Raises ``InputError`` for a file that cannot be counted."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
         study, annotator, votes = content["study"], content["annotator"], content["votes"]
         given = dict(votes.items())
     except OSError as error:

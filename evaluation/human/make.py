@@ -22,6 +22,7 @@ from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import escape, visible
 from deepspeed_chat_tlcr.pictures.page import theme_style
+from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.policies import ASSISTANT, OutOptions, read_replies
 from evaluation.prompts import prompts_of_file
@@ -127,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     study, folder = study_id(items), Path(options.out) / "human"
     key = {"study": study, "models": list(items[0].answers), "seed": options.seed, "tie": not options.no_tie}
     key["slots"] = {name: slots(items, name, options.seed) for name in names}
-    if (folder / "key.json").exists() and json.loads((folder / "key.json").read_text("utf-8")) != key:
+    if (folder / "key.json").exists() and read_json(folder / "key.json") != key:
         raise InputError(f"{folder / 'key.json'} belongs to other pages, whose votes it counts; choose another --out")
     (folder / "pages").mkdir(parents=True, exist_ok=True)
     write_json(folder / "key.json", key)

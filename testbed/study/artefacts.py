@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import parse_json
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,13 @@ class Store:
     def seconds(self, step: Step) -> float:
         if step.key in self.known:
             return self.known[step.key]["seconds"]
-        return json.loads((self.folder(step) / "done.json").read_text())["seconds"]
+        return parse_json((self.folder(step) / "done.json").read_text())["seconds"]
 
     def results(self, step: Step) -> dict:
         """The ``results.json`` of a finished step."""
         if step.key in self.known:
             return copy.deepcopy(self.known[step.key]["results"])
-        return json.loads((self.folder(step) / "results.json").read_text(encoding="utf-8"))
+        return parse_json((self.folder(step) / "results.json").read_text(encoding="utf-8"))
 
     def told(self, steps: Iterable[Step]) -> dict[str, dict]:
         """What another store may be given as ``known``: results and time of each step that has any."""

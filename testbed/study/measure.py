@@ -3,7 +3,6 @@
 Nothing here is seen by a method: it runs when training is over.
 """
 
-import json
 import math
 import os
 import statistics
@@ -19,7 +18,7 @@ from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
-from deepspeed_chat_tlcr.records import read_jsonl
+from deepspeed_chat_tlcr.records import parse_json, read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -104,7 +103,7 @@ def learning_curve(training: Path, scorer: Scorer | None) -> dict[str, list[floa
     curve = {name: [entry.get(key) for entry in log] for key, name in CURVES.items()}
     rollouts = training / "rollouts.jsonl"
     if log and rollouts.is_file():
-        calls = [json.loads(line) for line in rollouts.read_text(encoding="utf-8").splitlines()]
+        calls = [parse_json(line) for line in rollouts.read_text(encoding="utf-8").splitlines()]
         # ReMax has its greedy answers scored too, behind the sampled ones: they cost tokens, but are not the policy's.
         size = max(1, len(calls) // len(log))
         updates = [calls[begin : begin + size] for begin in range(0, size * len(log), size)]
