@@ -29,6 +29,7 @@ from deepspeed_chat_tlcr.errors import InputError
 
 Schedule = Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 Dtype = Literal["auto", "fp16", "bf16", "fp32"]
+AttentionName = Literal["sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"]
 
 
 def option(
@@ -59,6 +60,9 @@ class RunOptions:
         better="fp32 too, and by default what the accelerator does best",
     )
     bf16: bool = option(False, "the forks' spelling of --dtype bf16")
+    attn_implementation: AttentionName = option(
+        "sdpa", "what computes attention in every model; sdpa: PyTorch's kernels, eager in a family that has none"
+    )
     save_format: Literal["huggingface", "deepspeed_chat"] = option(
         "huggingface",
         "huggingface: safetensors, tokenizer, chat template, generation config; deepspeed_chat: pytorch_model.bin as "
@@ -136,10 +140,12 @@ class TrainOptions:
     zero_stage: Literal[0, 1, 2, 3] = option(0, "ZeRO stage")
     offload: bool = option(False, "keep optimiser states (ZeRO-3: parameters too) in host memory")
     lora_dim: int = option(0, "LoRA rank; 0: train all parameters")
+    lora_alpha: float = option(1.0, "LoRA's update is scaled by this / lora_dim; 1: as in DeepSpeed-Chat")
     lora_module_name: str = option(
-        "decoder.layers.",
-        "LoRA goes on linear layers whose name contains this",
-        better="a pattern that matches nothing is an error that lists the model's layers",
+        "auto",
+        "LoRA goes on linear layers whose name contains this; auto: those of the model's blocks",
+        better="auto fits every family, DeepSpeed-Chat's default OPT alone; a pattern that matches nothing is an error "
+        "that lists the model's layers",
     )
     only_optimize_lora: bool = option(False, "freeze everything but LoRA and a new head")
     lora_learning_rate: float = option(5e-4, "peak learning rate of LoRA parameters")

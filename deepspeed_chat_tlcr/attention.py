@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available, is_torch_flex_attn_available
+
+from deepspeed_chat_tlcr.errors import InputError
 
 SCORES_AT_ONCE = 1 << 19
 QUERIES_AT_ONCE = 128
@@ -23,6 +26,20 @@ KEYS_BY = 16
 def install() -> None:
     """Let transformers' ``sdpa`` compute by this module what it can."""
     AttentionInterface.register("sdpa", attention)
+
+
+def require(name: str, precision: str) -> None:
+    """Raise ``InputError`` for an ``--attn_implementation`` that this machine or precision cannot have."""
+    packages = {
+        "flash_attention_2": (is_flash_attn_2_available, "the package flash-attn (pip install flash-attn)"),
+        "flash_attention_3": (is_flash_attn_3_available, "FlashAttention 3, built from its sources, and a Hopper GPU"),
+        "flex_attention": (is_torch_flex_attn_available, "a PyTorch that has it"),
+    }
+    available, needs = packages.get(name, (lambda: True, ""))
+    if not available():
+        raise InputError(f"--attn_implementation {name}: needs {needs}, on a GPU; use sdpa")
+    if name.startswith("flash") and precision == "fp32":
+        raise InputError(f"--attn_implementation {name}: has 16-bit kernels only; use sdpa with --dtype fp32")
 
 
 def attention(

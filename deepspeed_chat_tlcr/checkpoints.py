@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from deepspeed_chat_tlcr.errors import InputError, SaveError
 from deepspeed_chat_tlcr.optim import Rates
 from deepspeed_chat_tlcr.records import read_json
-from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.runtime import Runtime, heartbeat
 from deepspeed_chat_tlcr.saving import write_json
 
 _STATE = "state.json"
@@ -66,7 +66,8 @@ class Checkpoints:
             return  # a run asked to stop just after it saved
         part = self.folder / f"step-{step}.part"
         try:
-            self._write(part, step, engines, state, tensors or {})
+            with heartbeat(f"saving the checkpoint of step {step}"):
+                self._write(part, step, engines, state, tensors or {})
         except (OSError, RuntimeError, SafetensorError) as error:
             newest = self.steps()[-1:]
             kept = f"; {self.folder / f'step-{newest[0]}'} is whole" if newest else ""

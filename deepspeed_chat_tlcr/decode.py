@@ -9,12 +9,16 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from deepspeed_chat_tlcr.generation import Decoding, Ends, response_mask, warp
+
+if TYPE_CHECKING:
+    from deepspeed_chat_tlcr.graphs import GraphedLoop
 
 CHUNK = 32
 _CHECK_EVERY = 8  # tokens between questions to the device whether all rows have ended
@@ -76,15 +80,18 @@ def decode(
     eos_id: Ends,
     pad_id: int,
     synced: bool = False,
+    graphs: "GraphedLoop | None" = None,
 ) -> torch.Tensor:
     """Continue left-padded prompts ``(B, P)``; returns ``(B, P + A)``, A as long as the longest response.
 
     A sampled token is drawn from exactly the distribution of ``token_logprobs`` (both use ``warp``), by inverting its
     cumulative distribution in float64; each row has its own random numbers, so what it says depends neither on its
     neighbours nor on which of them have ended. ``synced``: all ranks take equally many forward passes (ZeRO-3 gathers
-    parameters in each). Leaves the model in evaluation mode.
+    parameters in each). ``graphs``: on a GPU, takes over where it can. Leaves the model in evaluation mode.
     """
     model.eval()
+    if graphs is not None and graphs.possible(model, _new_cache(model)[0], synced):
+        return graphs.decode(model, ids, mask, decoding, eos_id, pad_id)
     batch, prompt_length = ids.shape
     limit = decoding.max_new_tokens
     responses = torch.full((batch, limit), pad_id, device=ids.device)
@@ -121,6 +128,8 @@ def _new_cache(model: PreTrainedModel) -> tuple[bool, DynamicCache]:
     plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
     # A family without position_ids makes them, or its attention's slopes, from the plain two-dimensional mask.
     roomy = plain and "position_ids" in inspect.signature(model.forward).parameters
+    # Other kernels take no mask of numbers.
+    roomy = roomy and model.config._attn_implementation in ("sdpa", "eager")
     if roomy:
         cache.layers = [_RoomyLayer() for _ in cache.layers]
     return roomy, cache

@@ -6,6 +6,10 @@ from typing import Any
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_json
 
+LIVE_PARAMETERS = 750_000_000
+"""What ZeRO-3 may have gathered at a time: three blocks of a 7B model, of which one is being prefetched. Less than one
+matrix, and no gather overlaps with the computation before it."""
+
 
 def build_config(
     *,
@@ -43,14 +47,16 @@ def build_config(
             "offload_optimizer": {"device": "cpu" if offload else "none"},
             "offload_param": {"device": "cpu" if offload_parameters else "none"},
             "stage3_param_persistence_threshold": 10_000,
-            "stage3_max_live_parameters": 30_000_000,
-            "stage3_prefetch_bucket_size": 30_000_000,
+            "stage3_max_live_parameters": LIVE_PARAMETERS,
+            "stage3_prefetch_bucket_size": LIVE_PARAMETERS // 3,
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "gradient_clipping": max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "wall_clock_breakdown": False,
+        # It would wait for the device at every forward pass.
+        "timers": {"throughput": {"enabled": False}},
     }
     if dtype == "fp16":
         config["fp16"] = {"enabled": True, "loss_scale_window": 100}

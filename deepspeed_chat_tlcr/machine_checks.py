@@ -139,7 +139,7 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
             )
     stages = recipe.folders()
     offloads = [recipe.training(ALONE[stage]).offload for stage in stages if stage in ALONE]
-    if any(offloads) or (recipe.ppo_offload and "step3" in stages):
+    if any(offloads) or (recipe.ppo_offload is not False and "step3" in stages):
         yield from _host_memory(recipe)
 
 

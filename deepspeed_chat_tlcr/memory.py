@@ -1,14 +1,16 @@
 """How much memory a stage needs, as formulas. Every function takes counts and returns bytes.
 
 What DeepSpeed keeps for a model with P parameters in 16 bit (ZeRO, Rajbhandari et al. 2020, section 3): 2 P for the
-parameters, 2 P for their gradients, and 16 P for the optimiser (fp32 parameters, momentum, variance, and the fp32
-gradients of the step). ZeRO-1 divides the optimiser's part by the number of ranks, ZeRO-2 the gradients too, ZeRO-3
-everything. Activations were counted on what autograd really saves in transformers' blocks (but Bloom's, their attention
-stores no scores).
+parameters, 2 P for their gradients, 12 P for the optimiser (fp32 parameters, momentum, variance), and while it steps 4
+P for the gradients in fp32, when no activations are there. Offloaded, DeepSpeed 0.19.8 keeps 18 P on the host: all of
+that, and what is reduced in 16 bit. ZeRO-1 divides the optimiser's part by the number of ranks, ZeRO-2 the gradients
+too, ZeRO-3 everything. Activations were counted on what autograd really saves in transformers' blocks (but Bloom's,
+their attention stores no scores).
 """
 
 from dataclasses import dataclass, field
 
+from deepspeed_chat_tlcr.deepspeed_config import LIVE_PARAMETERS
 from deepspeed_chat_tlcr.model_shapes import ModelShape
 
 GIB = 2**30
@@ -29,6 +31,7 @@ class States:
     parameters: float
     gradients: float
     optimizer: float
+    step: float  # only while the optimiser steps
     buffers: float
     host: float
 
@@ -53,19 +56,24 @@ def model_states(
         zero_stage = 1  # as deepspeed_config.py does in 16-bit training
     weights = parameters * size / (ranks if zero_stage == 3 else 1)
     host = 0.0
-    buffers = largest_layer * size if zero_stage == 3 else 0
+    # One module at least, and as many as may be gathered ahead of their turn.
+    buffers = max(largest_layer, min(parameters, LIVE_PARAMETERS)) * size if zero_stage == 3 else 0
     if offload and zero_stage == 3:
         weights, host = 0, parameters * size
     if not trained:
-        return States(weights, 0, 0, buffers, host)
+        return States(weights, 0, 0, 0, buffers, host)
     gradients = parameters * size / (ranks if zero_stage >= 2 else 1)
     # Plain fp32 training needs no second copy of parameters and gradients; ZeRO keeps its flat copy all the same.
-    optimizer = parameters * (16 if size == 2 or zero_stage > 0 else 8)
+    copies = size == 2 or zero_stage > 0
+    optimizer, step = parameters * (12 if copies else 8), parameters * (4 if copies else 0)
     # ZeRO-1 and 2 overlap communication with a second bucket.
     buffers += REDUCE_BUCKET * size * {0: 0, 1: 2, 2: 2, 3: 1}[zero_stage]
     if offload:
-        return States(weights, 0 if zero_stage >= 2 else gradients, 0, buffers, host + optimizer)
-    return States(weights, gradients, optimizer / (ranks if zero_stage >= 1 else 1), buffers, host)
+        return States(
+            weights, 0 if zero_stage >= 2 else gradients, 0, 0, buffers, host + optimizer + step + 2 * parameters
+        )
+    shares = ranks if zero_stage >= 1 else 1
+    return States(weights, gradients, optimizer / shares, step / shares, buffers, host)
 
 
 def layer_activations(shape: ModelShape, tokens: int, size: int = 2) -> int:
@@ -93,6 +101,17 @@ def activations(shape: ModelShape, sequences: int, tokens: int, checkpointing: b
     if checkpointing:
         return count * (shape.layers * shape.hidden * size + block)
     return count * shape.layers * block
+
+
+def learning(
+    shape: ModelShape, sequences: int, tokens: int, checkpointing: bool, logits: float, size: int = 2
+) -> float:
+    """The most of activations and logits at a time: with checkpointing, logits go before a block is recomputed."""
+    whole = activations(shape, sequences, tokens, checkpointing, size)
+    if not checkpointing:
+        return whole + logits
+    block = sequences * tokens * layer_activations(shape, tokens, size)
+    return whole - block + max(block, logits)
 
 
 def kv_cache(shape: ModelShape, sequences: int, tokens: int, size: int = 2) -> int:
@@ -145,14 +164,18 @@ def trained_alone(
         bytes_per_parameter=size,
     )
     logits = FULL_LOGITS * sequences * tokens * shape.vocabulary if scored_logits else 0
+    phases = {
+        "forward and backward": learning(shape, sequences, tokens, checkpointing, logits, size),
+        "the optimiser's step": states.step,
+    }
+    largest = max(phases, key=phases.__getitem__)
     return Need(
         gpu={
             "parameters": states.parameters,
             "gradients": states.gradients,
             "optimiser": states.optimizer,
             "ZeRO's buffers": states.buffers,
-            "activations": activations(shape, sequences, tokens, checkpointing, size),
-            "logits": logits,
+            f"work: {largest}": phases[largest],
             "reserve": RESERVE,
         },
         host={
@@ -209,7 +232,7 @@ def ppo(
     if not with_critic:
         del counts["critic"]
     gpu: dict[str, float] = {}
-    offloaded, loading = 0.0, 0.0
+    offloaded, loading, steps = 0.0, 0.0, {}
     for role, (parameters, stage, trained) in counts.items():
         states = model_states(
             parameters,
@@ -222,17 +245,23 @@ def ppo(
         )
         gpu[role] = states.parameters + states.gradients + states.optimizer + states.buffers
         offloaded += states.host
+        steps[role] = states.step
         loading = max(loading, _loading(parameters, stage, ranks / nodes, size))
     tokens = prompt_tokens + answer_tokens
-    learning = activations(shape, trained_sequences, tokens, checkpointing, size)
+    chosen = CHOSEN_LOGITS * trained_sequences * answer_tokens * shape.vocabulary
     scored = generated_sequences * answer_tokens * shape.vocabulary
+    keys_and_values = kv_cache(shape, decoded_sequences, tokens, size)
     phases = {
-        "sampling (KV cache)": kv_cache(shape, decoded_sequences, tokens, size),
+        "sampling (KV cache)": keys_and_values if actor_stage == 3 else 0,
         "scoring": generated_sequences * tokens * layer_activations(shape, tokens, size) + 2 * scored,
-        "actor's update": learning + CHOSEN_LOGITS * trained_sequences * answer_tokens * shape.vocabulary,
-        "critic's update": learning if with_critic else 0,
+        "actor's update": learning(shape, trained_sequences, tokens, checkpointing, chosen, size),
+        "critic's update": learning(shape, trained_sequences, tokens, checkpointing, 0, size) * with_critic,
+        "actor's step": steps["actor"],
+        "critic's step": steps.get("critic", 0),
     }
     largest = max(phases, key=phases.__getitem__)
+    if actor_stage != 3:
+        gpu["KV cache"] = keys_and_values  # its place is part of the CUDA graphs that decode
     gpu[f"work: {largest}"] = phases[largest]
     gpu["reserve"] = RESERVE
     return Need(gpu=gpu, host={"offloaded": offloaded / nodes, "loading": loading})

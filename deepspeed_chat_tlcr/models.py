@@ -116,13 +116,17 @@ def dropout_names(config: PretrainedConfig) -> list[str]:
 
 
 def load_causal_lm(
-    path: str, dtype: torch.dtype, ds_config: dict[str, Any] | None = None, dropout: float | None = None
+    path: str,
+    dtype: torch.dtype,
+    ds_config: dict[str, Any] | None = None,
+    dropout: float | None = None,
+    attention: str = "sdpa",
 ) -> PreTrainedModel:
     """Load a causal language model; every key must fit. Raises ``InputError`` naming those that do not."""
     config = load_config(path, dropout)
     config.use_cache = False
     with partitioned_loading(ds_config):
-        model, info = _from_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype)
+        model, info = _from_pretrained(AutoModelForCausalLM, path, config=config, dtype=dtype, **_kernels(attention))
     _require_keys(path, info, missing=(), unexpected=())
     return model
 
@@ -135,6 +139,7 @@ def load_token_classifier(
     dropout: float | None = None,
     new_head: bool = False,
     zero_head: bool = False,
+    attention: str = "sdpa",
 ) -> PreTrainedModel:
     """Load a discriminator (2 labels), critic or sequence reward model (1 label; also a sequence classifier).
 
@@ -160,7 +165,7 @@ def load_token_classifier(
     elif of_sequences:
         source["key_mapping"] = {r"^score\.": f"{_head_name(config)}."}
     with partitioned_loading(ds_config):
-        model, info = _from_pretrained(**source, config=config, dtype=dtype)
+        model, info = _from_pretrained(**source, config=config, dtype=dtype, **_kernels(attention))
     head_is_missing = new_head and head_size is None
     lacking = f"{head_of(model)[0]}.{'' if head_is_missing else 'bias'}"
     _require_keys(
@@ -179,6 +184,11 @@ def load_token_classifier(
     if new_head and zero_head:
         _fill_head(model, std=0.0)
     return model
+
+
+def _kernels(attention: str) -> dict[str, str]:
+    # Left out, it is sdpa where the family has it; named, a family without it is refused.
+    return {} if attention == "sdpa" else {"attn_implementation": attention}
 
 
 def _replace_head(model: PreTrainedModel, num_labels: int, ds_config: dict[str, Any] | None) -> None:

@@ -63,12 +63,12 @@ class Rates:
         schedule._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
-def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: bool) -> None:
+def add_lora(model: PreTrainedModel, rank: int, alpha: float, module_name: str, only_lora: bool) -> None:
     """Put peft LoRA layers, in place, on the linear layers whose name contains ``module_name``.
 
-    The wrapped weights freeze, as in DeepSpeed-Chat; ``only_lora`` freezes everything else too but a token
-    classifier's head. Scale 1 / rank, as there. Raises ``InputError`` where the pattern matches nothing, listing
-    what it could have matched.
+    ``auto``: those of the model's blocks, whatever its family calls them. The update is scaled by ``alpha / rank``. The
+    wrapped weights freeze, as in DeepSpeed-Chat; ``only_lora`` freezes everything else too but a token classifier's
+    head. Raises ``InputError`` where the pattern matches nothing, listing what it could have matched.
     """
     output = model.get_output_embeddings() if model.can_generate() else head_of(model)[1]
     # Conv1D is GPT-2's linear layer.
@@ -77,7 +77,8 @@ def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: boo
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D") and module is not output
     ]
-    targets = [name for name in linear if module_name in name]
+    pattern = _blocks_of(model) if module_name == "auto" else module_name
+    targets = [name for name in linear if pattern in name]
     if not targets:
         patterns = sorted({".".join(name.split(".")[:-3]) + "." for name in linear if name.count(".") > 2})
         raise InputError(
@@ -87,7 +88,7 @@ def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: boo
     head = None if model.can_generate() else head_of(model)[0]
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     dtype = next(model.parameters()).dtype
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=1, lora_dropout=0.0, target_modules=targets), model)
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -98,6 +99,12 @@ def add_lora(model: PreTrainedModel, rank: int, module_name: str, only_lora: boo
             parameter.requires_grad_(name in trainable and not wrapped and (is_head or not only_lora))
     if only_lora and getattr(model, "is_gradient_checkpointing", False):
         model.enable_input_require_grads()
+
+
+def _blocks_of(model: PreTrainedModel) -> str:
+    """How the names of the parameters in a model's blocks begin: its outermost list of modules is the list of them."""
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    return f"{min(lists, key=lambda name: name.count('.'))}." if lists else ""
 
 
 def merge_lora(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

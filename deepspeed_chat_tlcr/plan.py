@@ -5,13 +5,15 @@ counted exactly where the packages are there. All numbers are estimates: memory.
 deepspeed_chat_tlcr/asking/money.py those for calls.
 """
 
+import dataclasses
 import datetime
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepspeed_chat_tlcr import memory
+from deepspeed_chat_tlcr import duration, memory
 from deepspeed_chat_tlcr.asking.models import BATCH_DISCOUNT, Price, known_model, price_of
 from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
@@ -107,8 +109,17 @@ ALONE = {"step1": "sft", "step2": "discriminator", "step2_sequence": "sequence",
 """Stages that train one model, and the prefix of their variables."""
 
 
+def offloads_ppo(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether step 3 keeps its optimisers in host memory: as PPO_OFFLOAD says, or where it does not fit otherwise."""
+    if recipe.ppo_offload is not None:
+        return recipe.ppo_offload
+    needs = stage_needs(dataclasses.replace(recipe, stages="step3", ppo_offload=False), shape)
+    return needs[recipe.ppo_folder].gpu_total > recipe.gpu_memory_gb * GIB
+
+
 def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
     """Memory of each training stage of the run, by its folder."""
+    offload_ppo = "step3" in recipe.folders() and offloads_ppo(recipe, shape)
     ranks, nodes, size = recipe.world_size, len(recipe.hosts()), recipe.bytes_per_parameter
     shared = {"ranks": ranks, "nodes": nodes, "size": size}
     classifiers = {"step2": 2, "step2_sequence": 1}
@@ -144,7 +155,7 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
                 critic_stage=recipe.critic_zero_stage,
                 reference_stage=recipe.reference_zero_stage,
                 reward_stage=recipe.reward_zero_stage,
-                offload=recipe.ppo_offload,
+                offload=offload_ppo,
                 checkpointing=recipe.ppo_gradient_checkpointing,
                 **shared,
             )
@@ -258,6 +269,60 @@ def steps_report(recipe: Recipe, texts: Texts | str) -> str:
     )
 
 
+def hours_report(recipe: Recipe, shape: ModelShape, texts: Texts | str) -> str:
+    """Hours of each stage that trains and where step 3's go, from duration.py; US$ where GPU_HOUR_USD is set."""
+    if isinstance(texts, str):
+        return f"Hours: {texts}"
+    try:
+        price = float(recipe.gpu_hour_usd or 0)
+    except ValueError:
+        raise InputError(f"GPU_HOUR_USD={recipe.gpu_hour_usd}: expected a number") from None
+    card, ranks = duration.CARDS[recipe.gpu_card], recipe.world_size
+    sft, reward, rl = part_sizes(texts.records, recipe.data_split)
+    prompt, answer = texts.prompt / BYTES_PER_TOKEN, (texts.chosen + texts.rejected) / 2 / BYTES_PER_TOKEN
+    rows, note = [], ""
+    for stage, folder in recipe.folders().items():
+        if stage in ALONE:
+            training = recipe.training(ALONE[stage])
+            examples, sequences = (sft, 1) if stage == "step1" else (reward, 2)
+            steps = optimizer_steps(examples, training.batch_size, training.accumulation_steps, ranks, training.epochs)
+            tokens = training.epochs * examples * sequences * min(prompt + answer, recipe.max_seq_len)
+            seconds = duration.training(
+                card,
+                shape.causal_parameters,
+                tokens,
+                ranks,
+                training.gradient_checkpointing,
+                training.offload,
+                steps,
+            )
+        elif stage == "step3":
+            micro_batch, accumulation = recipe.ppo_batch_size, recipe.ppo_accumulation_steps
+            steps = optimizer_steps(rl, micro_batch, accumulation, ranks, recipe.prompt_epochs)
+            parts = duration.ppo_step(
+                card,
+                shape.causal_parameters,
+                sequences=micro_batch * accumulation,
+                prompt_tokens=min(prompt, recipe.max_prompt_len),
+                answer_tokens=min(answer, recipe.max_answer_len),
+                longest_answer=recipe.max_answer_len,
+                checkpointing=recipe.ppo_gradient_checkpointing,
+                offload=offloads_ppo(recipe, shape),
+                with_critic=recipe.with_critic,
+                size=recipe.bytes_per_parameter,
+            )
+            seconds = steps * sum(parts.values())
+            note = "\n  a step of step 3: " + ", ".join(f"{name} {part:.1f} s" for name, part in parts.items() if part)
+        else:
+            continue
+        dollars = f"{seconds / 3600 * ranks * price:,.0f}" if price else "-"
+        rows.append((folder, f"{seconds / 3600:.2f}", dollars))
+    return (
+        f"Hours on {ranks} x {recipe.gpu_card}, by arithmetic, within a factor of {duration.UNCERTAINTY:g}; "
+        "loading, saving and evaluation not counted\n" + table(("stage", "hours", "US$"), rows) + note
+    )
+
+
 def memory_report(recipe: Recipe, shape: ModelShape) -> str:
     parts = []
     settings = {}
@@ -271,7 +336,7 @@ def memory_report(recipe: Recipe, shape: ModelShape) -> str:
             settings[folder] = (
                 f"ZeRO actor {recipe.actor_zero_stage}, {critic}"
                 f"reference {recipe.reference_zero_stage}, reward {recipe.reward_zero_stage}"
-            ) + f", offload of {offloaded}" * recipe.ppo_offload
+            ) + f", offload of {offloaded}" * offloads_ppo(recipe, shape)
     for name, need in stage_needs(recipe, shape).items():
         rows = [(label, gib(size)) for label, size in need.gpu.items() if size]
         rows.append((f"total per GPU (of {recipe.gpu_memory_gb:g})", gib(need.gpu_total)))
@@ -302,12 +367,28 @@ def training_reports(recipe: Recipe, texts: Texts | str) -> list[str]:
         return [*sections, f"Memory and disk: {unknown}"]
     ranks = f"{recipe.world_size} process(es) on {len(recipe.hosts())} node(s), {recipe.dtype}"
     told = f"{recipe.model}: {shape.causal_parameters:,} parameters; {ranks}. What follows is estimated, not measured."
+    sections.append(hours_report(recipe, shape, texts))
     return [*sections, told, memory_report(recipe, shape), disk_report(recipe, shape)]
+
+
+def decide_offload(recipe: Recipe) -> None:
+    """Print 1 or 0 for step3.sh, and why on stderr."""
+    try:
+        offload = offloads_ppo(recipe, shape_of(recipe.model, recipe.model_config))
+        fits = "does not fit" if offload else "fits"
+        why = f"without it the plan {fits} into GPU_MEMORY_GB={recipe.gpu_memory_gb:g}"
+    except InputError as error:
+        offload, why = True, str(error)
+    print(f"PPO_OFFLOAD=auto: optimisers {'in host' if offload else 'in GPU'} memory ({why})", file=sys.stderr)
+    print(int(offload))
 
 
 @exits_cleanly
 def main() -> None:
     recipe = Recipe.from_environment()
+    if sys.argv[1:] == ["--decide_offload"]:
+        decide_offload(recipe)
+        return
     texts = find_texts(recipe)
     sections = [labelling_report(recipe, texts)] if recipe.labels_here else []
     if set(recipe.folders()) - {"label"}:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from deepspeed_chat_tlcr.duration import CARDS
 from deepspeed_chat_tlcr.errors import InputError
 
 
@@ -39,6 +40,8 @@ class Recipe:
     hostfile: str
     master_port: int
     gpu_memory_gb: float
+    gpu_card: str
+    gpu_hour_usd: str
     label_model: str
     label_base_url: str
     label_effort: str
@@ -89,7 +92,7 @@ class Recipe:
     critic_zero_stage: int
     reference_zero_stage: int
     reward_zero_stage: int
-    ppo_offload: bool
+    ppo_offload: bool | None  # None: auto, as the memory plan says
     ppo_gradient_checkpointing: bool
     ppo_folder: str
     sequence_folder: str
@@ -113,6 +116,8 @@ class Recipe:
                 continue
             if name.endswith("zero_stage") and values[name] not in (0, 1, 2, 3):
                 problems.append(f"{variable}={text}: expected 0, 1, 2 or 3")
+            if name == "gpu_card" and text not in CARDS:
+                problems.append(f"{variable}={text}: known are {', '.join(CARDS)}")
             if name == "algo" and text not in ("ppo", "remax"):
                 problems.append(f"{variable}={text}: expected ppo or remax")
             if kind is int and not name.endswith("zero_stage") and values[name] < (name not in _MAY_BE_ZERO):
@@ -202,6 +207,11 @@ def _switch(text: str) -> bool:
     return text == "1"
 
 
-_READERS = {str: str, int: int, float: float, bool: _switch}
+def _switch_or_auto(text: str) -> bool | None:
+    return None if text == "auto" else _switch(text)
+
+
+_READERS = {str: str, int: int, float: float, bool: _switch, bool | None: _switch_or_auto}
 _MAY_BE_ZERO = ("decode_batch_size",)
 _EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}
+_EXPECTED[bool | None] = "1 (on), 0 (off) or auto"

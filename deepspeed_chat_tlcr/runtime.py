@@ -7,7 +7,12 @@ import os
 import signal
 import socket
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import deepspeed
@@ -21,6 +26,10 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.operators import load_operator
 
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
+
+TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for each other. Rank 0 saves while the others wait: 10 minutes, NCCL's own limit, are too short
+for a large model on a slow disk. A rank that dies ends the others at once, whatever the limit."""
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -39,6 +48,10 @@ class Runtime:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def seed(self, seed: int) -> None:
+        """Give each rank random numbers of its own, once the models are built, which must be alike on all."""
+        transformers.set_seed(seed + self.rank)
 
     def say(self, message: str) -> None:
         if self.is_main:
@@ -70,7 +83,9 @@ def start(dtype: str, seed: int) -> Runtime:
         load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
         attention.install()
         keep_memory_small()
-    deepspeed.init_distributed()
+    if accelerator.device_name() != "cpu":
+        take_cores(local_rank, int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
+    deepspeed.init_distributed(timeout=TIMEOUT)
     unlink_shared_buffers()
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:
@@ -85,6 +100,54 @@ def start(dtype: str, seed: int) -> Runtime:
         else torch.device("cpu"),
         dtype=resolved,
     )
+
+
+@contextlib.contextmanager
+def heartbeat(what: str, every: float = 60.0) -> Iterator[None]:
+    """Say once a minute, on rank 0, what still goes on: saves of large models are long and otherwise silent."""
+    done, begun = threading.Event(), time.monotonic()
+
+    def tell() -> None:
+        while not done.wait(every):
+            print(f"still {what}, {(time.monotonic() - begun) / 60:.1f} min so far", flush=True)
+
+    if torch.distributed.get_rank() == 0:
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def take_cores(local_rank: int, local_size: int) -> None:
+    """Keep a rank beside others on its own share of the cores: Adam on offloaded states wants all of its threads there,
+    and DeepSpeed's launcher binds nobody. ``OMP_NUM_THREADS`` in the environment wins."""
+    if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_setaffinity"):
+        return
+    share = share_of_cores(sorted(os.sched_getaffinity(0)), _siblings, local_rank, local_size)
+    os.sched_setaffinity(0, set(chain.from_iterable(share)))
+    os.environ["OMP_NUM_THREADS"] = str(len(share))  # for processes of its own
+    torch.set_num_threads(len(share))
+
+
+def share_of_cores(
+    processors: Sequence[int], siblings: Callable[[int], str], rank: int, ranks: int
+) -> list[tuple[int, ...]]:
+    """One rank's cores, as tuples of the processors that each of them shows; neighbours, so of one socket.
+
+    ``siblings`` names a processor's core. With fewer cores than ranks each gets one, some the same.
+    """
+    cores: dict[str, list[int]] = {}
+    for processor in processors:
+        cores.setdefault(siblings(processor), []).append(processor)
+    listed = [tuple(members) for members in cores.values()]
+    begin, end = rank * len(listed) // ranks, (rank + 1) * len(listed) // ranks
+    return listed[begin : max(end, begin + 1)]
+
+
+def _siblings(processor: int) -> str:
+    file = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
+    return file.read_text().strip() if file.exists() else str(processor)
 
 
 def unlink_shared_buffers() -> None:

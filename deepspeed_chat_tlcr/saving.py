@@ -15,6 +15,7 @@ from deepspeed_chat_tlcr.chat_format import to_chat_critic, write_chat_folder
 from deepspeed_chat_tlcr.errors import InputError, SaveError
 from deepspeed_chat_tlcr.models import head_of
 from deepspeed_chat_tlcr.optim import merge_lora
+from deepspeed_chat_tlcr.runtime import heartbeat
 from deepspeed_chat_tlcr.turns import end_ids
 
 
@@ -31,7 +32,8 @@ def save_model(
     model that goes on training. Raises ``SaveError`` when the disk is full or gone.
     """
     try:
-        _save_model(engine, tokenizer, Path(folder), save_format)
+        with heartbeat(f"saving the model in {folder}"):
+            _save_model(engine, tokenizer, Path(folder), save_format)
     except (OSError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise SaveError(

@@ -11,9 +11,17 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, require_ranges
 from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, fingerprint, same_command
 from deepspeed_chat_tlcr.deepspeed_config import build_config
@@ -204,8 +212,9 @@ def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     ones = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_faults")
     ones += ("num_train_epochs", "max_seq_len", "save_total_limit")
     zeros = ("learning_rate", "lora_learning_rate", "weight_decay", "max_grad_norm", "num_warmup_steps", "lora_dim")
-    zeros += ("save_interval", "eval_interval", "neutral_weight", "beta")
+    zeros += ("lora_alpha", "save_interval", "eval_interval", "neutral_weight", "beta")
     require_ranges(options, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
+    attention.require(options.attn_implementation, runtime.dtype)
     require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
     return build_config(
         dtype=runtime.dtype,
@@ -275,7 +284,7 @@ def prepare_model(model: PreTrainedModel, options: StageOptions) -> PreTrainedMo
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if options.lora_dim > 0:
-        add_lora(model, options.lora_dim, options.lora_module_name, options.only_optimize_lora)
+        add_lora(model, options.lora_dim, options.lora_alpha, options.lora_module_name, options.only_optimize_lora)
     elif options.only_optimize_lora:
         raise InputError("--only_optimize_lora: there is no LoRA to optimise; give --lora_dim")
     return model
@@ -335,6 +344,7 @@ def run(
         )
         trainer.add_callback(_Log(log))
     begun = time.monotonic()
+    set_seed(options.seed + trainer.args.process_index)  # models are built; dropout is each rank's own
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.stopped:
         if trainer.is_world_process_zero():

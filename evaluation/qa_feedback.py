@@ -37,6 +37,7 @@ from deepspeed_chat_tlcr.records import Revision, read_json, read_jsonl, read_re
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.policies import device
 from evaluation.scoring import token_probs
 from labeling.importing import qa_feedback_preference
 from step2_discriminator.objectives import positive_logit
@@ -241,8 +242,8 @@ def pipeline_difference(folder: Path, discriminator: PreTrainedModel, text: str)
     found = [
         entry["score"] if entry["entity"] == TOKEN_LABELS[POSITIVE] else 1 - entry["score"] for entry in classify(text)
     ]
-    ids = classify.tokenizer(text, return_tensors="pt")["input_ids"]
-    own = positive_logit(discriminator(input_ids=ids).logits[0]).sigmoid()
+    ids = classify.tokenizer(text, return_tensors="pt")["input_ids"].to(discriminator.device)
+    own = positive_logit(discriminator(input_ids=ids).logits[0]).sigmoid().cpu()
     return (own - torch.tensor(found)).abs().max().item()
 
 
@@ -285,9 +286,11 @@ def report(argv: Sequence[str]) -> None:
 
     # The way any user would load them: transformers' own classes, nothing of ours.
     folders = policy_folders(run, options.more_methods)
-    policies = {name: AutoModelForCausalLM.from_pretrained(folder).float() for name, folder in folders.items()}
+    policies = {
+        name: AutoModelForCausalLM.from_pretrained(folder).float().to(device()) for name, folder in folders.items()
+    }
     folder = run / "step2_discriminator"
-    discriminator = load_token_classifier(str(folder), 2, torch.float32).eval()
+    discriminator = load_token_classifier(str(folder), 2, torch.float32).to(device()).eval()
     difference = pipeline_difference(folder, discriminator, held_out[0].prompt + held_out[0].rejected)
     if difference > 1e-3:
         raise InputError(f"{folder}: in pipeline('token-classification') its D is another, by up to {difference:.4f}")

@@ -257,13 +257,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_batch(options, runtime, len(pairs["train"]))
 
     labels = 2 if token_level else 1
+    new_head = not options.do_eval and label_count(options.model_name_or_path) != labels
     model = load_token_classifier(
         options.model_name_or_path,
         labels,
         runtime.torch_dtype,
         config,
         options.dropout_rate,
-        new_head=not options.do_eval and label_count(options.model_name_or_path) != labels,
+        new_head=new_head,
+        # D = 0.5 everywhere at first. A random head on a real backbone, whose last states have outliers, calls every
+        # token positive, and the first steps are spent on coming back.
+        zero_head=new_head,
+        attention=options.attn_implementation,
     )
     fit_vocabulary(model, tokenizer)
     if options.save_format == "deepspeed_chat":

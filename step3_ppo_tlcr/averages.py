@@ -12,16 +12,16 @@ class Averages:
         self.counts: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Count every entry of ``values``, or those the mask counts."""
-        values = values.detach().double()
-        weights = torch.ones_like(values) if mask is None else mask.double()
+        """Count every entry of ``values``, or those the mask counts; they may be on another device."""
+        values = values.detach().to(self.device, torch.float64)
+        weights = torch.ones_like(values) if mask is None else mask.to(self.device, torch.float64)
         # Selected rather than multiplied: an infinite value in the padding must not become a NaN.
         total, count = torch.where(weights > 0, values, 0.0).sum(), weights.sum()
         self.sums[name] = self.sums.get(name, 0.0) + total
         self.counts[name] = self.counts.get(name, 0.0) + count
 
     def reduce(self) -> dict[str, float]:
-        packed = torch.stack([*self.sums.values(), *self.counts.values()]).to(self.device, torch.float64)
+        packed = torch.stack([*self.sums.values(), *self.counts.values()])
         torch.distributed.all_reduce(packed)
         sums, counts = packed.view(2, -1).tolist()
         pairs = zip(self.sums, sums, counts, strict=True)

@@ -1,4 +1,4 @@
-"""A running average of the actor's weights (``--enable_ema``), on each rank's own shards at every ZeRO stage."""
+"""A running average of the actor's weights (``--enable_ema``), of which each rank keeps its own part."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,20 +10,25 @@ from torch import nn
 
 
 class WeightAverage:
-    """average <- decay * average + (1 - decay) * weight after every update, in fp32, of the trainable weights."""
+    """average <- decay * average + (1 - decay) * weight after every update, in fp32, of the trainable weights.
+
+    4 bytes per trainable weight over all ranks together: under ZeRO-3 of the rank's own shards, else of an equal part
+    of every weight, which all ranks have whole.
+    """
 
     def __init__(self, engine: DeepSpeedEngine, decay: float):
         self.engine, self.decay = engine, decay
-        self.averages = {name: _shard(parameter).float().clone() for name, parameter in self._trained()}
+        self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.averages = {name: self._part(parameter).float().clone() for name, parameter in self._trained()}
 
     def update(self) -> None:
         for name, parameter in self._trained():
-            self.averages[name].lerp_(_shard(parameter).float(), 1 - self.decay)
+            self.averages[name].lerp_(self._part(parameter).float(), 1 - self.decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the engine's weights are the averages; after it, what they were."""
-        own = {name: _shard(parameter).clone() for name, parameter in self._trained()}
+        """Within it the engine's weights are the averages; after it, what they were. A collective."""
+        own = {name: self._part(parameter).clone() for name, parameter in self._trained()}
         self._put(self.averages)
         try:
             yield
@@ -34,16 +39,34 @@ class WeightAverage:
         for name, average in averages.items():
             self.averages[name].copy_(average)
 
-    def _put(self, shards: dict[str, torch.Tensor]) -> None:
+    def _put(self, parts: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._trained():
             if getattr(parameter, "ds_status", None) == ZeroParamStatus.AVAILABLE:
                 parameter.partition()  # ZeRO-3 keeps small parameters whole: they must be gathered anew
-            _shard(parameter).copy_(shards[name])
+            if hasattr(parameter, "ds_tensor"):
+                self._part(parameter).copy_(parts[name])
+            else:
+                self._spread(parameter, parts[name])
+
+    def _spread(self, parameter: nn.Parameter, part: torch.Tensor) -> None:
+        """Give all ranks a weight of which each has a part."""
+        size = _part_size(parameter, self.world_size)
+        padded = parameter.new_zeros(size)
+        padded[: len(part)] = part.to(parameter.dtype)
+        whole = parameter.new_empty(size * self.world_size)
+        torch.distributed.all_gather_into_tensor(whole, padded)
+        parameter.data.copy_(whole[: parameter.numel()].view_as(parameter))
+
+    def _part(self, parameter: nn.Parameter) -> torch.Tensor:
+        """What this rank keeps of a weight, flat: under ZeRO-3 its shard, else as much as each of the others."""
+        if hasattr(parameter, "ds_tensor"):
+            return parameter.ds_tensor.data
+        size = _part_size(parameter, self.world_size)
+        return parameter.data.flatten()[self.rank * size : (self.rank + 1) * size]
 
     def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         return ((name, p) for name, p in self.engine.module.named_parameters() if p.requires_grad)
 
 
-def _shard(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank keeps of a parameter: under ZeRO-3 its part of it, else all."""
-    return parameter.ds_tensor.data if hasattr(parameter, "ds_tensor") else parameter.data
+def _part_size(parameter: nn.Parameter, world_size: int) -> int:
+    return -(-parameter.numel() // world_size)

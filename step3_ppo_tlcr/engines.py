@@ -19,9 +19,10 @@ from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
 from step3_ppo_tlcr.objectives import counted
+from step3_ppo_tlcr.packing import Pack, forward_packed, packable
 from step3_ppo_tlcr.records import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, names_of, sequence_reward
-from step3_ppo_tlcr.rollout import hybrid_possible
+from step3_ppo_tlcr.rollout import hybrid_obstacle
 
 if TYPE_CHECKING:
     from step3_ppo_tlcr.options import Options
@@ -29,25 +30,50 @@ if TYPE_CHECKING:
 
 def action_logits(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """Logits of every choice, ``(B, A, V)``; nothing is computed for the prompt's other positions."""
+    if _packs(model, rollout):
+        return forward_packed(
+            rollout, lambda pack: _forward_pack(model, pack, logits_to_keep=pack.chosen - 1, use_cache=False)[0]
+        )
     outputs = _forward(model, rollout, logits_to_keep=rollout.actions + 1, use_cache=False)
     return before_actions(outputs.logits, rollout.actions)
 
 
 def state_values(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """V of the state in which each action was chosen, ``(B, A)`` in fp32."""
+    if _packs(model, rollout):
+        return forward_packed(rollout, lambda pack: _forward_pack(model, pack)[0, pack.chosen - 1, 0].float())
     values = _forward(model, rollout).logits.squeeze(-1).float()
     return before_actions(values, rollout.actions)
 
 
 def positive_probs(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """D(a_t | x, a_<t) of each chosen token, ``(B, A)`` in fp32 (Eq. 7); one soft-max, not two."""
-    logits = at_actions(_forward(model, rollout).logits, rollout.actions)
+    if _packs(model, rollout):
+        logits = forward_packed(rollout, lambda pack: _forward_pack(model, pack)[0, pack.chosen])
+    else:
+        logits = at_actions(_forward(model, rollout).logits, rollout.actions)
     return logits.float().softmax(-1)[..., 1]
 
 
 def token_scores(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """A sequence reward model's value at each response token, ``(B, A)`` in fp32; the last one is the score."""
+    if _packs(model, rollout):
+        return forward_packed(rollout, lambda pack: _forward_pack(model, pack)[0, pack.chosen, 0].float())
     return at_actions(_forward(model, rollout).logits.squeeze(-1).float(), rollout.actions)
+
+
+def _packs(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> bool:
+    module = model.module if isinstance(model, DeepSpeedEngine) else model
+    parameters = inspect.signature(module.forward).parameters
+    return bool(rollout.tokens_at_once) and packable(module.config, parameters, rollout.input_ids.size(1))
+
+
+def _forward_pack(model: DeepSpeedEngine | PreTrainedModel, pack: Pack, **kwargs) -> torch.Tensor:
+    """``(1, T, …)`` logits of a pack, or those of ``logits_to_keep``."""
+    module = model.module if isinstance(model, DeepSpeedEngine) else model
+    flash = module.config._attn_implementation.startswith("flash")  # finds the rows' bounds in the positions
+    mask = None if flash else pack.mask(module.dtype)
+    return model(input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=mask, **kwargs).logits
 
 
 def _forward(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout, **kwargs):
@@ -62,7 +88,13 @@ def train_actor(options: "Options", runtime: Runtime, total_steps: int) -> DeepS
     passes = 2 if options.unsupervised_dataset_name else 1
     config = _config(options, runtime, options.actor_zero_stage, options.offload, passes)
     config = merge(config, _actor_extras(options, runtime))
-    model = load_causal_lm(options.actor_model_name_or_path, runtime.torch_dtype, config, options.actor_dropout_rate)
+    model = load_causal_lm(
+        options.actor_model_name_or_path,
+        runtime.torch_dtype,
+        config,
+        options.actor_dropout_rate,
+        options.attn_implementation,
+    )
     return _train(model, "actor", options, config, total_steps)
 
 
@@ -82,6 +114,7 @@ def train_critic(options: "Options", runtime: Runtime, total_steps: int) -> Deep
         options.critic_dropout_rate,
         new_head=new_head,
         zero_head=new_head,
+        attention=options.attn_implementation,
     )
     if options.save_format == "deepspeed_chat":
         freeze_head_bias(model)
@@ -116,7 +149,7 @@ def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | Pr
     """The model that the KL penalty keeps the policy near to: the SFT model, unless told otherwise."""
     config = frozen_config(options, runtime, options.reference_zero_stage, options.offload_reference_model)
     path = options.reference_model_name_or_path or options.actor_model_name_or_path
-    model = load_causal_lm(path, runtime.torch_dtype, config, dropout=0.0)
+    model = load_causal_lm(path, runtime.torch_dtype, config, 0.0, options.attn_implementation)
     return freeze(model, config, runtime)
 
 
@@ -143,7 +176,9 @@ class RewardSum:
                 raise InputError(f"--reward: {path!r} cannot be both a discriminator and a sequence reward model")
             require_same_tokenizer(tokenizer, load_tokenizer(path, options.new_eos), "reward model")
             config = frozen_config(options, runtime, options.reward_zero_stage, options.offload_reward_model)
-            model = load_token_classifier(path, labels.pop(), runtime.torch_dtype, config, dropout=0.0)
+            model = load_token_classifier(
+                path, labels.pop(), runtime.torch_dtype, config, 0.0, attention=options.attn_implementation
+            )
             self.models[path] = freeze(model, config, runtime)
 
     @torch.no_grad()
@@ -199,7 +234,7 @@ def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool
 def _actor_extras(options: "Options", runtime: Runtime) -> dict:
     """What only the actor's config has: the hybrid engine, and ZeRO++ for the weights under LoRA."""
     extras: dict = {}
-    if options.rollout_name == "hybrid" and hybrid_possible(runtime):
+    if options.rollout_name == "hybrid" and not hybrid_obstacle(runtime):
         if (
             options.offload
             and options.actor_zero_stage == options.critic_zero_stage == 2
@@ -232,7 +267,7 @@ def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, 
     if flag("gradient_checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if flag("lora_dim") > 0:
-        add_lora(model, flag("lora_dim"), flag("lora_module_name"), options.only_optimize_lora)
+        add_lora(model, flag("lora_dim"), flag("lora_alpha"), flag("lora_module_name"), options.only_optimize_lora)
     offloaded = config["zero_optimization"]["offload_optimizer"]["device"] != "none"
     optimizer = make_optimizer(
         model, flag("learning_rate"), flag("weight_decay"), flag("lora_learning_rate"), offloaded

@@ -44,7 +44,7 @@ class Faults:
         """Write the newest faulty batch's tensors, each rank its own; returns the file."""
         path = Path(folder) / f"faulty_batch-{torch.distributed.get_rank()}.safetensors"
         rollout = self.batch.rollout if isinstance(self.batch, Experience) else self.batch
-        tensors = dict(vars(rollout))
+        tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
         if isinstance(self.batch, Experience):
             tensors |= {name: value for name, value in vars(self.batch).items() if isinstance(value, torch.Tensor)}
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

@@ -194,6 +194,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
     trainer = build(options, runtime, tokenizer, prompts, specs)
+    runtime.seed(options.seed)
     run = Run(options, runtime, trainer, checkpoints, done, known_by)
     held_out = HeldOut(held_out_prompts, trainer, runtime, run.done) if options.eval_interval else None
     before = held_out.measure(0) if held_out and run.done == 0 else {}

@@ -3,6 +3,7 @@
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
+from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, Schedule, option, require_ranges
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding
@@ -40,9 +41,19 @@ class ModelOptions:
     actor_gradient_checkpointing: bool = option(False, "recompute the actor's activations in its backward pass")
     critic_gradient_checkpointing: bool = option(False, "recompute the critic's activations in its backward pass")
     actor_lora_dim: int = option(0, "LoRA rank of the actor; 0: train all parameters")
-    actor_lora_module_name: str = option("decoder.layers.", "LoRA goes on linear layers whose name contains this")
+    actor_lora_alpha: float = option(1.0, "LoRA's update is scaled by this / actor_lora_dim; 1: as in DeepSpeed-Chat")
+    actor_lora_module_name: str = option(
+        "auto",
+        "LoRA goes on linear layers whose name contains this; auto: those of the model's blocks",
+        better="auto fits every family, DeepSpeed-Chat's default OPT alone",
+    )
     critic_lora_dim: int = option(0, "LoRA rank of the critic; 0: train all parameters")
-    critic_lora_module_name: str = option("decoder.layers.", "LoRA goes on linear layers whose name contains this")
+    critic_lora_alpha: float = option(1.0, "LoRA's update is scaled by this / critic_lora_dim; 1: as in DeepSpeed-Chat")
+    critic_lora_module_name: str = option(
+        "auto",
+        "LoRA goes on linear layers whose name contains this; auto: those of the model's blocks",
+        better="auto fits every family, DeepSpeed-Chat's default OPT alone",
+    )
     only_optimize_lora: bool = option(False, "freeze everything but LoRA and the critic's head")
     actor_lora_learning_rate: float = option(5e-4, "peak learning rate of the actor's LoRA")
     critic_lora_learning_rate: float = option(5e-4, "peak learning rate of the critic's LoRA")
@@ -65,6 +76,9 @@ class RolloutOptions:
         "loop",
         "what samples: loop, this project's decoding loop; hf, transformers' generate; continuous, its continuous "
         "batching; hybrid, DeepSpeed's hybrid engine",
+    )
+    eager_decoding: bool = option(
+        False, "on a GPU: decode without CUDA graphs, slower, but no key-value cache stays allocated between rollouts"
     )
     per_device_generation_batch_size: int = option(16, "prompts per device and generation batch")
     generation_batches: int = option(
@@ -113,6 +127,9 @@ class PPOOptions:
     )
     per_device_training_batch_size: int = option(
         16, "sequences per device and training micro-batch, at most --per_device_generation_batch_size"
+    )
+    tokens_per_micro_batch: int = option(
+        0, "score and learn without padding: a micro-batch's rows in packs of at most so many tokens; 0: padded rows"
     )
     ppo_epochs: int = option(1, "passes over each set of rollouts")
     num_train_epochs: int = option(1, "passes over the prompts")
@@ -298,6 +315,7 @@ class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOption
 
 def check(options: Options) -> None:
     """Refuse options that cannot work together, before anything loads. Raises ``InputError``."""
+    attention.require(options.attn_implementation, options.precision)
     _check_ranges(options)
     _check_sizes(options)
     _check_rewards(options)
@@ -346,6 +364,7 @@ _AT_LEAST_0 = (
     *("max_grad_norm", "kl_ctl", "kl_target", "target_kl", "clip_reward_value", "cliprange", "cliprange_value"),
     *("gamma", "lam", "entropy_coef", "unsup_coef", "temperature", "top_p", "top_k", "min_answer_seq_len"),
     *("decode_batch_size", "save_interval", "eval_interval", "test_stop_step", "actor_dropout", "critic_dropout"),
+    *("actor_lora_alpha", "critic_lora_alpha", "tokens_per_micro_batch"),
 )
 _AT_MOST_1 = ("gamma", "lam", "actor_dropout", "critic_dropout")
 

@@ -16,6 +16,7 @@ class Rollout:
     input_ids: torch.Tensor  # (B, T)
     attention_mask: torch.Tensor  # (B, T), 1 on real tokens
     action_mask: torch.Tensor  # (B, A), 1 on response tokens, EOS included
+    tokens_at_once: int = 0  # of a forward pass that packs rows without padding; 0: the rows as they stand here
 
     @property
     def actions(self) -> int:
@@ -42,6 +43,7 @@ class Rollout:
             self.input_ids[begin:end, tokens],
             self.attention_mask[begin:end, tokens],
             mask[:, : self.actions - behind],
+            self.tokens_at_once,
         )
 
 

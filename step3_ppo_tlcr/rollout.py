@@ -1,5 +1,6 @@
 """Rollouts behind DeepSpeed's own rollout interface: prompts in, prompts with responses out."""
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -12,8 +13,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from deepspeed_chat_tlcr.decode import decode
-from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.errors import InputError, told
 from deepspeed_chat_tlcr.generation import Decoding, generate, left_pad, response_mask
+from deepspeed_chat_tlcr.graphs import GraphedLoop
+from deepspeed_chat_tlcr.operators import load_operator
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.records import Rollout
@@ -61,6 +64,7 @@ class LoopRollout(_EngineRollout):
     """This project's decoding loop; under ZeRO-3 all ranks step together."""
 
     name = "loop"
+    graphs: GraphedLoop | None = None  # set on a GPU
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """Sample one response per prompt; temperature 0 takes the likeliest tokens."""
@@ -72,6 +76,7 @@ class LoopRollout(_EngineRollout):
             end_ids(self.tokenizer),
             self.tokenizer.pad_token_id,
             synced=self.synced,
+            graphs=self.graphs,
         )
         return self._batch(request, ids)
 
@@ -180,9 +185,16 @@ def agrees(
     return not bool(count)
 
 
-def hybrid_possible(runtime: Runtime) -> bool:
-    """Whether this machine has what DeepSpeed's hybrid engine needs."""
-    return runtime.device.type != "cpu" and runtime.dtype != "fp32" and get_accelerator().device_name() == "cuda"
+@functools.cache
+def hybrid_obstacle(runtime: Runtime) -> str | None:
+    """What DeepSpeed's hybrid engine lacks on this machine, None where it can run; compiles its kernels (minutes)."""
+    if runtime.dtype == "fp32" or get_accelerator().device_name() != "cuda":
+        return "needs a CUDA device and 16-bit weights"
+    try:
+        load_operator("InferenceBuilder")
+    except Exception as error:  # whatever a missing or unfit compiler brings
+        return f"its kernels cannot be compiled ({told(error)})"
+    return None
 
 
 def make_rollouts(
@@ -195,6 +207,8 @@ def make_rollouts(
 ) -> RolloutEngine:
     """The rollout engine that ``--rollout`` names; ``hybrid`` only where its first greedy tokens prove right."""
     loop = LoopRollout(engine, tokenizer, options.min_answer_seq_len)
+    if runtime.device.type == "cuda" and not options.eager_decoding:
+        loop.graphs = GraphedLoop(runtime.say)
     if options.rollout_name == "loop":
         return loop
     if options.rollout_name == "hf":
@@ -205,8 +219,8 @@ def make_rollouts(
                 f"--rollout continuous: transformers has no continuous batching for {type(engine.module).__name__}"
             )
         return ContinuousRollout(engine, tokenizer)
-    if not hybrid_possible(runtime):
-        runtime.say("hybrid engine: needs a CUDA device and 16-bit weights; rollouts go on with --rollout loop")
+    if obstacle := hybrid_obstacle(runtime):
+        runtime.say(f"hybrid engine: {obstacle}; rollouts go on with --rollout loop")
         return loop
     if options.min_answer_seq_len:
         raise InputError("--min_answer_seq_len: the hybrid engine has no minimum length; use --rollout loop")

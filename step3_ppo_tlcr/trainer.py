@@ -122,6 +122,7 @@ class Trainer(ABC):
         for begin in range(0, len(prompts), together):
             padded = request(prompts[begin : begin + together], self.tokenizer.pad_token_id, self.device)
             decoded = to_rollout(self.rollouts.generate(padded, sampling))
+            decoded = replace(decoded, tokens_at_once=options.tokens_per_micro_batch)
             size = options.per_device_generation_batch_size
             batches += [decoded.rows(at, at + size) for at in range(0, len(decoded.input_ids), size)]
         return batches

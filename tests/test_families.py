@@ -94,5 +94,5 @@ def test_lora_pattern_that_matches_nothing_lists_what_would(tiny, tmp_path, fami
     model, pattern = made(tiny, tmp_path / "model", family)
     classifier = load_token_classifier(str(model), 2, torch.float32, new_head=True)
     with pytest.raises(InputError, match=r"'decoder\.layers\.' matches no linear layer") as refused:
-        add_lora(classifier, 2, "decoder.layers.", only_lora=False)
+        add_lora(classifier, 2, 1.0, "decoder.layers.", only_lora=False)
     assert f"transformer.{pattern}" in str(refused.value)

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from deepspeed_chat_tlcr import memory, plan
+from deepspeed_chat_tlcr import duration, memory, plan
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.model_shapes import KNOWN_MODELS, ModelShape, shape_of
 from deepspeed_chat_tlcr.recipe import Recipe
@@ -44,6 +44,8 @@ PAPER = {
     "hostfile": "",
     "master_port": 29500,
     "gpu_memory_gb": 80.0,
+    "gpu_card": "A100",
+    "gpu_hour_usd": "",
     "label_model": "gpt-4-0125-preview",
     "label_base_url": "",
     "label_effort": "lowest",
@@ -200,23 +202,24 @@ def test_name_is_not_a_part_of_a_larger_number():
 
 
 @pytest.mark.parametrize(
-    ("stage", "weights", "gradients", "optimizer"),
-    [(0, 200, 200, 400), (1, 200, 200, 400), (2, 200, 50, 400), (3, 50, 50, 400)],
+    ("stage", "weights", "gradients", "optimizer", "step"),
+    [(0, 200, 200, 300, 100), (1, 200, 200, 300, 100), (2, 200, 50, 300, 100), (3, 50, 50, 300, 100)],
 )
-def test_model_states_by_hand(stage, weights, gradients, optimizer):
-    """100 parameters in 16 bit on 4 ranks: 2 + 2 + 16 bytes each, divided by 4 from where the stage divides.
+def test_model_states_by_hand(stage, weights, gradients, optimizer, step):
+    """100 parameters in 16 bit on 4 ranks: 2 + 2 + 12 + 4 bytes each, divided by 4 from where the stage divides.
 
     Stage 0 in 16 bit is run as stage 1, see deepspeed_config.py.
     """
     states = memory.model_states(100, zero_stage=stage, ranks=4)
-    assert (states.parameters, states.gradients, states.optimizer, states.host) == (weights, gradients, optimizer, 0)
+    assert (states.parameters, states.gradients, states.host) == (weights, gradients, 0)
+    assert (states.optimizer, states.step) == (optimizer, step)
 
 
 def test_offload_moves_the_optimizer_to_the_host():
     two = memory.model_states(100, zero_stage=2, ranks=4, offload=True)
-    assert (two.parameters, two.gradients, two.optimizer, two.host) == (200, 0, 0, 1600)
+    assert (two.parameters, two.gradients, two.optimizer, two.host) == (200, 0, 0, 1800)
     three = memory.model_states(100, zero_stage=3, ranks=4, offload=True)
-    assert (three.parameters, three.gradients, three.optimizer, three.host) == (0, 0, 0, 1800)
+    assert (three.parameters, three.gradients, three.optimizer, three.host) == (0, 0, 0, 2000)
 
 
 def test_fp32_without_zero_keeps_no_second_copy():
@@ -226,7 +229,8 @@ def test_fp32_without_zero_keeps_no_second_copy():
 
 def test_frozen_model_has_only_its_weights():
     states = memory.model_states(100, zero_stage=3, ranks=4, trained=False, largest_layer=30)
-    assert (states.parameters, states.gradients, states.optimizer, states.buffers) == (50, 0, 0, 60)
+    # All 100 may be gathered ahead of their turn.
+    assert (states.parameters, states.gradients, states.optimizer, states.buffers) == (50, 0, 0, 200)
 
 
 @pytest.mark.parametrize("offload", [False, True])
@@ -238,17 +242,17 @@ def test_states_agree_with_deepspeed_estimators(offload):
     count, ranks, layer = 6_738_415_616, 4, 131_072_000
     host, gpu = estimate_zero2_model_states_mem_needs(count, ranks, 1, offload, additional_buffer_factor=1.0)
     ours = memory.model_states(count, zero_stage=2, ranks=ranks, offload=offload)
-    assert ours.parameters + ours.gradients + ours.optimizer == pytest.approx(gpu)
-    if offload:
-        assert ours.host == pytest.approx(host)
+    assert ours.parameters + ours.gradients + ours.optimizer + ours.step == pytest.approx(gpu)
+    if offload:  # they leave out 2 bytes, the reduced gradients in 16 bit
+        assert ours.host - 2 * count == pytest.approx(host)
     host, gpu, largest = estimate_zero3_model_states_mem_needs(
         count, layer, ranks, 1, offload, offload, additional_buffer_factor=1.0
     )
     ours = memory.model_states(count, zero_stage=3, ranks=ranks, offload=offload)
     # Its ZeRO-3 estimate counts fp32 gradients only; the engine also keeps its part of them in 16 bit.
-    assert ours.parameters + ours.optimizer == pytest.approx(gpu - largest)
+    assert ours.parameters + ours.optimizer + ours.step == pytest.approx(gpu - largest)
     if offload:
-        assert ours.host == pytest.approx(host)
+        assert ours.host - 2 * count == pytest.approx(host)
 
 
 def kept_by_autograd(model, sequences: int, tokens: int) -> int:
@@ -310,32 +314,76 @@ def test_working_memory_by_hand():
 
 
 def test_paper_recipe_fits_and_by_how_much():
-    """SFT of Llama-2-7B at ZeRO-2 on 8 GPUs: 2 P + (2 + 16) P / 8 bytes of states, two buckets, the activations."""
+    """SFT of Llama-2-7B at ZeRO-2 on 8 GPUs: 2 P + (2 + 12) P / 8 bytes of states, two buckets, the activations."""
     needs = plan.stage_needs(recipe(), KNOWN_MODELS["llama-2-7b"])
     sft = needs["step1_sft"]
-    states = 6_738_415_616 * (2 + 18 / 8)
-    work = 16 * 512 * (32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"], 512) + 14 * 32000)
+    states = 6_738_415_616 * (2 + 14 / 8)
+    # The logits are gone when a block is recomputed, whose activations take more.
+    block = memory.layer_activations(KNOWN_MODELS["llama-2-7b"], 512)
+    work = 16 * 512 * (32 * 4096 * 2 + max(block, 14 * 32000))
     assert sft.gpu_total == pytest.approx(states + 2 * 500_000_000 * 2 + work + 3 * GIB)
     # The discriminator sees two sequences for each revision.
     per_token = 32 * 4096 * 2 + memory.layer_activations(KNOWN_MODELS["llama-2-7b"], 512)
-    assert needs["step2_discriminator"].gpu["activations"] == 2 * 16 * 512 * per_token
+    assert needs["step2_discriminator"].gpu["work: forward and backward"] == 2 * 16 * 512 * per_token
     assert all(need.gpu_total < 80 * GIB for need in needs.values())
     # One GPU without offload cannot hold 18 bytes for each of 6.7 billion parameters.
     alone = plan.stage_needs(recipe(num_gpus="1"), KNOWN_MODELS["llama-2-7b"])
     assert alone["step1_sft"].gpu_total > 80 * GIB
-    # Actor's and critic's optimisers together, 16 bytes for each parameter, on one node's host.
+    # Actor's and critic's optimisers together, 18 bytes for each parameter, on one node's host.
     both = 6_738_415_616 + 6_738_415_616 - 32000 * 4096 + 4097
-    assert needs["step3_ppo_tlcr"].host["offloaded"] == pytest.approx(16 * both)
+    assert needs["step3_ppo_tlcr"].host["offloaded"] == pytest.approx(18 * both)
+
+
+def test_hours_by_hand():
+    """Twice 312e12 x 0.45 operations are two seconds; a token reads 2 bytes a parameter at 0.6 of 2.039e12 a second."""
+    card = duration.CARDS["A100"]
+    second = int(312e12 * 0.45)
+    assert duration.computing(card, second // 2, 1, 2) == pytest.approx(2)
+    assert duration.training(card, second // 2, 8, 4, False, False, 1) == pytest.approx(6)
+    assert duration.decoding(card, 7_000_000_000, 256) == pytest.approx(256 * 14e9 / (0.6 * 2.039e12))
+    step = duration.ppo_step(
+        card,
+        1_000_000_000,
+        sequences=1,
+        prompt_tokens=60,
+        answer_tokens=10.2,
+        longest_answer=0,
+        checkpointing=True,
+        offload=True,
+        with_critic=True,
+    )
+    # 70.2 tokens of 2e9 operations at 140.4e12 a second: 1 ms a pass; 3 passes score, 2 x 4 learn.
+    assert list(step.values()) == pytest.approx([0, 0.003, 0.008, 0.44])
+    shape, texts = KNOWN_MODELS["llama-2-7b"], plan.find_texts(recipe())
+    report = plan.hours_report(recipe(gpu_hour_usd="2"), shape, texts)
+    hours = {line.split()[0]: float(line.split()[1]) for line in report.splitlines() if line.startswith("  step")}
+    assert 0.3 < hours["step3_ppo_tlcr"] < 3
+    assert "US$" in report
+    with pytest.raises(InputError, match="GPU_CARD=B7: known are A100, H100, H200"):
+        recipe(gpu_card="B7")
+    with pytest.raises(InputError, match="GPU_HOUR_USD=much"):
+        plan.hours_report(recipe(gpu_hour_usd="much"), shape, texts)
+
+
+def test_step_3_offloads_where_it_would_not_fit_otherwise():
+    """PPO_OFFLOAD=auto: Llama-2-7B on 8 GPUs fits with the optimisers on them, on 4 of 40 GB it does not."""
+    shape = KNOWN_MODELS["llama-2-7b"]
+    roomy, tight = recipe(ppo_offload="auto"), recipe(ppo_offload="auto", num_gpus="4", gpu_memory_gb=40.0)
+    assert [plan.offloads_ppo(one, shape) for one in (roomy, tight)] == [False, True]
+    assert plan.stage_needs(roomy, shape)["step3_ppo_tlcr"].host["offloaded"] == 0
+    assert "offload of actor and critic" in plan.memory_report(tight, shape)
+    assert "offload" not in plan.memory_report(roomy, shape)
+    assert Recipe.from_environment(environment() | {"PPO_OFFLOAD": "auto"}).ppo_offload is None
 
 
 def test_remax_has_no_critic():
     shape = KNOWN_MODELS["llama-2-7b"]
     ppo, remax = (plan.stage_needs(recipe(algo=algo), shape)["step3_ppo_tlcr"] for algo in ("ppo", "remax"))
     assert ppo.gpu.keys() - remax.gpu.keys() >= {"critic"}
-    # 2 bytes a parameter stay on the GPU at ZeRO-2 with offload, beside two buckets; the optimiser's 16 on the host.
+    # 2 bytes a parameter stay on the GPU at ZeRO-2 with offload, beside two buckets; the optimiser's 18 on the host.
     critic = shape.classifier_parameters(1)
     assert ppo.gpu_total - remax.gpu_total == pytest.approx(2 * critic + 2 * 500_000_000 * 2)
-    assert ppo.host["offloaded"] - remax.host["offloaded"] == pytest.approx(16 * critic)
+    assert ppo.host["offloaded"] - remax.host["offloaded"] == pytest.approx(18 * critic)
     disks = [plan.disk_needs(recipe(algo=algo), SMALL)["step3_ppo_tlcr"].model for algo in ("ppo", "remax")]
     assert disks == [2 * (636 + 613), 2 * 636]
     assert "no critic" in plan.memory_report(recipe(algo="remax"), shape)
@@ -348,7 +396,7 @@ def test_what_is_decoded_together_has_its_keys_and_values_in_memory(batches, dec
     shape = dataclasses.replace(SMALL, layers=1000)
     work = plan.stage_needs(step3, shape)["step3_ppo_tlcr"].gpu
     # keys and values of 1000 blocks, 4 wide, 2 bytes, for 256 + 256 tokens
-    assert work["work: sampling (KV cache)"] == 2 * 1000 * 4 * 2 * together * 512
+    assert work["KV cache"] == 2 * 1000 * 4 * 2 * together * 512
 
 
 def test_two_nodes_share_the_host_memory(tmp_path):
@@ -475,7 +523,7 @@ def test_all_wrong_variables_are_told_at_once():
         "SFT_ZERO_STAGE=4: expected 0, 1, 2 or 3",
         "PPO_BATCH_SIZE=0: must be at least 1",
         "MASTER_PORT=many: expected a whole number",
-        "PPO_OFFLOAD=yes: expected 1 (on) or 0 (off)",
+        "PPO_OFFLOAD=yes: expected 1 (on), 0 (off) or auto",
         "ALGO=grpo: expected ppo or remax",
     ):
         assert expected in str(caught.value)

@@ -136,7 +136,11 @@ def test_every_planned_command_is_one_its_stage_understands(plan_7b):
     assert (ppo.gamma, ppo.lam, ppo.num_train_epochs, ppo.reward) == (1.0, 0.95, 1, ["tlcr"])
     stages = (ppo.actor_zero_stage, ppo.critic_zero_stage, ppo.reference_zero_stage, ppo.reward_zero_stage)
     assert stages == (2, 2, 3, 3)
-    assert ppo.offload
+    # Where the memory plan fits on the GPUs, the paper's offload is one variable away.
+    assert not ppo.offload
+    assert "--offload" in run("step3.sh", PLAN=1, PPO_OFFLOAD=1).stdout
+    assert "--offload" in run("step3.sh", PLAN=1, GPU_MEMORY_GB=40).stdout
+    assert ppo.tokens_per_micro_batch == 2048
     assert ppo.actor_gradient_checkpointing
     assert ppo.critic_gradient_checkpointing
     # Each stage starts from what an earlier one writes.
@@ -178,6 +182,13 @@ def test_variables_positional_arguments_and_further_options():
     assert words[3:6] == ["--hostfile", "hosts file", "--master_port"]
     options = options_of("step1_sft", words)
     assert (options.data_path, options.max_grad_norm) == (["a.jsonl", "b.jsonl"], 0.5)
+
+    for visible, wanted, included in (("2,3,5", 2, "2,3"), ("6", "", "6")):
+        some = run("step1.sh", PLAN=1, CUDA_VISIBLE_DEVICES=visible, NUM_GPUS=wanted, DS_ACCELERATOR="cuda")
+        assert commands(some.stdout)["step1_sft"][3:5] == ["--include", f"localhost:{included}"]
+    named = run("step1.sh", PLAN=1, CUDA_VISIBLE_DEVICES="GPU-1", DS_ACCELERATOR="cuda")
+    assert named.returncode == 2
+    assert "CUDA_VISIBLE_DEVICES=GPU-1: DeepSpeed's launcher knows GPUs by number" in named.stderr
 
     terms = run("step3.sh", PLAN=1, REWARD="tlcr@0.5 sequence:rm@2")
     assert options_of("step3_ppo_tlcr", commands(terms.stdout)["step3_ppo_tlcr"]).reward == [

@@ -340,6 +340,7 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     good = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / "a")
     good = (*good, "--revisions", tiny / "revisions.jsonl")
+    no_lora = ("--per_device_train_batch_size", 4, "--lora_dim", 2, "--lora_module_name")
     for more, words in (
         (("--data_seed", 99), "--allow_foreign_revisions"),
         (("--revisions", lacking), f"{lacking}:1: no 'modified'"),
@@ -352,7 +353,7 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
         (("--objective", "token", "--score_positions", "all"), "--objective sequence"),
         (("--objective", "sequence", "--pairs", "modified", "--neutral_weight", 0.5), "--neutral_weight"),
         (("--only_optimize_lora", "--per_device_train_batch_size", 4), "--lora_dim"),
-        (("--lora_dim", 2, "--per_device_train_batch_size", 4), "matches no linear layer"),
+        ((*no_lora, "decoder.layers."), "matches no linear layer"),
     ):
         assert words in refusal(step2_discriminator.main.main, (*good, *more), capsys)
 

@@ -2,6 +2,7 @@
 
 RUNS is JSON: a list of ``{"program", "arguments", "ranks", "kill_after"}``. Where ``kill_after`` is not 0, all ranks
 are killed once the metrics of that step are written. Prints the ranks' exit statuses, a JSON list for each run.
+With ``PRETENDED_GPU`` set they run on the pretended CUDA device.
 """
 
 import json
@@ -11,6 +12,11 @@ import socket
 import sys
 import time
 from pathlib import Path
+
+if os.environ.get("PRETENDED_GPU"):
+    from pretended import gpu
+
+    gpu.install()
 
 from deepspeed_chat_tlcr import forked
 from deepspeed_chat_tlcr.metrics import read_metrics

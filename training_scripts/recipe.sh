@@ -31,6 +31,8 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${HOSTFILE:=}"                           # several nodes: DeepSpeed's hostfile, lines of "name slots=8"
 : "${MASTER_PORT:=29500}"                   # a free TCP port on the first node
 : "${GPU_MEMORY_GB:=80}"                    # memory of one GPU, for the plan (the preflight measures it)
+: "${GPU_CARD:=A100}"                       # for the plan's hours: A100, H100 or H200
+: "${GPU_HOUR_USD:=}"                       # what one GPU costs an hour, for the plan; empty: no price
 : "${PLAN:=0}"                              # 1: run nothing; print the commands, the cost, the memory, the disk
 
 # ---- label.sh: an external model revises the rejected responses (4.1) ----
@@ -107,6 +109,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${DECODE_BATCH_SIZE:=0}"                 # prompts per GPU decoded at a time; 0: the whole set
 : "${PPO_BATCH_SIZE:=16}"                   # sequences per GPU and PPO micro-batch
 : "${PPO_ACCUMULATION_STEPS:=1}"
+: "${PPO_TOKENS_PER_MICRO_BATCH:=2048}"     # step 3 scores and learns in packs of so many tokens, unpadded; 0: padded
 : "${PROMPT_EPOCHS:=1}"                     # passes over the prompts
 : "${MAX_PROMPT_LEN:=256}"                  # tokens; longer prompts are left out
 : "${MAX_ANSWER_LEN:=256}"                  # tokens; longer answers are cut
@@ -120,7 +123,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${CRITIC_ZERO_STAGE:=2}"
 : "${REFERENCE_ZERO_STAGE:=3}"
 : "${REWARD_ZERO_STAGE:=3}"
-: "${PPO_OFFLOAD:=1}"                       # actor's and critic's optimisers in host memory
+: "${PPO_OFFLOAD:=auto}"                    # actor's and critic's optimisers in host memory; auto: where they must be
 : "${PPO_GRADIENT_CHECKPOINTING:=1}"
 : "${PPO_SAVE_INTERVAL:=50}"                # steps between checkpoints to continue from; 0: an epoch
 
@@ -143,7 +146,13 @@ prepare() {
   source "$project/training_scripts/setup.sh"
   launcher=(deepspeed --log_level warning)
   [[ -z $HOSTFILE ]] || launcher+=(--hostfile "$HOSTFILE")
-  [[ -z $NUM_GPUS ]] || launcher+=(--num_gpus "$NUM_GPUS")
+  if [[ -n ${CUDA_VISIBLE_DEVICES:-} && -z $HOSTFILE && ${DS_ACCELERATOR:-cuda} == cuda ]]; then
+    local gpus
+    gpus=$(visible_gpus) # the launcher would take others with --num_gpus
+    launcher+=(--include "localhost:$gpus")
+  elif [[ -n $NUM_GPUS ]]; then
+    launcher+=(--num_gpus "$NUM_GPUS")
+  fi
   launcher+=(--master_port "$MASTER_PORT")
   # shellcheck disable=SC2034 # the stages' scripts use it
   read -ra data <<<"$DATA"
@@ -154,6 +163,18 @@ prepare() {
       exit 2
     }
   done
+}
+
+# The first NUM_GPUS of CUDA_VISIBLE_DEVICES, all where NUM_GPUS is empty.
+visible_gpus() {
+  local all
+  IFS=, read -ra all <<<"$CUDA_VISIBLE_DEVICES"
+  [[ $CUDA_VISIBLE_DEVICES =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+    die "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES: DeepSpeed's launcher knows GPUs by number, as in 2,3"
+  ((PLAN == 1 || ${NUM_GPUS:-0} <= ${#all[@]})) ||
+    die "NUM_GPUS=$NUM_GPUS, but CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES has ${#all[@]}: set NUM_GPUS=${#all[@]}"
+  local IFS=,
+  echo "${all[*]:0:${NUM_GPUS:-${#all[@]}}}"
 }
 
 # switch FLAG VALUE: adds FLAG to the array `command` where VALUE is 1.

@@ -10,6 +10,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 prepare
 read -ra reward <<<"$REWARD"
+[[ $PPO_OFFLOAD != auto ]] || PPO_OFFLOAD=$("${plan_python:-python3}" -m deepspeed_chat_tlcr.plan --decide_offload)
 
 command=(
   "${launcher[@]}" "${at}step3_ppo_tlcr/main.py" --deepspeed
@@ -45,6 +46,7 @@ command=(
 [[ -z $REFERENCE_MODEL ]] || command+=(--reference_model_name_or_path "$REFERENCE_MODEL")
 [[ $GENERATION_BATCHES == 1 ]] || command+=(--generation_batches "$GENERATION_BATCHES")
 [[ $DECODE_BATCH_SIZE == 0 ]] || command+=(--decode_batch_size "$DECODE_BATCH_SIZE")
+[[ $PPO_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$PPO_TOKENS_PER_MICRO_BATCH")
 [[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --critic_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"

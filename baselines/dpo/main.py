@@ -141,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_batch(options, runtime, len(pairs["train"]))
 
     def load():
-        model = load_causal_lm(options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate)
+        model = load_causal_lm(
+            options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate, options.attn_implementation
+        )
         fit_vocabulary(model, tokenizer)
         return model
 

@@ -136,7 +136,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.say(summary)
     require_batch(options, runtime, len(pairs["train"]))
 
-    model = load_causal_lm(options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate)
+    model = load_causal_lm(
+        options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate, options.attn_implementation
+    )
     fit_vocabulary(model, tokenizer)
     trainer = FigaTrainer(
         prepare_model(model, options),
