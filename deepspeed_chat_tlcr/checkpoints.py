@@ -170,8 +170,7 @@ def changed_settings(saved: dict[str, Any], options: Any, checkpoint: Path) -> l
 
     ``saved``: the settings in ``checkpoint``. Raises ``InputError`` for one with which the checkpoint does not fit.
     """
-    current = asdict(options)
-    changed = [name for name in current if name in saved and name not in _HARMLESS and saved[name] != current[name]]
+    current, changed = asdict(options), _differing(saved, options)
     shown = {name: f"--{name}: {saved[name]} -> {current[name]}" for name in changed}
     unfit = [shown[name] for name in changed if name in _STRUCTURAL]
     if unfit:
@@ -180,6 +179,15 @@ def changed_settings(saved: dict[str, Any], options: Any, checkpoint: Path) -> l
             "anew with --resume never"
         )
     return list(shown.values())
+
+
+def _differing(saved: dict[str, Any], options: Any) -> list[str]:
+    """Names of the settings that are others than the saved ones; one that an older version did not have is none."""
+    current = asdict(options)
+    # Which modules LoRA would take is no difference where there is no LoRA.
+    without = [name for name in current if name.endswith("lora_dim") and not current[name] and not saved.get(name)]
+    passed_over = _HARMLESS | {name.replace("lora_dim", "lora_module_name") for name in without}
+    return [name for name in current if name in saved and name not in passed_over and saved[name] != current[name]]
 
 
 def fingerprint(data: Iterable[Any]) -> str:
@@ -219,4 +227,4 @@ def _has_finished(options: Any) -> bool:
         before = read_json(folder / "run_options.json")
     except (OSError, ValueError):
         return False
-    return all(before.get(name) == value for name, value in asdict(options).items() if name not in _HARMLESS)
+    return not _differing(before, options)

@@ -237,7 +237,7 @@ def checked(
     """``hybrid`` if it writes what the model would, else ``fallback``, saying so."""
     tokenizer = fallback.tokenizer
     few = request(prompts[:4], tokenizer.pad_token_id, runtime.device)
-    if agrees(hybrid, logits_of, few, tokenizer.eos_token_id):
+    if agrees(hybrid, logits_of, few, end_ids(tokenizer)):
         return hybrid
     runtime.say(
         "hybrid engine: its first greedy tokens are not the model's own, it would write gibberish; rollouts go on with "
