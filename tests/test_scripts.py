@@ -21,6 +21,7 @@ from test_plan import PAPER
 
 from deepspeed_chat_tlcr.machine_checks import package_problems
 from deepspeed_chat_tlcr.preflight import main
+from tests.labeling_helpers import fault_server
 
 SCRIPTS = ROOT / "training_scripts"
 STAGES = ("step1_sft", "step2_discriminator", "step3_ppo_tlcr")
@@ -492,6 +493,34 @@ def test_preflight_never_shows_the_key(preflight):
     status, output, found = preflight(model="nowhere")
     assert (status, len(found)) == (2, 1)
     assert "sk-secret" not in output
+
+
+def test_preflight_asks_the_endpoint_for_the_reviser(preflight):
+    """Before SFT begins: a model that is gone, several to choose from, one whose price nobody knows, all well."""
+    models = {"reviser": {"shutdown_date": None}, "other": {"shutdown_date": "2020-01-01"}}
+    with fault_server(models=json.dumps(models)) as url:
+        assert preflight(label_base_url=url, label_model="reviser")[2] == []
+        for model, sentence in (
+            ("gone", "the endpoint has no model 'gone'"),
+            ("other", "other was shut down on 2020-01-01"),
+            ("", "LABEL_MODEL is empty, and"),
+        ):
+            status, _, (problem,) = preflight(label_base_url=url, label_model=model)
+            assert status == 2
+            assert sentence in problem
+    assert "LABEL_BASE_URL" in preflight(label_base_url="127.0.0.1:8000/v1")[2][0]
+
+
+def test_a_password_in_an_address_is_in_no_log(tmp_path):
+    address = "http://user:pass-word-1@127.0.0.1:9/v1?code=query-secret"
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in preferences(8)))
+    same = {"OUTPUT": tmp_path / "out", "DATA": str(tmp_path / "pairs.jsonl"), "LABEL_BASE_URL": address}
+    for plan in (1, 0):
+        done = run("label.sh", **same, PLAN=plan)
+        for text in (done.stdout, done.stderr, *(file.read_text() for file in tmp_path.rglob("*") if file.is_file())):
+            assert "pass-word-1" not in text
+            assert "query-secret" not in text
+    assert "SECRET@127.0.0.1:9/v1" in (tmp_path / "out" / "labeling" / "training.log").read_text()
 
 
 def test_preflight_of_each_input(preflight, tiny, tmp_path, monkeypatch):
