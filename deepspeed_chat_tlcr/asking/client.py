@@ -114,8 +114,9 @@ def check_sampling(temperature: float | None, top_p: float | None, name: str = "
 def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling, context: int | None = None) -> Endpoint:
     known = known_model(model, options.prices)
     address = options.address and options.address.rstrip("/")
-    sizes = (sampling, options.timeout, context, known.efforts if known else ())
-    return Endpoint(model, address, options.api_key_env, options.azure_api_version, *sizes)
+    efforts = (known.efforts, known.default_effort) if known else ()
+    more = (sampling, options.timeout, context, *efforts)
+    return Endpoint(model, address, options.api_key_env, options.azure_api_version, *more)
 
 
 def listed_price(options: EndpointOptions, model: str) -> Price | None:

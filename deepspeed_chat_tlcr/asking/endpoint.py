@@ -132,8 +132,11 @@ class Endpoint:
         timeout: float = 120.0,
         context: int | None = None,
         efforts: tuple[str, ...] = (),
+        default_effort: str | None = None,
     ):
-        """``efforts``: those the model is known to have, if any; ``context``: its length in tokens, if known."""
+        """``efforts``: those the model is known to have, ``default_effort`` where none is asked for; ``context``: its
+        length in tokens. All of them where they are known.
+        """
         self.model, self.base_url, self.api_key_env = model, base_url, api_key_env
         self.sampling, self.timeout = sampling or Sampling(), timeout
         self.shown_url = without_secrets(base_url or OPENAI_URL)
@@ -142,7 +145,7 @@ class Endpoint:
         # OpenAI takes the new name for every model, other servers all know the old one: where to begin, no more.
         limit_field = "max_completion_tokens" if base_url is None else "max_tokens"
         self.dialect = Dialect(limit_field, effort, lowest, context=context)
-        self.room = ROOM.get(effort or "", 0)
+        self.room = ROOM.get(effort or default_effort or "", 0)
         self.cuts: Counter[str] = Counter()  # by request: how often its answer was cut
         self.answers_here = self.cuts_here = 0  # since the room last grew
         self.thinks = self.room > 0  # or an answer spent tokens on hidden reasoning

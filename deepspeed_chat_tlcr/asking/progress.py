@@ -71,7 +71,7 @@ class Progress:
             notes = {}
             if self.account.price:
                 before, new = self.totals.usd or 0.0, self.account.spent
-                notes["US$"] = f"{new:.2f} of about {before + (new - before) * self.todo / done:.2f}"
+                notes["US$"] = f"{new:.2f} of about {before + (new - before) * self.todo / max(done, 1):.2f}"
             if state.reasoning_tokens:
                 notes["tokens of hidden reasoning"] = state.reasoning_tokens
             notes |= {"failed": run.failed} if run.failed else {}
