@@ -96,8 +96,8 @@ def with_data_of_run(options: Options) -> Options:
         return options
     try:
         saved = read_json(Path(options.run_options))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"--run_options {options.run_options}: cannot be read ({type(error).__name__})") from None
+    except InputError as error:
+        raise InputError(f"--run_options {error}") from None
     names = ("data_path", "data_split", "data_seed")
     found = {name: saved.get(name) for name in names} if isinstance(saved, dict) else {}
     paths, split, seed = map(found.get, names)

@@ -37,7 +37,11 @@ class WeightAverage:
 
     def restore(self, averages: dict[str, torch.Tensor]) -> None:
         for name, average in averages.items():
-            self.averages[name].copy_(average)
+            mine = self.averages[name]
+            if average.numel() != mine.numel():  # a whole weight, as an earlier version kept it
+                size = -(-average.numel() // self.world_size)
+                average = average.flatten()[self.rank * size : (self.rank + 1) * size]
+            mine.copy_(average.flatten())
 
     def _put(self, parts: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._trained():

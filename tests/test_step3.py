@@ -573,8 +573,7 @@ def test_the_average_of_weights_by_hand(run, tiny, tmp_path, monkeypatch, stage)
 
     def noting(self):
         with torch.no_grad():
-            named = dict(self._trained())
-            seen.append({name: ema._shard(p).clone() for name, p in named.items()})
+            seen.append({name: self._part(parameter).clone() for name, parameter in self._trained()})
         update(self)
 
     monkeypatch.setattr(ema.WeightAverage, "update", noting)

@@ -63,6 +63,8 @@ def test_which_texts_repeat_a_fact():
 class Coin(torch.nn.Module):
     """A model of two tokens, of which it gives the second three times the chance of the first, always."""
 
+    device = torch.device("cpu")
+
     def forward(self, input_ids, attention_mask):
         return SimpleNamespace(logits=torch.tensor([0.0, math.log(3)]).expand(*input_ids.shape, 2))
 
