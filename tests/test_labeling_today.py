@@ -12,6 +12,7 @@ from deepspeed_chat_tlcr.asking.endpoint import (
     ChatRequest,
     Endpoint,
     ErrorInAnswer,
+    Fault,
     Sampling,
     read_completion,
     without_thinking,
@@ -26,6 +27,7 @@ from deepspeed_chat_tlcr.asking.models import (
     read_table,
     reason_not_to_start,
 )
+from deepspeed_chat_tlcr.asking.money import Usage, counted_usage
 from deepspeed_chat_tlcr.asking.redaction import printable
 from deepspeed_chat_tlcr.errors import InputError
 from tests.labeling_helpers import KEY, fault_server, ids, label, lines, run_json, write_pairs
@@ -271,6 +273,41 @@ def test_a_key_at_every_place_of_a_message_is_nowhere(way, tmp_path, capfd):
         assert "\x1b[2J" not in text
         assert "\u202e" not in text
     assert printable("a\x1b[2J\u202eb\ud800c\nd") == "a [2J b?c d"
+
+
+def answer_of(**message) -> dict:
+    return {"choices": [{"message": {"content": "x", **message}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(None, [], "x", 3, {}, {"choices": {}}, {"choices": "abc"}, {"choices": [None]}, {"choices": [[]]}),
+        *({"choices": ["a"]}, {"choices": [{"message": "hi"}]}, {"choices": [], "error": None}),
+        *(answer_of(content=3), answer_of(content=["a"]), answer_of(content=[{"text": 3}]), answer_of(refusal=4)),
+        *({"error": "boom"}, {"error": ["a"]}, {"error": {"code": [1], "message": {"a": 1}}}),
+        *({"choices": [{"error": {"code": 500}}]}, {"error": {"code": 429}}),
+    ],
+)
+def test_bodies_of_odd_types_are_calls_without_an_answer(body):
+    with pytest.raises(Fault):
+        Endpoint("m", "http://127.0.0.1:1/v1").read(body)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        [1],
+        {"completion_tokens_details": [1], "prompt_tokens": float("nan"), "cost": float("nan")},
+        {"cost": "1", "total_tokens": True, "completion_tokens_details": {"reasoning_tokens": "5"}},
+        {"completion_tokens_details": {"reasoning_tokens": [5]}, "completion_tokens": -1},
+    ],
+)
+def test_usage_of_odd_types_is_estimated(usage):
+    endpoint, asked = Endpoint("m", "http://127.0.0.1:1/v1"), [{"role": "user", "content": "q" * 30}]
+    answer = endpoint.read({**answer_of(), "usage": usage})
+    assert counted_usage(answer.usage, asked, answer.text, 100) == Usage(26, 1, estimated=True)
+    assert not endpoint.observe(ChatRequest("i", asked, str), answer, 1024)
 
 
 # ---- models ----------------------------------------------------------------------------------------------------------

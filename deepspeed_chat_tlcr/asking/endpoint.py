@@ -320,7 +320,7 @@ class Endpoint:
         if status in (408, 409, 425) or status >= 500:
             raise Fault(f"http_{status}", message, wait)
         if status == 0 and not OF_ONE_REQUEST.search(f"{code} {message}"):
-            raise Fault("error_in_answer", f"{code}: {message}", wait)
+            raise Fault("error_in_answer", f"{code}: {message}".strip(": "), wait)
         raise RequestRefused(status, code, message, param)
 
     async def close(self):
