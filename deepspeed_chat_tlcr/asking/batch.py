@@ -41,7 +41,9 @@ WAVE = 50_000  # requests held in memory at a time
 UPLOAD_PATIENCE = 5  # times --timeout: the endpoint looks through a file before it answers
 FAILED_IN_A_ROW = 5
 OVER = ("completed", "expired", "cancelled", "failed")
+ON_ITS_WAY = ("validating", "in_progress", "finalizing", "cancelling")
 EXPIRED = "batch_expired"
+NOTHING = "nothing"  # a batch that is over and brought no outcome: the next one can wait
 
 
 @dataclass
@@ -75,6 +77,7 @@ class BatchRunner:
         self.size = limits.batch_size
         self.failed_in_a_row = 0
         self.most_live = math.inf  # batches on their way at a time; fewer once the endpoint enqueues no more
+        self.ended: Exception | None = None  # what a line of a batch says of the whole run: no credit, no such model
         self.learning = self.answered = False  # does the first batch ask alone; has any brought an answer
         self.retries: Counter = Counter()
         self.waiting: dict[str, list[ChatRequest]] = {}  # requests of this wave without an outcome, by id
@@ -193,7 +196,7 @@ class BatchRunner:
             over = [status for chunk in ours if (status := await self._look_at(chunk))]
             if not ours:
                 self._stop("cost cap")  # requests wait, and not one fits under the cap
-            elif not over or "failed" in over:
+            elif not over or "failed" in over or NOTHING in over:
                 await self._pause(self.limits.batch_poll)
 
     def _plan(self):
@@ -267,12 +270,15 @@ class BatchRunner:
 
     async def _look_at(self, chunk: Chunk) -> str | None:
         """Merge a batch that is over; its status, or None where it is on its way."""
-        batch = await self._call(lambda: described(self.endpoint.client.batches.retrieve(chunk.batch)))
+        batch = await self._call(lambda: with_status(self.endpoint.client.batches.retrieve(chunk.batch)))
         if batch.status not in OVER:
             return None
+        outcomes = self.accepted + self.failed + sum(self.state.unusable.values())
         for kind, file in (("output", batch.output_file_id), ("errors", batch.error_file_id)):
             if file:
                 await self._merge(chunk, await self._download(chunk, kind, file))
+        if batch.status != "failed":
+            await self._take_missing(chunk, paid=batch.status == "completed")
         self.live.remove(chunk)
         self.account.settle(chunk.usd)
         self._note(chunk, "merged", status=batch.status)
@@ -282,13 +288,33 @@ class BatchRunner:
             self._on_failed(chunk, batch)
         else:
             self.failed_in_a_row = 0
-        return batch.status
+        if self.ended is not None:
+            raise self.ended
+        brought = self.accepted + self.failed + sum(self.state.unusable.values()) > outcomes
+        return batch.status if brought else NOTHING
+
+    async def _take_missing(self, chunk: Chunk, paid: bool):
+        """Requests of a batch that is over of which no file says anything: sent again, but not without end.
+
+        ``paid``: each may have been billed like an answer.
+        """
+        for _, line in read_jsonl(self._input(chunk)):
+            custom_id = line["custom_id"]
+            waiting = self.waiting.get(_id(custom_id))
+            if custom_id not in chunk.done and waiting:
+                lost = self._most_of(chunk, waiting[-1], custom_id) if paid else 0.0
+                await self._no_answer(chunk, waiting[-1], custom_id, "missing_in_batch", "", lost)
+
+    def _most_of(self, chunk: Chunk, request: ChatRequest, custom_id: str) -> float:
+        return self.account.most(request.messages, self._limit_of(chunk, custom_id))
 
     def _on_failed(self, chunk: Chunk, batch):
         """A batch the endpoint did not even start. Raises where trying again would not help."""
-        errors = (batch.errors.data if batch.errors else None) or []
-        code = self.endpoint.told(next((error.code for error in errors if error.code), "unknown"))
-        text = self.endpoint.told(next((error.message for error in errors if error.message), "no reason given"))
+        errors = getattr(batch.errors, "data", None)
+        errors = errors if isinstance(errors, list) else []
+        codes, texts = ([getattr(error, name, None) for error in errors] for name in ("code", "message"))
+        code = self.endpoint.told(str(next(filter(None, codes), "unknown")))
+        text = self.endpoint.told(str(next(filter(None, texts), "no reason given")))
         self.state.faults[f"batch_{code}"] += 1
         self.failed_in_a_row += 1
         if code == "token_limit_exceeded":
@@ -335,8 +361,10 @@ class BatchRunner:
             line = parse_json(line)
             custom_id = line["custom_id"]
             error, response = line.get("error"), line.get("response")
+            if not isinstance(custom_id, str) or not isinstance(response, dict | None):
+                raise TypeError("not the line of a request")
             status = 0 if error or not response else int(response["status_code"])
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             self.state.faults["malformed_body"] += 1  # its request stays without an outcome, and is sent again
             return
         if custom_id in chunk.done or _id(custom_id) not in chunk.members:
@@ -356,10 +384,19 @@ class BatchRunner:
                 self.endpoint.raise_for(status, code, message, param=_param_of(line))
             answer = self.endpoint.read(response["body"])
         except (KeyError, TypeError) as error:
-            await self._no_answer(chunk, request, custom_id, "malformed_body", str(error))
+            lost = self._most_of(chunk, request, custom_id)
+            await self._no_answer(chunk, request, custom_id, "malformed_body", str(error), lost)
             return
         except Fault as fault:
-            await self._no_answer(chunk, request, custom_id, fault.kind, str(fault))
+            lost = self._most_of(chunk, request, custom_id) if fault.maybe_billed else 0.0
+            await self._no_answer(chunk, request, custom_id, fault.kind, str(fault), lost)
+            return
+        except (Outage, EndpointRefused) as error:
+            # The run ends by it, once the batch is merged: the next run asks about this line's pair anew.
+            self.ended = self.ended or error
+            chunk.done.add(custom_id)
+            self.state.faults["refused"] += 1
+            self.folder.note(id=request.id, outcome="refused", **where)
             return
         except RequestRefused as refused:
             sent = self._sent(chunk)
@@ -407,7 +444,7 @@ class BatchRunner:
         chunk.done.add(custom_id)
         try:
             answer = self.endpoint.read(response["body"])
-        except (KeyError, TypeError, Fault, RequestRefused, Outage):
+        except (KeyError, TypeError, Fault, RequestRefused, EndpointRefused, Outage):
             return
         sent = next(line["body"] for _, line in read_jsonl(self._input(chunk)) if line["custom_id"] == custom_id)
         messages, limit = sent["messages"], self._limit_of(chunk, custom_id)
@@ -416,11 +453,14 @@ class BatchRunner:
         where = {"batch": chunk.number, "custom_id": custom_id, **book}
         self.folder.note(id=_id(custom_id), outcome=ACCEPTED, usage=usage.as_dict(), usd=usd, **where)
 
-    async def _no_answer(self, chunk: Chunk, request: ChatRequest, custom_id: str, kind: str, detail: str):
-        """Sent again with the next batch, unless that was tried too often."""
+    async def _no_answer(
+        self, chunk: Chunk, request: ChatRequest, custom_id: str, kind: str, detail: str, lost: float = 0.0
+    ):
+        """Sent again with the next batch, unless that was tried too often. ``lost``: US$ it may have cost at most."""
         chunk.done.add(custom_id)
         self.state.faults[kind] += 1
-        self.folder.note(id=request.id, outcome=kind, batch=chunk.number, custom_id=custom_id)
+        self.account.settle(0.0, lost=lost)
+        self.folder.note(id=request.id, outcome=kind, batch=chunk.number, custom_id=custom_id, lost=lost)
         self.retries[request.id] += 1
         if self.retries[request.id] > self.limits.max_retries:
             self._settled(request)
@@ -467,6 +507,14 @@ async def described(call: Awaitable):
     return found
 
 
+async def with_status(call: Awaitable):
+    """As ``described``, for a batch. Raises ``Fault`` where its status is none that a batch has."""
+    batch = await described(call)
+    if batch.status not in (*OVER, *ON_ITS_WAY):
+        raise Fault("malformed_body", f"a batch with the status {str(batch.status)[:40]!r}")
+    return batch
+
+
 def _never(answer: ChatAnswer, usage: dict) -> str:
     raise AssertionError("its outcome is written down already")
 
@@ -478,7 +526,7 @@ def _id(custom_id: str) -> str:
 def _error_of(line: dict) -> tuple[str, str]:
     """The code and the text of a batch line's error, wherever it stands."""
     body = (line.get("response") or {}).get("body")
-    found = line.get("error") or (body.get("error") if isinstance(body, dict) else None) or {}
+    found = line.get("error") or (body.get("error") if isinstance(body, dict) else body) or {}
     if not isinstance(found, dict):
         return "", str(found)
     return str(found.get("code") or ""), str(found.get("message") or "")

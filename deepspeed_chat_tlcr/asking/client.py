@@ -129,7 +129,7 @@ def known_price(options: EndpointOptions, model: str) -> Price:
 
     Raises ``InputError`` where it is unknown and no one is there to answer: nothing is spent at an unknown price.
     """
-    price = Price(*options.price) if options.price else price_of(model, options.address, options.prices)
+    price = listed_price(options, model)
     if price is not None:
         return price
     remedy = (

@@ -6,6 +6,7 @@ revisions: whatever asks a chat model many questions can use it.
 
 import asyncio
 import logging
+import math
 import re
 import sys
 import time
@@ -36,6 +37,7 @@ CUT = "cut_by_max_tokens"
 ROOM = {"minimal": 1024, "low": 2048, "medium": 8192, "high": 16384, "xhigh": 32768, "max": 32768}
 """Tokens that the limit leaves for hidden reasoning, by effort, until answers show that it takes more."""
 MOST_LIMIT = 65_536  # tokens that the limit of an answer grows to
+MOST_LESSONS = 8  # refusals of one request that are learnt from: an endpoint can find fault for ever
 LEAST_LIMIT = 256  # tokens that are asked for, however little a context length seems to leave
 CUT_SHARE = 0.02  # of the answers: with more than that cut, all get more room, not only those asked again
 
@@ -148,6 +150,7 @@ class Endpoint:
         self.room = ROOM.get(effort or default_effort or "", 0)
         self.cuts: Counter[str] = Counter()  # by request: how often its answer was cut
         self.answers_here = self.cuts_here = 0  # since the room last grew
+        self.answered = False  # then what refuses it for good is an outage: the settings are right
         self.thinks = self.room > 0  # or an answer spent tokens on hidden reasoning
         key = read_key(api_key_env, needed=base_url is None or azure_api_version is not None)
         redact = redactor(key, base_url)
@@ -188,6 +191,8 @@ class Endpoint:
         """Most tokens of the answer, hidden reasoning included: twice as many each time that it was cut."""
         limit = (self.sampling.max_tokens + self.room) << min(self.cuts[request.id] if self.cuts else 0, 6)
         limit = min(limit, max(MOST_LIMIT, self.sampling.max_tokens))
+        if self.dialect.limit_field in self.dialect.left_out:  # it takes no limit: an answer may be as long as any
+            return max(MOST_LIMIT, limit)
         if self.dialect.context:
             left = self.dialect.context - question_size(request.messages) // 3 - 64
             limit = min(limit, max(left, LEAST_LIMIT))
@@ -195,6 +200,7 @@ class Endpoint:
 
     def observe(self, request: ChatRequest, answer: ChatAnswer, limit: int) -> bool:
         """Take in whether the limit cut the answer, and whether the model thinks; True where it was cut."""
+        self.answered = True
         self.thinks = self.thinks or bool(answer.thinking) or reasoning_tokens(answer.usage) > 0
         cut = answer.finish_reason == "length"
         if limit != self.sampling.max_tokens + self.room:
@@ -232,7 +238,7 @@ class Endpoint:
             self._connect()
         client = self.free.pop()
         try:
-            while True:
+            for round in range(MOST_LESSONS + 1):
                 body = self.body(request, attempt, limit)
                 try:
                     # Below client.chat.completions: its work on types takes a quarter of a call's processor time.
@@ -243,8 +249,9 @@ class Endpoint:
                 except RequestRefused as refused:
                     # Other requests may have learnt it meanwhile: then this one is asked anew as well.
                     learnt = self.learn(refused, body) or self.body(request, attempt, limit) != body
-                    if not learnt:
+                    if not learnt or round == MOST_LESSONS:
                         raise
+            raise AssertionError("the last round returns or raises")
         finally:
             self.free.append(client)
 
@@ -288,6 +295,8 @@ class Endpoint:
             self.raise_for(error.status_code, code, self.told(_message(error)), wait, str(error.param or ""))
         except openai.APIConnectionError as error:
             cause = error.__cause__
+            if isinstance(cause, Redirected):
+                raise EndpointRefused(f"{self.shown_url} redirects to {cause}: give the final --base_url") from None
             if isinstance(cause, TooLarge):
                 raise Fault("too_large", str(cause), maybe_billed=True) from None
             if type(cause).__name__ == "ConnectError":
@@ -306,17 +315,18 @@ class Endpoint:
 
     def raise_for(self, status: int, code: str, message: str, wait: float | None = None, param: str = ""):
         """Raise what an error means. ``status`` 0: an error inside an answer; ``code``: its machine-readable kind."""
+        refused = Outage if self.answered else EndpointRefused
         if status == 402 or credit_is_used_up(status, code, message):
             raise Outage(f"the credit at {self.shown_url} is used up: {message or code}")
         if status == 429 or (status == 0 and re.search(r"rate.?limit|too many requests", f"{code} {message}", re.I)):
             raise Fault("rate_limited", message, wait)
         if status in (401, 403) and not OF_ONE_REQUEST.search(f"{code} {message}"):
-            raise EndpointRefused(
+            raise refused(
                 f"{self.shown_url} refuses the key in the environment variable {self.api_key_env} ({status}): {message}"
             )
         if status in (404, 405, 501):
             hint = "" if re.search(r"/v\d|/openai", self.shown_url) else "; does --base_url lack its /v1?"
-            raise EndpointRefused(f"{self.shown_url} has no model {self.model!r} for chat ({status}): {message}{hint}")
+            raise refused(f"{self.shown_url} has no model {self.model!r} for chat ({status}): {message}{hint}")
         if status in (408, 409, 425) or status >= 500:
             raise Fault(f"http_{status}", message, wait)
         if status == 0 and not OF_ONE_REQUEST.search(f"{code} {message}"):
@@ -391,6 +401,10 @@ def reasoning_tokens(usage: dict) -> int:
     return value if isinstance(value, int) else 0
 
 
+class Redirected(Exception):
+    """A request with people's texts in it would go on to another address; the message is that address."""
+
+
 class TooLarge(Exception):
     """A response of more bytes than any answer has."""
 
@@ -414,7 +428,9 @@ class BoundedStream(httpx.AsyncByteStream):
 
 
 async def bound_size(response):
-    """Called with each response before its body is read."""
+    """Called with each response before its body is read, and before a redirect is followed."""
+    if response.has_redirect_location and response.request.method == "POST":
+        raise Redirected(printable(without_secrets(response.headers["location"]))[:MOST_MESSAGE])
     if response.headers.get("content-encoding", "identity") not in ("", "identity"):
         raise TooLarge("a compressed response, though none was asked for")
     is_file = response.request.url.path.endswith("/content")
@@ -425,14 +441,15 @@ def retry_after(headers) -> float | None:
     """Seconds to wait as the server asks, in any of the header's three forms; None where it does not."""
     try:
         if "retry-after-ms" in headers:
-            return max(float(headers["retry-after-ms"]) / 1000, 0.0)
+            milliseconds = float(headers["retry-after-ms"])
+            return max(milliseconds / 1000, 0.0) if math.isfinite(milliseconds) else None
         if "retry-after" not in headers:
             return None
         value = headers["retry-after"].strip()
         if re.fullmatch(r"\d+(\.\d*)?", value):
             return float(value)
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 

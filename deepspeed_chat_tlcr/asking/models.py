@@ -4,10 +4,12 @@ Needs the standard library alone, so that a plan and the preflight can ask befor
 """
 
 import datetime
+import http.client
 import ipaddress
 import json
 import re
 import ssl
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -174,14 +176,26 @@ def _get(url: str, key: str, timeout: float) -> tuple[int, dict]:
     )
     try:
         try:
-            with opener.open(urllib.request.Request(url, headers=headers), timeout=timeout) as response:
-                status, data = response.status, response.read(MOST_BYTES)
+            response = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
         except urllib.error.HTTPError as error:
-            status, data = error.code, error.read(MOST_BYTES)
-        body = json.loads(data)
-    except (OSError, ValueError, RecursionError):
+            response = error
+        with response:
+            body = json.loads(_read(response, time.monotonic() + timeout))
+            status = response.status
+    except (OSError, ValueError, RecursionError, http.client.HTTPException):
         return 0, {}
     return status, body if isinstance(body, dict) else {}
+
+
+def _read(response, deadline: float) -> bytes:
+    """A body as far as ``MOST_BYTES``. Raises ``TimeoutError`` at the deadline, also where it drips."""
+    parts, size = [], 0
+    while size < MOST_BYTES and (part := response.read1(65_536)):
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        parts.append(part)
+        size += len(part)
+    return b"".join(parts)
 
 
 def ask_listing(model: str, base_url: str | None, key: str, timeout: float = 10.0) -> Listing:

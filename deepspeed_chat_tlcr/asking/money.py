@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -130,6 +131,8 @@ def counted_usage(reported: dict, messages: list[dict], text: str, limit: int, t
         value = reported
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
+            value = int(value)
         whole = isinstance(value, int) and not isinstance(value, bool)
         return value if whole and 0 <= value <= MOST_TOKENS else 0
 
@@ -150,9 +153,12 @@ def counted_usage(reported: dict, messages: list[dict], text: str, limit: int, t
     if not completion_ok:
         completion = max(completion, limit if thinks else min(limit, round(size / 3) + 1))
     completion = max(completion, count("total_tokens") - prompt)
-    billed = reported.get("cost")
-    known = isinstance(billed, int | float) and not isinstance(billed, bool) and 0 < billed < 1000
-    return Usage(prompt, completion, reasoning, not (prompt_ok and completion_ok), float(billed) if known else 0.0)
+    try:
+        billed = float(reported.get("cost") or 0)
+    except (TypeError, ValueError, OverflowError):
+        billed = 0.0
+    billed = billed if 0 < billed < 1000 else 0.0
+    return Usage(prompt, completion, reasoning, not (prompt_ok and completion_ok), billed)
 
 
 class CapReached(Exception):
