@@ -200,6 +200,13 @@ class Server:
             self.record(got="refused", key=key, why=json.loads(refused[2])["error"]["message"])
             return refused
         self.asked["chat"] += 1
+        if o.redirect:
+            return 307, {"location": o.redirect}, b""
+        if o.shrinks:
+            return error(400, f"This model's maximum context length is {90_000 - self.asked['chat']} tokens.", "x")
+        if o.odd_wait and self.asked["chat"] == 2:
+            status, _, told = error(429, "slow down", "rate_limit_exceeded")
+            return status, {"retry-after-ms" if o.odd_wait == "nan" else "retry-after": o.odd_wait}, told
         if o.credit_after and self.asked["chat"] > o.credit_after:
             status, code, message = o.credit.split("|")
             return error(int(status), message, code)
@@ -320,7 +327,7 @@ class Server:
         return ok(batch)
 
     def run_batch(self, batch: dict):
-        output, errors = [], []
+        o, output, errors = self.options, [], []
         for line in self.files[batch["input_file_id"]].splitlines():
             request = json.loads(line)
             key = read_question(request["body"])["key"]
@@ -347,11 +354,33 @@ class Server:
             line = {**head, "response": {"status_code": 200, "body": body}, "error": None}
             output += [line] * (2 if draw.random() < self.options.duplicates else 1)
         self.draw("order").shuffle(output)
+        if o.batch_odd and not self.asked["odd batches"]:
+            self.asked["odd batches"] += o.batch_odd_once
+            output = self.odd_batch(batch, output)
         for name, lines in (("output_file_id", output), ("error_file_id", errors)):
             if lines:
                 batch[name] = f"file-{len(self.files)}"
                 self.files[batch[name]] = "".join(json.dumps(line) + "\n" for line in lines).encode()
         batch["status"] = "expired" if self.options.expired else "completed"
+
+    def odd_batch(self, batch: dict, output: list[dict]) -> list[dict]:
+        """A batch whose first answer, or all of it, is not as the API promises."""
+        kind, first = self.options.batch_odd, output[0]
+        body, told = first["response"]["body"], {"error": {"message": "gone", "code": "x"}}
+        usage = {"prompt_tokens": 500, "completion_tokens": 4000}
+        changes = {
+            "junk": "not a line of ours",
+            "unreadable": {**first, "response": {"status_code": 200, "body": {"choices": 5, "usage": usage}}},
+            "id_number": {**first, "custom_id": 5},
+            "id_list": {**first, "custom_id": ["a"]},
+            "text_response": {**first, "error": {"message": "x"}, "response": "oops"},
+            "text_body": {**first, "response": {"status_code": 400, "body": "oops"}},
+            "endless_status": {**first, "response": {"status_code": float("inf"), "body": body}},
+            "credit": {**first, "response": {"status_code": 402, "body": told}},
+            "gone": {**first, "response": {"status_code": 404, "body": told}},
+            "key": {**first, "response": {"status_code": 401, "body": told}},
+        }
+        return [] if kind == "missing" else [changes[kind], *output[1:]]
 
     # ---- HTTP ----
 
@@ -422,11 +451,33 @@ async def main():
         "batch_seconds",
     ):
         parser.add_argument(f"--{name}", type=float, default=0.0)
-    for name in ("refuse_key", "no_quota", "lose_batch_answer", "alike", "log_requests", "picky", "echo_key"):
+    for name in (
+        "refuse_key",
+        "no_quota",
+        "lose_batch_answer",
+        "alike",
+        "log_requests",
+        "picky",
+        "echo_key",
+        "shrinks",
+        "batch_odd_once",
+    ):
         parser.add_argument(f"--{name}", action="store_true")
     for name in ("malformed_kind", "refuse_all", "refuse_keys", "always_bad", "log", "verdict", "api_fault"):
         parser.add_argument(f"--{name}", default="")
-    for name in ("wants", "efforts", "filter", "too_long", "models", "usage", "thought", "credit"):
+    for name in (
+        "wants",
+        "efforts",
+        "filter",
+        "too_long",
+        "models",
+        "usage",
+        "thought",
+        "credit",
+        "redirect",
+        "odd_wait",
+        "batch_odd",
+    ):
         parser.add_argument(f"--{name}", default="")
     for name in ("think", "credit_after"):
         parser.add_argument(f"--{name}", type=int, default=0)

@@ -113,7 +113,7 @@ def test_a_rate_limit_spreads_calls_evenly(monkeypatch):
         ({"prompt_tokens": 90, "completion_tokens": 9}, Usage(90, 9)),
         ({}, Usage(149, 15, estimated=True)),
         ({"prompt_tokens": -1, "completion_tokens": 9}, Usage(149, 9, estimated=True)),
-        ({"prompt_tokens": "90", "completion_tokens": 9}, Usage(149, 9, estimated=True)),
+        ({"prompt_tokens": "90", "completion_tokens": "9", "cost": "0.5"}, Usage(90, 9, billed=0.5)),  # as text
         ({"prompt_tokens": True, "completion_tokens": 9}, Usage(149, 9, estimated=True)),
         ({"prompt_tokens": 90, "completion_tokens": 0}, Usage(90, 15, estimated=True)),  # there is text
         ({"prompt_tokens": 24, "completion_tokens": 9}, Usage(149, 9, estimated=True)),  # fewer than one for 16 bytes

@@ -4,6 +4,9 @@ import asyncio
 import datetime
 import json
 import os
+import socket
+import threading
+from contextlib import suppress
 
 import pytest
 
@@ -22,6 +25,7 @@ from deepspeed_chat_tlcr.asking.models import (
     DEFAULT_MODEL,
     EFFORTS,
     Listing,
+    ask_listing,
     check_base_url,
     is_own_machine,
     read_table,
@@ -275,6 +279,90 @@ def test_a_key_at_every_place_of_a_message_is_nowhere(way, tmp_path, capfd):
     assert printable("a\x1b[2J\u202eb\ud800c\nd") == "a [2J b?c d"
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ["missing", "junk", "unreadable", "id_number", "id_list", "text_response", "text_body", "endless_status"],
+)
+def test_a_batch_that_lacks_or_garbles_answers_ends_and_is_in_the_book(odd, tmp_path):
+    """Once: the pair is asked again. For ever: it is a failure after --max_retries, and what may be billed counts."""
+    few, log = write_pairs(tmp_path / "few.jsonl", 12), tmp_path / "log"
+    options = {"model": "m", "prices": prices(tmp_path, m=(1, 10)), "max_retries": 2, **BATCH}
+    with fault_server(log, batch_odd=odd, batch_odd_once=True) as url:
+        assert label(few, url, tmp_path / "once", **options) == 0
+    failed = len(lines(tmp_path / "once" / "failures.jsonl"))
+    assert failed == (odd == "text_body")  # a refusal of this one pair
+    assert len(ids(tmp_path / "once")) == 12
+    log.write_text("")
+    with fault_server(log, batch_odd=odd) as url:
+        assert label(few, url, tmp_path / "ever", max_failure_share=1, **options) == 0
+    assert set(ids(tmp_path / "ever").values()) == {1}
+    assert sum(line["got"] == "batch" for line in lines(log)) <= 40
+    lost = run_json(tmp_path / "ever")["usd_possibly_billed_without_answer"]
+    if odd == "unreadable":  # by what it reports: 500 in, 4,000 out, at half the price
+        calls = run_json(tmp_path / "ever")["counts"]["calls_without_answer"]["malformed_body"]
+        assert lost == pytest.approx(calls * 0.5 * (500 + 40_000) / 1e6, rel=1e-3)
+    assert (lost > 0) == (odd != "text_body")
+
+
+@pytest.mark.parametrize("odd", ["credit", "gone", "key"])
+def test_a_line_of_a_batch_that_ends_the_run_does_not_lock_its_folder(odd, tmp_path):
+    few, output = write_pairs(tmp_path / "few.jsonl", 12), tmp_path / "out"
+    with fault_server(batch_odd=odd, batch_odd_once=True) as url:
+        assert label(few, url, output, **BATCH) == 3
+        assert len(lines(output / "revisions.jsonl")) == 11  # the other answers were paid for, and are there
+        assert label(few, url, output, **BATCH) == 0
+    assert set(ids(output).values()) == {1}
+    assert len(lines(output / "revisions.jsonl")) == 12
+
+
+def test_texts_do_not_follow_a_redirect(tmp_path, capsys):
+    few, log = write_pairs(tmp_path / "few.jsonl", 3), tmp_path / "elsewhere"
+    with fault_server(log) as other, fault_server(redirect=f"{other}/chat/completions") as url:
+        assert label(few, url, tmp_path / "out") == 2
+        assert f"redirects to {other}/chat/completions: give the final address" in capsys.readouterr().err
+    assert lines(log) == []
+
+
+def test_an_endpoint_that_finds_fault_for_ever_is_not_asked_for_ever(tmp_path):
+    few = write_pairs(tmp_path / "few.jsonl", 4)
+    with fault_server(tmp_path / "log", shrinks=True) as url:
+        assert label(few, url, tmp_path / "out") == 4
+    assert len(lines(tmp_path / "out" / "failures.jsonl")) == 4
+
+
+@pytest.mark.parametrize("wait", ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "nan", "-1"])
+def test_a_waiting_time_that_is_none_is_no_waiting_time(wait, tmp_path):
+    few = write_pairs(tmp_path / "few.jsonl", 4)
+    with fault_server(odd_wait=wait) as url:
+        assert label(few, url, tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize("way", ["drip", "broken", "garbage"])
+def test_a_models_route_that_misbehaves_holds_nothing_up(way):
+    """A byte now and then for ever, a chunk without its end, no HTTP at all."""
+    served = {
+        "drip": b"HTTP/1.1 200 OK\r\ncontent-length: 1000000\r\n\r\n{",
+        "broken": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nff\r\n{",
+        "garbage": b"NOPE\r\n",
+    }
+    stop = threading.Event()
+
+    def serve():
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                with connection, suppress(OSError):
+                    connection.recv(65_536)
+                    connection.sendall(served[way])
+                    while way == "drip" and not stop.wait(0.05):
+                        connection.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        assert ask_listing("m", f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "", timeout=1.0) == Listing()
+        stop.set()
+
+
 def answer_of(**message) -> dict:
     return {"choices": [{"message": {"content": "x", **message}, "finish_reason": "stop"}]}
 
@@ -299,8 +387,9 @@ def test_bodies_of_odd_types_are_calls_without_an_answer(body):
     [
         [1],
         {"completion_tokens_details": [1], "prompt_tokens": float("nan"), "cost": float("nan")},
-        {"cost": "1", "total_tokens": True, "completion_tokens_details": {"reasoning_tokens": "5"}},
+        {"cost": "free", "total_tokens": True, "completion_tokens_details": {"reasoning_tokens": "five"}},
         {"completion_tokens_details": {"reasoning_tokens": [5]}, "completion_tokens": -1},
+        {"prompt_tokens": "many", "completion_tokens": "4e2", "cost": [1]},
     ],
 )
 def test_usage_of_odd_types_is_estimated(usage):
@@ -378,6 +467,14 @@ def test_a_server_with_one_model_needs_no_name_and_tells_its_context_length(tmp_
     with fault_server(models=json.dumps({"a": {}, "b": {}})) as url:
         assert label(few, url, tmp_path / "two", model="") == 2
     assert "--model is missing: name one of the models at" in capsys.readouterr().err
+
+
+def test_a_price_that_is_given_counts(tmp_path):
+    few, log = write_pairs(tmp_path / "few.jsonl", 5), tmp_path / "log"
+    with fault_server(log) as url:
+        assert label(few, url, tmp_path / "out", model="nobody-knows", price="1,10") == 0
+    usd = sum(line["prompt_tokens"] + 10 * line["completion_tokens"] for line in lines(log)) / 1e6
+    assert run_json(tmp_path / "out")["usd"] == pytest.approx(usd, abs=1e-6)
 
 
 def test_an_unknown_price_is_asked_for(tmp_path, capsys, monkeypatch):

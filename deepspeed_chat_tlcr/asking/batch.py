@@ -21,7 +21,15 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_chat_tlcr.asking.dialect import LIMIT_FIELDS
-from deepspeed_chat_tlcr.asking.dispatch import DOUBTFUL, Dispatcher, Limits, count, on_stop_signals, record_answer
+from deepspeed_chat_tlcr.asking.dispatch import (
+    DOUBTFUL,
+    Dispatcher,
+    Limits,
+    count,
+    lost_by,
+    on_stop_signals,
+    record_answer,
+)
 from deepspeed_chat_tlcr.asking.endpoint import (
     ChatAnswer,
     ChatRequest,
@@ -388,7 +396,7 @@ class BatchRunner:
             await self._no_answer(chunk, request, custom_id, "malformed_body", str(error), lost)
             return
         except Fault as fault:
-            lost = self._most_of(chunk, request, custom_id) if fault.maybe_billed else 0.0
+            lost = lost_by(self, request, fault, self._limit_of(chunk, custom_id))
             await self._no_answer(chunk, request, custom_id, fault.kind, str(fault), lost)
             return
         except (Outage, EndpointRefused) as error:

@@ -169,7 +169,7 @@ class Dispatcher:
                 answer = await self.endpoint.ask(request, attempts, limit)
             except (Fault, RequestRefused, EndpointRefused, Outage) as error:
                 rate_limited = isinstance(error, Fault) and error.kind == "rate_limited"
-                lost = most if isinstance(error, Fault) and error.maybe_billed else 0.0
+                lost = lost_by(self, request, error, limit) if isinstance(error, Fault) else 0.0
                 self.account.settle(most, lost=lost)
                 kind = error.kind if isinstance(error, Fault) else "refused"
                 self.folder.note(id=request.id, outcome=kind, lost=lost)
@@ -261,6 +261,19 @@ def count(run, request: ChatRequest, answer: ChatAnswer, limit: int) -> tuple[Us
     usd = run.account.usd(usage)
     overrun = run.account.watch(usd, request.messages, limit)
     return usage, usd, ({"overrun": round(overrun, 3)} if overrun > 1 else {})
+
+
+def lost_by(run, request: ChatRequest, fault: Fault, limit: int) -> float:
+    """The most that a call without an answer may have cost, US$, by its limit or by what it reports itself."""
+    if not fault.maybe_billed:
+        return 0.0
+    most = run.account.most(request.messages, limit)
+    usage = counted_usage(fault.usage, request.messages, "", limit)
+    if usage.estimated:
+        return most
+    usd = run.account.usd(usage)
+    run.account.watch(usd, request.messages, limit)
+    return usd
 
 
 async def record_answer(

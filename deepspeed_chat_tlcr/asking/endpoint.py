@@ -77,9 +77,17 @@ class ChatRequest:
 class Fault(Exception):
     """The call brought no answer, but the same call may bring one later: worth a retry."""
 
-    def __init__(self, kind: str, detail: str = "", wait: float | None = None, maybe_billed: bool = False):
+    def __init__(
+        self,
+        kind: str,
+        detail: str = "",
+        wait: float | None = None,
+        maybe_billed: bool = False,
+        usage: dict | None = None,
+    ):
+        """``usage``: as the call reports it, where it brought that and nothing else to be read."""
         super().__init__(f"{kind}: {detail}" if detail else kind)
-        self.kind, self.wait, self.maybe_billed = kind, wait, maybe_billed
+        self.kind, self.wait, self.maybe_billed, self.usage = kind, wait, maybe_billed, usage or {}
 
 
 class RequestRefused(Exception):
@@ -277,7 +285,9 @@ class Endpoint:
             self.raise_for(status, error.code, self.told(error.message))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             told = self.told(f"{type(error).__name__}: {error}")
-            raise Fault("malformed_body", told, maybe_billed=True) from None
+            usage = body.get("usage") if isinstance(body, dict) else None
+            usage = usage if isinstance(usage, dict) else None
+            raise Fault("malformed_body", told, maybe_billed=True, usage=usage) from None
 
     def told(self, message: str) -> str:
         """A server's words as they may be kept and shown: without secrets, then cut, and one printable line."""
@@ -295,8 +305,6 @@ class Endpoint:
             self.raise_for(error.status_code, code, self.told(_message(error)), wait, str(error.param or ""))
         except openai.APIConnectionError as error:
             cause = error.__cause__
-            if isinstance(cause, Redirected):
-                raise EndpointRefused(f"{self.shown_url} redirects to {cause}: give the final --base_url") from None
             if isinstance(cause, TooLarge):
                 raise Fault("too_large", str(cause), maybe_billed=True) from None
             if type(cause).__name__ == "ConnectError":
@@ -306,6 +314,8 @@ class Endpoint:
             raise Fault("timeout", f"{self.timeout:g} s", maybe_billed=True) from None
         except httpx.TransportError as error:
             raise Fault("connection_lost", self.told(str(error)), maybe_billed=True) from None
+        except Redirected as error:
+            raise EndpointRefused(f"{self.shown_url} redirects to {error}: give the final address") from None
         except TooLarge as error:
             raise Fault("too_large", str(error), maybe_billed=True) from None
         except InputError:
