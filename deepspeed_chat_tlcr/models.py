@@ -25,7 +25,12 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.models.opt.modeling_opt import OPTModel, OPTPreTrainedModel
-from transformers.utils import logging
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_torch_flex_attn_available,
+    logging,
+)
 
 from deepspeed_chat_tlcr.chat_format import classifier_class, critic_state_dict, is_chat_critic
 from deepspeed_chat_tlcr.errors import InputError, cannot_load
@@ -104,6 +109,20 @@ def require_positions(path: str, length: int, flags: str) -> None:
     if config.model_type in _LEARNT_POSITIONS and length > config.max_position_embeddings:
         known = config.max_position_embeddings
         raise InputError(f"{flags}: {length} tokens are more than the {known} positions that {path!r} knows")
+
+
+def require_attention(name: str, precision: str) -> None:
+    """Raise ``InputError`` for an ``--attn_implementation`` that this machine or precision cannot have."""
+    packages = {
+        "flash_attention_2": (is_flash_attn_2_available, "the package flash-attn (pip install flash-attn)"),
+        "flash_attention_3": (is_flash_attn_3_available, "FlashAttention 3, built from its sources, and a Hopper GPU"),
+        "flex_attention": (is_torch_flex_attn_available, "a PyTorch that has it"),
+    }
+    available, needs = packages.get(name, (lambda: True, ""))
+    if not available():
+        raise InputError(f"--attn_implementation {name}: needs {needs}, on a GPU; use sdpa")
+    if name.startswith("flash") and precision == "fp32":
+        raise InputError(f"--attn_implementation {name}: has 16-bit kernels only; use sdpa with --dtype fp32")
 
 
 def dropout_names(config: PretrainedConfig) -> list[str]:

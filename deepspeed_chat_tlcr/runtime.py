@@ -21,7 +21,6 @@ import torch.distributed
 import transformers
 from deepspeed.accelerator import get_accelerator
 
-from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.operators import load_operator
 
@@ -81,7 +80,6 @@ def start(dtype: str, seed: int) -> Runtime:
         accelerator.set_device(local_rank)
     else:
         load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
-        attention.install()
         keep_memory_small()
     if accelerator.device_name() != "cpu":
         take_cores(local_rank, int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))

@@ -21,22 +21,21 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, require_ranges
-from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, fingerprint, same_command
-from deepspeed_chat_tlcr.deepspeed_config import build_config
-from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.faults import (
+from deepspeed_chat_tlcr.checkpoints import (
+    OTHER_DATA,
     SETTINGS,
-    FaultTolerant,
-    SaveAfterEvaluation,
-    StopOnRequest,
     changes_since,
     clear_half_checkpoints,
+    fingerprint,
     newest_checkpoint,
+    same_command,
 )
+from deepspeed_chat_tlcr.deepspeed_config import build_config
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.faults import FaultTolerant, SaveAfterEvaluation, StopOnRequest
 from deepspeed_chat_tlcr.metrics import MetricsLog, require_trackers
-from deepspeed_chat_tlcr.models import require_positions
+from deepspeed_chat_tlcr.models import require_attention, require_positions
 from deepspeed_chat_tlcr.optim import Rates, add_lora, make_optimizer
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -214,7 +213,7 @@ def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     zeros = ("learning_rate", "lora_learning_rate", "weight_decay", "max_grad_norm", "num_warmup_steps", "lora_dim")
     zeros += ("lora_alpha", "save_interval", "eval_interval", "neutral_weight", "beta")
     require_ranges(options, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
-    attention.require(options.attn_implementation, runtime.dtype)
+    require_attention(options.attn_implementation, runtime.dtype)
     require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
     return build_config(
         dtype=runtime.dtype,

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.arguments import Dtype, option
 from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
-from deepspeed_chat_tlcr.dataset_formats import ChatRecords
+from deepspeed_chat_tlcr.data.formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.data.preferences import load_preferences
+from deepspeed_chat_tlcr.data.sources import place, read_records, suffix_of
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.preference_data import load_preferences
-from deepspeed_chat_tlcr.record_files import place, read_records, suffix_of
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation.policies import Question, is_text
 

@@ -35,8 +35,8 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
 from deepspeed_chat_tlcr.records import Revision, read_json, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.policies import device
 from evaluation.scoring import token_probs
 from labeling.importing import qa_feedback_preference

@@ -18,10 +18,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.arguments import DataOptions, option, parse
+from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm
-from deepspeed_chat_tlcr.preference_data import load_part
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt

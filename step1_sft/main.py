@@ -11,9 +11,9 @@ import torch
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
+from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
-from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate

@@ -14,10 +14,10 @@ import torch
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
+from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import token_metrics
 from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
-from deepspeed_chat_tlcr.preference_data import load_part
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import DataOptions, option
+from deepspeed_chat_tlcr.data.preferences import part_of_prompts
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.preference_data import part_of_prompts
 from deepspeed_chat_tlcr.records import Revision, read_revisions
 
 

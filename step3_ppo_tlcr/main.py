@@ -23,7 +23,7 @@ from deepspeed_chat_tlcr.models import label_count, require_positions
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
-from step3_ppo_tlcr.engines import RewardSum, action_logits, load_reference, train_actor, train_critic
+from step3_ppo_tlcr.engines import Models, RewardSum, action_logits, load_reference, train_actor, train_critic
 from step3_ppo_tlcr.faults import TooManyFaults
 from step3_ppo_tlcr.heldout import HeldOut
 from step3_ppo_tlcr.options import Options, check
@@ -34,7 +34,7 @@ from step3_ppo_tlcr.remax import ReMax
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, parse_rewards
 from step3_ppo_tlcr.rollout import make_rollouts
 from step3_ppo_tlcr.run import Run, step_to_continue
-from step3_ppo_tlcr.trainer import Models, Trainer
+from step3_ppo_tlcr.trainer import Trainer
 
 ALGORITHMS = {"ppo": PPO, "remax": ReMax}
 

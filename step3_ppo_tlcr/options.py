@@ -3,10 +3,10 @@
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
-from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, Schedule, option, require_ranges
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding
+from deepspeed_chat_tlcr.models import require_attention
 
 ZeroStage = Literal[0, 1, 2, 3]
 Penalty = Literal["kl", "k3", "full_kl", "kl_onestep", "full_kl_onestep"]
@@ -315,7 +315,7 @@ class Options(ForkOptions, WatchOptions, PPOOptions, RolloutOptions, ModelOption
 
 def check(options: Options) -> None:
     """Refuse options that cannot work together, before anything loads. Raises ``InputError``."""
-    attention.require(options.attn_implementation, options.precision)
+    require_attention(options.attn_implementation, options.precision)
     _check_ranges(options)
     _check_sizes(options)
     _check_rewards(options)

@@ -11,7 +11,7 @@ from itertools import accumulate, chain
 import torch
 from transformers import PretrainedConfig
 
-from step3_ppo_tlcr.records import Rollout
+from step3_ppo_tlcr.experience import Rollout
 
 
 def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]:

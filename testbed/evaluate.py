@@ -24,12 +24,12 @@ from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
 from deepspeed_chat_tlcr.records import read_json, read_jsonl, read_revisions
-from deepspeed_chat_tlcr.report import Run, policy_name, verdict, write_report
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.scoring import heatmap, revision_heatmaps
 from step2_discriminator.revisions import hold_out
+from testbed.report import Run, policy_name, verdict, write_report
 from testbed.world import World, repeats_a_fact
 
 SHOWN = 4

@@ -8,8 +8,8 @@ from transformers import AutoConfig, AutoModelForTokenClassification, set_seed
 from deepspeed_chat_tlcr.generation import left_pad
 from step3_ppo_tlcr import packing
 from step3_ppo_tlcr.engines import action_logits, positive_probs, state_values
+from step3_ppo_tlcr.experience import Rollout
 from step3_ppo_tlcr.packing import fill
-from step3_ppo_tlcr.records import Rollout
 
 
 def test_rows_go_into_the_first_pack_with_room():

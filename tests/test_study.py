@@ -38,7 +38,7 @@ from testbed.study.methods import (
 from testbed.study.options import PAPER, SENSITIVITY, Options, check_grid, chosen_world, known_steps
 from testbed.study.pages import at_edge, write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
-from testbed.study.scoring import checked
+from testbed.study.truth import checked
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 

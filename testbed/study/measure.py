@@ -20,10 +20,10 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.records import parse_json, read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.scoring import sequence_scores, token_probs
-from testbed.study.scoring import TESTBED, Scorer, checked, load_scorer
+from testbed.study.truth import TESTBED, Scorer, checked, load_scorer
 
 GREEDY = "greedy"
 NO_TRUTH = "none"

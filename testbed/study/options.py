@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.models import load_config
-from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import read_revisions
 from testbed.study.methods import METHODS, QUICK, Condition, Scale, Setting, World
 from testbed.study.parts import read_prompts
-from testbed.study.scoring import TESTBED, Scorer, checked, load_scorer
+from testbed.study.truth import TESTBED, Scorer, checked, load_scorer
 
 PAPER = Setting()
 """The study's settings before any grid: the paper's KL coefficient, rewards as they are."""

@@ -12,9 +12,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.data.preferences import load_preferences
+from deepspeed_chat_tlcr.data.sources import find_source
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.preference_data import load_preferences
-from deepspeed_chat_tlcr.record_sources import find_source
 from deepspeed_chat_tlcr.records import Preference, read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 

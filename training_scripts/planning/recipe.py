@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from deepspeed_chat_tlcr.duration import CARDS
 from deepspeed_chat_tlcr.errors import InputError
+from training_scripts.planning.duration import CARDS
 
 
 @dataclass(frozen=True)
