@@ -429,7 +429,7 @@ def test_the_estimate_comes_from_the_data_and_asks_where_someone_is_there(tmp_pa
         ({"concurrency": 3_000_000}, "--concurrency 3000000: must be from 1 to 4,096"),
         ({"requests_per_minute": 1e-300}, "--requests_per_minute 1e-300: must be 0, for no limit, or at least 0.1"),
         ({"temperature": "nan"}, "--temperature nan: must be from 0 to 2"),
-        ({"top_p": 0}, "--top_p 0.0: must be above 0, to 1"),
+        ({"top_p": 0}, "--top_p 0.0: must be above 0 and at most 1"),
         ({"reasoning_effort": "little"}, "--reasoning_effort little: known are lowest, none"),
         ({"max_failure_share": 2}, "--max_failure_share 2.0: must be from 0 to 1"),
         ({"price": "0,-2"}, "--price 0,-2: expected IN,OUT"),
