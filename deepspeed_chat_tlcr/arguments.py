@@ -89,6 +89,134 @@ class Bounds:
         return f"must be {low} and {high}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """run"""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {}
+
+    output_dir: str = option("./output", "folder for the model, metrics.jsonl, checkpoints and results.json")
+    seed: int = seed_option(
+        1234, "seed of initialisation, shuffling and sampling (the data split has its own: --data_seed)"
+    )
+    dtype: Dtype = option(
+        "auto",
+        "training precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU",
+        better="fp32 too, and by default what the accelerator does best",
+    )
+    bf16: bool = option(False, "the forks' spelling of --dtype bf16", compatibility=True)
+    attn_implementation: AttentionName = option(
+        "sdpa", "what computes attention in every model; sdpa: PyTorch's kernels, eager in a family that has none"
+    )
+    save_format: Literal["huggingface", "deepspeed_chat"] = option(
+        "huggingface",
+        "huggingface: safetensors, tokenizer, chat template, generation config; deepspeed_chat: pytorch_model.bin as "
+        "DeepSpeed-Chat's chat.py and evaluation scripts read it",
+    )
+    save_interval: int = option(0, "steps between resumable checkpoints; 0: one at the end of each epoch")
+    save_total_limit: int = option(1, "how many resumable checkpoints are kept")
+    resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")
+    max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
+    report_to: list[str] = option([], "further trackers that get every number of metrics.jsonl, such as wandb")
+    enable_tensorboard: bool = option(
+        False, "write TensorBoard logs", better="every number of metrics.jsonl, not the loss alone"
+    )
+    tensorboard_path: str = option(
+        "", "folder for TensorBoard logs; empty: output_dir/tensorboard", better="by default beside the model"
+    )
+    local_rank: int = option(-1, "set by the launcher", least=-1)
+    deepspeed: bool = option(
+        False,
+        "accepted as in DeepSpeed-Chat; training always runs on DeepSpeed",
+        compatibility=True,
+        flags=("--deepscale",),
+    )
+    deepspeed_config: str | None = option(
+        None,
+        "JSON file that overrides entries of the DeepSpeed config built from flags",
+        better="it is read; DeepSpeed-Chat parses it only",
+        flags=("--deepscale_config",),
+    )
+
+    @property
+    def precision(self) -> str:
+        """The dtype asked for, by either of its two flags."""
+        return "bf16" if self.bf16 else self.dtype
+
+    @property
+    def tensorboard_folder(self) -> str | None:
+        """Where TensorBoard logs go, if anywhere."""
+        return (self.tensorboard_path or f"{self.output_dir}/tensorboard") if self.enable_tensorboard else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """data"""
+
+    data_path: list[str] = option(
+        ["Dahoas/rm-static"],
+        "data-set names, local .json/.jsonl/.parquet files or folders",
+        better="own files and folders need no name that it knows, chat messages included",
+    )
+    data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
+    data_seed: int = seed_option(1234, "seed of the split; the same in every stage, whatever --seed is")
+    data_output_path: str | None = option(
+        None,
+        "folder where the data's text is kept, memory-mapped; unset: in HF_DATASETS_CACHE",
+        better="named by content, so an edited file is read again; may be shared between runs and ranks",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """model and optimiser"""
+
+    model_name_or_path: str = option(MISSING, "model to start from: a local folder or a hub name")
+    per_device_train_batch_size: int = option(16, "examples per device and micro-batch")
+    per_device_eval_batch_size: int = option(16, "examples per device in evaluation")
+    max_seq_len: int = option(512, "longest prompt plus response, tokens")
+    learning_rate: float = option(1e-3, "peak learning rate of Adam (betas 0.9, 0.95)")
+    weight_decay: float = option(0.0, "decoupled weight decay; none on biases and norms")
+    num_train_epochs: int = option(1, "passes over the data")
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimiser step")
+    max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
+    lr_scheduler_type: Schedule = option("cosine", "learning-rate schedule")
+    num_warmup_steps: int = option(0, "optimiser steps of linear warm-up", least=0)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    dropout: float | None = option(None, "every dropout probability of the model; unset: the checkpoint's own", most=1)
+    disable_dropout: bool = option(False, "the forks' spelling of --dropout 0", compatibility=True)
+    zero_stage: Literal[0, 1, 2, 3] = option(0, "ZeRO stage")
+    offload: bool = option(False, "keep optimiser states (ZeRO-3: parameters too) in host memory")
+    lora_dim: int = option(0, "LoRA rank; 0: train all parameters")
+    lora_alpha: float = option(1.0, "LoRA's update is scaled by this / lora_dim; 1: as in DeepSpeed-Chat")
+    lora_module_name: str = option(
+        "auto",
+        "LoRA goes on linear layers whose name contains this; auto: those of the model's blocks",
+        better="auto fits every family, DeepSpeed-Chat's default OPT alone; a pattern that matches nothing is an error "
+        "that lists the model's layers",
+    )
+    only_optimize_lora: bool = option(False, "freeze everything but LoRA and a new head")
+    lora_learning_rate: float = option(5e-4, "peak learning rate of LoRA parameters")
+    compute_fp32_loss: bool = option(False, "loss in fp32", "the loss is always computed in fp32")
+    add_eot_token: bool = option(False, "end responses with --eot_token instead of the tokenizer's EOS")
+    eot_token: str = option("<|endoftext|>", "the token that --add_eot_token adds")
+    print_loss: bool = option(
+        False,
+        "print a line with the loss of every optimiser step",
+        better="once for all ranks; the progress bar and metrics.jsonl show it anyway",
+    )
+
+    @property
+    def dropout_rate(self) -> float | None:
+        """Every dropout probability, by either of its two flags; None leaves the checkpoint's own."""
+        return 0.0 if self.disable_dropout else self.dropout
+
+    @property
+    def new_eos(self) -> str | None:
+        """The end-of-sequence token that --add_eot_token asks for, if it does."""
+        return self.eot_token if self.add_eot_token else None
+
+
 def require_bounds(options: Any) -> None:
     """Raise ``InputError`` for the first number outside its option's bounds, and for text or a list that is missing."""
     for entry in fields(options):
