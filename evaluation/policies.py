@@ -19,7 +19,7 @@ from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
 from deepspeed_chat_tlcr.data.formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
-from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm
 from deepspeed_chat_tlcr.records import read_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
@@ -143,7 +143,7 @@ class Policy:
 
     def load(self):
         if self.model is None:
-            self.tokenizer = load_tokenizer(self.path)
+            self.tokenizer = load_tokenizer(self.path, rows=embedding_rows(self.path))
             self.model = load_causal_lm(self.path, torch_dtype(self.options.dtype)).to(device()).eval()
             self.room = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
 

@@ -21,7 +21,7 @@ from deepspeed_chat_tlcr.arguments import DataOptions, option, parse, seed_optio
 from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
-from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -78,7 +78,7 @@ def own_answers(
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
     require_writable(options.output_dir)
-    tokenizer = load_tokenizer(options.policy)
+    tokenizer = load_tokenizer(options.policy, rows=embedding_rows(options.policy))
     parts = {split: load_part(options, "reward", split, tokenizer) for split in ("train", "eval")}
     chosen = {
         "train": part_of_round(parts["train"], options.prompts, options.round),
