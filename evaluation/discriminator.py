@@ -28,8 +28,8 @@ from evaluation.report import refresh_report
 from evaluation.results import save_results
 from evaluation.scoring import DiscriminatorPath, as_record, revision_heatmaps, token_probs
 from labeling.audit import read_error_spans
-from labeling.audit_statistics import WHOLE, Span, SpanAgreement, is_marked, visible_tokens
-from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, label_revision
+from labeling.audit_statistics import Span, SpanAgreement, is_marked, visible_tokens
+from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, WHOLE, label_revision
 from step2_discriminator.main import token_pairs
 from step2_discriminator.revisions import hold_out
 
