@@ -169,7 +169,7 @@ def check_nodes(recipe: Recipe) -> Iterator[Problem]:
     if shutil.which("pdsh") is None:
         yield Problem("several nodes are started with pdsh, which is missing", "install pdsh (apt install pdsh)")
     for host in hosts:
-        command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, "true"]
+        command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "--", host, "true"]
         try:
             reached = subprocess.run(command, capture_output=True, timeout=30).returncode == 0
         except (OSError, subprocess.TimeoutExpired):
