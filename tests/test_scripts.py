@@ -33,6 +33,8 @@ def run(script, *arguments, path=None, cwd=ROOT, timeout=120, **variables) -> su
     environment = {"PATH": path or f"{own}{os.pathsep}{os.environ['PATH']}", "HOME": os.environ.get("HOME", "/")}
     environment |= {"DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     kept = ("HF_DATASETS_CACHE", "TORCH_EXTENSIONS_DIR")
+    alone = Path(script).stem in ("step1", "label", "step2", "step2_sequence", "step3", "dpo", "figa")
+    environment |= {"PREFLIGHT": "0"} if alone else {}  # stand-ins would not pass; one test is about it
     environment |= {name: os.environ[name] for name in kept if name in os.environ} | variables
     return subprocess.run(
         ["bash", str(script if Path(script).is_absolute() else SCRIPTS / script), *map(str, arguments)],
@@ -79,7 +81,9 @@ def launcher(tmp_path):
     program = folder / "deepspeed"
     program.write_text(
         '#!/usr/bin/env bash\nprintf "%s\\n" "$*" >>"$(dirname "$0")/calls.txt"\n'
-        'echo "said on stdout"; echo "said on stderr" >&2\nexit "${STATUS:-0}"\n'
+        'echo "said on stdout"; echo "said on stderr" >&2\n'
+        "status=${STATUS:-0}; while [[ $# -gt 1 ]]; do [[ $1 != --output_dir ]] || folder=$2; shift; done\n"
+        '[[ $status != 0 || -n ${HALF:-} ]] || echo "{}" >"$folder/results.json"; exit "$status"\n'
     )
     program.chmod(0o755)
     return folder
@@ -255,6 +259,31 @@ def test_stage_logs_to_terminal_and_file_and_keeps_the_exit_status(launcher, tmp
     assert (output / "step1_sft" / "training.log").read_text().startswith(log), "a second run adds to the log"
 
 
+def test_a_stage_that_leaves_no_results_is_not_done(launcher, tmp_path):
+    """A launcher that is ended from outside, or a stage that was asked to stop, leaves status 0."""
+    done = run("step1.sh", path=path_with(launcher), OUTPUT=tmp_path / "out", HALF=1)
+    assert done.returncode == 1
+    assert f"error: {tmp_path}/out/step1_sft: ended without its results; the same command continues it" in done.stderr
+
+
+def test_a_stage_by_itself_is_looked_at_before_its_start(launcher, tmp_path):
+    same = {"path": path_with(launcher), "OUTPUT": tmp_path / "out", "NUM_GPUS": 1, "DTYPE": "fp32"}
+    done = run("step1.sh", **same, PREFLIGHT=1, MODEL=tmp_path / "nowhere", DATA=tmp_path / "absent.jsonl")
+    assert done.returncode == 2
+    assert "nowhere" in done.stderr
+    assert "absent.jsonl" in done.stderr
+    assert "calls.txt" not in os.listdir(launcher)
+
+
+def test_a_host_must_be_a_name(tmp_path):
+    """ssh takes a name that begins with a dash for an option, which may be a command to run."""
+    hosts = tmp_path / "hosts"
+    for line, words in (("-oProxyCommand=touch${IFS}x slots=1", "is no name of a host"), ("a slots=1", "named twice")):
+        hosts.write_text(f"a slots=1\n{line}\n")
+        done = run("step1.sh", PLAN=0, PREFLIGHT=1, HOSTFILE=hosts, OUTPUT=tmp_path / "out", DATA=tmp_path / "no.jsonl")
+        assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
 def test_finished_stage_is_skipped_and_other_settings_are_refused(launcher, tmp_path):
     output = tmp_path / "out"
     path = path_with(launcher)
@@ -307,6 +336,7 @@ def test_a_failing_stage_ends_the_recipe(launcher, tmp_path):
     assert done.returncode == 3
     chain = "source training_scripts/recipe.sh; prepare; train; echo reached the end"
     environment = os.environ | {"PATH": path_with(launcher), "OUTPUT": str(tmp_path / "out"), "STATUS": "3"}
+    environment["PREFLIGHT"] = "0"
     done = subprocess.run(["bash", "-c", chain], env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 3
     assert "reached the end" not in done.stdout
@@ -645,6 +675,7 @@ def test_sigterm_ends_the_stage_with_its_script(tmp_path):
             "DATA": str(data),
             "LABEL_MODEL": "nobody",
             "LABEL_MAX_USD": "",
+            "PREFLIGHT": "0",
             "LABEL_BASE_URL": f"http://127.0.0.1:{silent.getsockname()[1]}/v1",
         }
         process = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)

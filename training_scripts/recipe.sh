@@ -33,6 +33,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${GPU_MEMORY_GB:=80}"                    # memory of one GPU, for the plan (the preflight measures it)
 : "${GPU_CARD:=A100}"                       # for the plan's hours: A100, H100 or H200
 : "${GPU_HOUR_USD:=}"                       # what one GPU costs an hour, for the plan; empty: no price
+: "${PREFLIGHT:=1}"                         # 0: nothing is looked at before the start
 : "${PLAN:=0}"                              # 1: run nothing; print the commands, the cost, the memory, the disk
 
 # ---- label.sh: an external model revises the rejected responses (4.1) ----
@@ -245,11 +246,19 @@ run_stage() {
     echo "$folder: complete, skipped"
     return
   fi
+  local stage
+  stage=$(basename "$0" .sh)
+  [[ " $KNOWN_STAGES " != *" $stage "* ]] || STAGES=$stage preflight # by itself; a run's preflight was before all stages
   mkdir -p "$folder"
   printf '%s\n' "$settings" >"$folder/settings.txt"
   printf '\n%s\n' "$folder" | tee -a "$folder/training.log"
   show_command "$@" | tee -a "$folder/training.log"
   attended logged "$folder/training.log" "$@"
+  # A launcher that is ended itself, or a stage that was asked to stop and has saved, leaves status 0.
+  $finished "$folder" || {
+    printf 'error: %s: ended without its results; the same command continues it\n' "$folder" >&2
+    exit 1
+  }
 }
 
 # An interrupt, or the end of the script, is meant for the stage, whose last words are still to be logged.
@@ -295,7 +304,8 @@ is_labelled() {
 
 # Before anything starts: all that could stop it. A plan runs nothing and asks nothing.
 preflight() {
-  [[ $PLAN == 1 ]] || python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
+  [[ $PLAN == 1 || $PREFLIGHT == 0 ]] || python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
+  PREFLIGHT=0 # for the stages, which would ask the same again
 }
 
 # With PLAN=1 of several methods, each of which would plan what it shares with those before: takes from STAGES what the
