@@ -13,6 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
 from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
+from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
 from deepspeed_chat_tlcr.errors import InputError, RunError, told
 from deepspeed_chat_tlcr.finite import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
@@ -296,4 +297,5 @@ def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, 
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     watch_gradients(engine)
+    lean_checkpoints(engine)
     return engine

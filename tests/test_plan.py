@@ -462,11 +462,11 @@ def test_steps_by_hand():
 
 def test_disk_by_hand():
     needs = plan.disk_needs(recipe(), SMALL)
-    # 636 parameters: the model in 2 bytes each; a checkpoint in 14, twice for a moment
-    assert needs["step1_sft"] == plan.Disk(2 * 636, 2 * 14 * 636)
+    # 636 parameters: the model in 2 bytes each; a checkpoint in 12, twice for a moment
+    assert needs["step1_sft"] == plan.Disk(2 * 636, 2 * 12 * 636)
     assert needs["step3_ppo_tlcr"].model == 2 * (636 + 613)
     models = 2 * (636 + 618 + 636 + 613)
-    assert plan.most_disk(needs.values()) == models + 2 * 14 * (636 + 613)
+    assert plan.most_disk(needs.values()) == models + 2 * 12 * (636 + 613)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------

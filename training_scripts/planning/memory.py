@@ -277,6 +277,6 @@ def saved_model(parameters: int, size: int = 2) -> int:
     return parameters * size
 
 
-def saved_training_state(parameters: int, size: int = 2) -> int:
-    """A checkpoint a run can continue from: the parameters, and the optimiser's 12 bytes for each."""
-    return parameters * (size + 12)
+def saved_training_state(parameters: int) -> int:
+    """A checkpoint a run can continue from: the optimiser's 12 bytes for each, fp32 parameter, momentum, variance."""
+    return 12 * parameters

@@ -170,7 +170,7 @@ def disk_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Disk]:
     }
     size = recipe.bytes_per_parameter
     return {
-        stage: Disk(memory.saved_model(count, size), 2 * memory.saved_training_state(count, size))
+        stage: Disk(memory.saved_model(count, size), 2 * memory.saved_training_state(count))
         for stage, count in parameters.items()
     }
 
