@@ -17,7 +17,7 @@ from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
 from deepspeed_chat_tlcr.errors import InputError, RunError, told
 from deepspeed_chat_tlcr.finite import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
-from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
+from deepspeed_chat_tlcr.optim import add_lora, make_optimizer, without_adapters
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
 from step3_ppo_tlcr.experience import Rollout, at_actions, before_actions
@@ -147,12 +147,27 @@ def frozen_config(options: "Options", runtime: Runtime, zero_stage: int | None, 
     )
 
 
-def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel:
-    """The model that the KL penalty keeps the policy near to: the SFT model, unless told otherwise."""
+def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel | None:
+    """The model that the KL penalty keeps the policy near to: the SFT model, unless told otherwise.
+
+    None where that is what remains of the actor without its LoRA layers.
+    """
     config = frozen_config(options, runtime, options.reference_zero_stage, options.offload_reference_model)
     path = options.reference_model_name_or_path or options.actor_model_name_or_path
+    if path == options.actor_model_name_or_path and _keeps_base(options):
+        runtime.say("reference: the actor without its LoRA layers, so no model of its own is loaded")
+        return None
     model = load_causal_lm(path, runtime.torch_dtype, config, 0.0, options.attn_implementation)
     return freeze(model, config, runtime)
+
+
+def _keeps_base(options: "Options") -> bool:
+    """Whether the actor computes with the SFT model's own weights below its LoRA layers.
+
+    ZeRO++ gathers them in 8 bits, and the hybrid engine's kernels may have them merged.
+    """
+    lora_alone = options.actor_lora_dim > 0 and options.only_optimize_lora
+    return lora_alone and not options.enable_mixed_precision_lora and options.rollout_name != "hybrid"
 
 
 class RewardSum:
@@ -225,13 +240,20 @@ class Models:
 
     actor: DeepSpeedEngine
     critic: DeepSpeedEngine | None  # ReMax has none
-    reference: DeepSpeedEngine | PreTrainedModel
+    reference: DeepSpeedEngine | PreTrainedModel | None  # none where the actor without its LoRA layers serves
     reward: RewardSum
 
     @property
     def engines(self) -> dict[str, DeepSpeedEngine]:
         """Those that train."""
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+
+    def reference_logits(self, rollout: Rollout) -> torch.Tensor:
+        """As ``action_logits`` of the reference; the actor is in evaluation mode."""
+        if self.reference is not None:
+            return action_logits(self.reference, rollout)
+        with without_adapters(self.actor.module):
+            return action_logits(self.actor, rollout)
 
 
 def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool, passes: int = 1) -> dict:

@@ -90,6 +90,9 @@ def own_reward(folder: Path, monkeypatch, body: str) -> str:
     return f"python:{name}:reward"
 
 
+LORA = ("--actor_lora_dim", 2, "--critic_lora_dim", 2, "--actor_lora_learning_rate", 1e-2)
+
+
 # Algorithms
 
 
@@ -151,6 +154,27 @@ def test_the_kl_is_measured_from_the_reference_that_is_named(run, tiny, tmp_path
     shutil.copytree(tiny / "model", tmp_path / "other")
     model.save_pretrained(tmp_path / "other")
     assert abs(run("named", "--reference_model_name_or_path", tmp_path / "other")[0]["policy/kl"]) > 0.1
+
+
+@pytest.mark.parametrize("more", [(), ("--actor_zero_stage", 3, "--tokens_per_micro_batch", 200, "--ppo_epochs", 2)])
+def test_the_actor_without_its_lora_layers_is_the_reference(run, tiny, tmp_path, monkeypatch, more):
+    """All that is measured equals what a reference of its own gives; the actor's own log-probs move away from it."""
+    loaded, load = [], engines.load_causal_lm
+    monkeypatch.setattr(engines, "load_causal_lm", lambda path, *rest: loaded.append(str(path)) or load(path, *rest))
+    more = (*more, *LORA, "--only_optimize_lora", "--eval_interval", 2, "--eval_prompts", 2)
+    one = run("one", *more)
+    assert loaded == [str(tiny / "model")]
+    shutil.copytree(tiny / "model", tmp_path / "copy")
+    two = run("two", *more, "--reference_model_name_or_path", tmp_path / "copy")
+    assert loaded[1:] == [str(tiny / "model"), str(tmp_path / "copy")]
+    assert without_clock(one) == without_clock(two)
+    assert one[1]["policy/kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(one[3]["policy/kl"]) > 1e-3
+    assert one[3]["eval/policy/kl"] != 0
+    first, second = weights(tmp_path / "one" / "actor"), weights(tmp_path / "two" / "actor")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    run("all", *LORA, "--test_stop_step", 1)
+    assert loaded[3:] == [str(tiny / "model")] * 2, "the rest of the actor trains too"
 
 
 def test_a_greedy_baseline_of_the_same_answer_leaves_the_kl_penalty_alone(run):
@@ -420,7 +444,6 @@ def stopped(run, name: str, tmp_path, monkeypatch, *more: object) -> None:
     own_reward(tmp_path, monkeypatch, "return plain")
 
 
-LORA = ("--actor_lora_dim", 2, "--critic_lora_dim", 2, "--actor_lora_learning_rate", 1e-2)
 AVERAGE = ("--enable_ema", "--ema_decay", 0.5)
 # The tiny actor: two matrices of 320 x 32 and the last norm, and in each of two blocks 10,240 weights of seven matrices
 # and two norms. LoRA of rank 2 adds 2 * 64 to the four matrices of 32 x 32 and 2 * 96 to the three of 32 x 64.
