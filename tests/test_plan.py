@@ -98,6 +98,7 @@ PAPER = {
     "reward_zero_stage": 3,
     "ppo_offload": True,
     "ppo_gradient_checkpointing": True,
+    "ppo_ema": False,
     "revisions": "output/x/labeling/revisions.jsonl",
     "made_here": "",
 }
@@ -374,6 +375,22 @@ def test_step_3_offloads_where_it_would_not_fit_otherwise():
     assert "offload of actor and critic" in plan.memory_report(tight, shape)
     assert "offload" not in plan.memory_report(roomy, shape)
     assert Recipe.from_environment(environment() | {"PPO_OFFLOAD": "auto"}).ppo_offload is None
+
+
+def test_the_average_of_weights_is_4_bytes_a_parameter_over_all_ranks():
+    """In host memory where ZeRO-3 has the parameters there; its checkpoints grow by as much."""
+    shape = KNOWN_MODELS["llama-2-7b"]
+    average = 4 * shape.causal_parameters
+    for stage, on_gpu, on_host in ((2, average / 8, 0), (3, 0, average)):
+        without, with_it = (
+            plan.stage_needs(recipe(ppo_ema=ema, actor_zero_stage=stage), shape)["step3_ppo_tlcr"]
+            for ema in (False, True)
+        )
+        assert with_it.gpu_total - without.gpu_total == pytest.approx(on_gpu)
+        assert with_it.host["offloaded"] - without.host["offloaded"] == pytest.approx(on_host)
+    disks = [plan.disk_needs(recipe(ppo_ema=ema), SMALL)["step3_ppo_tlcr"] for ema in (False, True)]
+    assert disks[1].model - disks[0].model == 2 * 636
+    assert disks[1].checkpoints - disks[0].checkpoints == 2 * 4 * 636
 
 
 def test_remax_has_no_critic():

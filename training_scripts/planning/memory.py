@@ -216,6 +216,7 @@ def ppo(
     nodes: int,
     offload: bool,
     checkpointing: bool,
+    averaged: bool = False,
     size: int = 2,
 ) -> Need:
     """Step 3: four models at once, three where the algorithm has no critic (ReMax).
@@ -260,6 +261,11 @@ def ppo(
         "critic's step": steps.get("critic", 0),
     }
     largest = max(phases, key=phases.__getitem__)
+    if averaged:  # in fp32, of the actor; each rank has a part, where its parameters are
+        if offload and actor_stage == 3:
+            offloaded += 4 * shape.causal_parameters
+        else:
+            gpu["average of weights"] = 4 * shape.causal_parameters / ranks
     if actor_stage != 3:
         gpu["KV cache"] = keys_and_values  # its place is part of the CUDA graphs that decode
     gpu[f"work: {largest}"] = phases[largest]
