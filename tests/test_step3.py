@@ -177,6 +177,22 @@ def test_the_actor_without_its_lora_layers_is_the_reference(run, tiny, tmp_path,
     assert loaded[3:] == [str(tiny / "model")] * 2, "the rest of the actor trains too"
 
 
+@pytest.mark.parametrize("kind", ["disc", "rm"])
+@pytest.mark.parametrize("more", [(), ("--critic_zero_stage", 3, "--reward_zero_stage", 3, "--critic_dropout", 0.1)])
+def test_the_critic_without_its_lora_layers_scores_with_the_rewards_own_head(run, world, tmp_path, capsys, more, kind):
+    """All that is measured equals what a reward model of its own gives, the copy in another folder."""
+    shutil.copytree(world / kind, tmp_path / "copy")
+    name = {"disc": "tlcr", "rm": "sequence"}[kind]
+    more = (*more, *LORA, "--only_optimize_lora", "--critic_learning_rate", 1e-2, "--critic_lora_learning_rate", 1e-2)
+    one = run("one", *more, "--reward", name, f"{name}@0.5", critic=kind)
+    assert "own head on the critic without its LoRA layers" in capsys.readouterr().out
+    two = run("two", *more, "--reward", f"{name}:{tmp_path / 'copy'}", f"{name}:{tmp_path / 'copy'}@0.5", critic=kind)
+    assert "own head" not in capsys.readouterr().out
+    assert without_clock(one) == without_clock(two)
+    first, second = weights(tmp_path / "one" / "critic"), weights(tmp_path / "two" / "critic")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_greedy_baseline_of_the_same_answer_leaves_the_kl_penalty_alone(run):
     """Sampled at a temperature near 0 the answers are the greedy ones: every difference, and every return, is 0."""
     lines = run("same", "--algo", "remax", "--temperature", 1e-4, "--kl_ctl", 0.0)
