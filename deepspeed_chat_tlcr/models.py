@@ -33,7 +33,8 @@ from transformers.utils import (
 )
 
 from deepspeed_chat_tlcr.chat_format import classifier_class, critic_state_dict, is_chat_critic
-from deepspeed_chat_tlcr.errors import InputError, cannot_load
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.model_folders import check_folder, loading
 
 NEGATIVE, POSITIVE = 0, 1
 TOKEN_LABELS = {NEGATIVE: "NEGATIVE", POSITIVE: "POSITIVE"}
@@ -87,14 +88,21 @@ def partitioned_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
 
 def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
     """Load a model's config; ``dropout`` replaces every dropout probability in it. Raises ``InputError``."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from None
+    check_folder(path)
+    with loading("model", path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    text = config.get_text_config()
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        text.pad_token_id = None  # -1 in early conversions: no row to keep at zero; padding comes from the tokenizer
     if dropout is not None:
         for name in dropout_names(config):
             setattr(config, name, dropout)
     return config
+
+
+def embedding_rows(path: str) -> int:
+    """Token ids that a model has an embedding for: 0 up to this, not included."""
+    return load_config(path).get_text_config().vocab_size
 
 
 _LEARNT_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")
@@ -305,13 +313,13 @@ def _kind(config: PretrainedConfig) -> str:
 
 
 def _from_pretrained(auto_class: type, path: str | None, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    # Keys are checked below, strictly; transformers' own report of them would only frighten.
+    # Keys and shapes are checked below, strictly; transformers' own report of them would only frighten.
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError) as error:
-        raise cannot_load("model", path, error) from None
+        with loading("model", path):
+            return auto_class.from_pretrained(path, **how, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
 

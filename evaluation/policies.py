@@ -14,19 +14,17 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import Dtype, option
+from deepspeed_chat_tlcr.arguments import Dtype, option, seed_option
 from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
 from deepspeed_chat_tlcr.data.formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
-from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm
 from deepspeed_chat_tlcr.records import read_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 
-LEAST = {"max_new_tokens": 1, "max_answer_seq_len": 1, "generation_batch_size": 1, "scoring_batch_size": 1}
-LEAST |= {"judge_max_tokens": 1, "shown": 1, "prompt_count": 0, "temperature": 0}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -35,12 +33,6 @@ class OutOptions:
     """output"""
 
     out: str = option(MISSING, "folder for answers, verdicts, results and report.html; an earlier run continues")
-
-    def __post_init__(self):
-        """Raises ``InputError`` for a number of any part's options that is too small."""
-        for name, least in LEAST.items():
-            if not getattr(self, name, least) >= least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +43,7 @@ class PolicyOptions(OutOptions):
     dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
     generation_batch_size: int = option(16, "answers written at once")
     max_new_tokens: int = option(1024, "longest answer, tokens (FastChat's default)")
-    seed: int = option(1234, "seed of sampled answers")
+    seed: int = seed_option(1234, "seed of sampled answers")
 
 
 @dataclass(frozen=True)
@@ -151,7 +143,7 @@ class Policy:
 
     def load(self):
         if self.model is None:
-            self.tokenizer = load_tokenizer(self.path)
+            self.tokenizer = load_tokenizer(self.path, rows=embedding_rows(self.path))
             self.model = load_causal_lm(self.path, torch_dtype(self.options.dtype)).to(device()).eval()
             self.room = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
 

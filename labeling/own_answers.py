@@ -17,11 +17,11 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import DataOptions, option, parse
+from deepspeed_chat_tlcr.arguments import DataOptions, option, parse, seed_option
 from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
-from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -39,7 +39,7 @@ class Options(DataOptions):
     max_prompt_seq_len: int = option(256, "longest prompt, tokens; longer ones are left out")
     max_answer_seq_len: int = option(256, "longest answer, tokens")
     batch_size: int = option(64, "answers generated at once")
-    seed: int = option(1234, "seed of the sampled answers")
+    seed: int = seed_option(1234, "seed of the sampled answers")
 
 
 def part_of_round(preferences: Sequence[Preference], count: int, round: int) -> list[Preference]:
@@ -77,11 +77,8 @@ def own_answers(
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
-    for name in ("prompts", "eval_prompts", "round", "batch_size"):
-        if getattr(options, name) < 1:
-            raise InputError(f"--{name} {getattr(options, name)}: must be at least 1")
     require_writable(options.output_dir)
-    tokenizer = load_tokenizer(options.policy)
+    tokenizer = load_tokenizer(options.policy, rows=embedding_rows(options.policy))
     parts = {split: load_part(options, "reward", split, tokenizer) for split in ("train", "eval")}
     chosen = {
         "train": part_of_round(parts["train"], options.prompts, options.round),

@@ -30,7 +30,7 @@ class RevisionOptions(DataOptions):
         flags=("--modification_eval_data_path",),
         better="may be left out",
     )
-    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash")
+    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash", below=1)
     allow_foreign_revisions: bool = option(False, "accept revisions of prompts from the SFT or RL part of the data")
 
 

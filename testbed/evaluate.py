@@ -18,7 +18,7 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
@@ -45,8 +45,8 @@ class Options:
     """Score the policies of a run with the world's true score; write results.json and report.html."""
 
     run_dir: str = option(MISSING, "OUTPUT of run_tiny.sh")
-    world_seed: int = option(0, "the world that the run's data came from")
-    seed: int = option(1234, "seed of the sampled answers")
+    world_seed: int = seed_option(0, "the world that the run's data came from")
+    seed: int = seed_option(1234, "seed of the sampled answers")
     max_answer_seq_len: int = option(96, "longest answer, tokens")
     batch_size: int = option(128, "answers generated at once")
 

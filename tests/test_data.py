@@ -831,8 +831,6 @@ def test_bad_arguments_and_empty_parts(tmp_path):
         load_preferences(path, "rm", "train")
     with pytest.raises(InputError, match="unknown split 'test'"):
         load_preferences(path, "sft", "test")
-    with pytest.raises(InputError, match="--data_seed -1"):
-        load_preferences(path, "sft", "train", data_seed=-1)
     with pytest.raises(
         InputError, match=r"rl part of the eval data is empty at --data_split 2,4,4 \(1 records in .*eval"
     ):

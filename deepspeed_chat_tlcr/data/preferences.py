@@ -301,8 +301,6 @@ def _read_tables(
     """Find, check and read the train or eval records of every entry."""
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known are {', '.join(SPLITS)}")
-    if not 0 <= data_seed < 2**32:
-        raise InputError(f"--data_seed {data_seed}: expected 0 to 2**32 - 1")
     paths = [data_path] if isinstance(data_path, str | os.PathLike) else list(data_path)
     if not paths:
         raise InputError("--data_path is empty: name at least one data set, file or folder")
