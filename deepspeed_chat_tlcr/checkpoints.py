@@ -124,6 +124,8 @@ class Checkpoints:
                 rates.restore(engine.optimizer, engine.lr_scheduler)
             restore_generators(torch.load(path / f"generators-{self.rank}.pt", weights_only=True))
             return torch.load(path / f"tensors-{self.rank}.pt", weights_only=True)
+        except InputError:
+            raise
         except (OSError, EOFError, RuntimeError, KeyError, ValueError, pickle.UnpicklingError) as error:
             raise unreadable(path, error) from error
 

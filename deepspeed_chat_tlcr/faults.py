@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from deepspeed_chat_tlcr.checkpoints import SETTINGS, fingerprint, newest_checkpoint
+from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
 from deepspeed_chat_tlcr.errors import RunError, SaveError
 from deepspeed_chat_tlcr.finite import save_faulty_batch, watch_gradients, weights_are_finite
 from deepspeed_chat_tlcr.runtime import Preemption
@@ -24,7 +26,6 @@ class FaultTolerant:
     faults_in_a_row = 0  # updates without one such micro-batch
     skipped_updates = 0
     left_out = 0  # micro-batches so far
-    watched = False
     finite_batch: dict[str, Any] | None = None  # the newest one of the coming update
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -33,9 +34,6 @@ class FaultTolerant:
         Raises ``RunError`` after ``--max_faults`` updates in a row that lost all of theirs, with the batch and a
         checkpoint saved.
         """
-        if not self.watched:
-            watch_gradients(model)
-            self.watched = True
         self.loss_was_finite, self.only_steps = True, False
         loss = super().training_step(model, inputs, *args, **kwargs)
         if self.loss_was_finite:
@@ -71,7 +69,15 @@ class FaultTolerant:
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        backward = self.accelerator.backward
+        backward, prepare = self.accelerator.backward, self.accelerator.prepare
+
+        def prepare_and_watch(*parts: Any, **kwargs: Any) -> Any:
+            prepared = prepare(*parts, **kwargs)
+            for part in prepared if isinstance(prepared, tuple) else (prepared,):
+                if isinstance(part, DeepSpeedEngine):
+                    watch_gradients(part)
+                    lean_checkpoints(part)
+            return prepared
 
         def backward_of_finite(loss: torch.Tensor, **kwargs: Any) -> None:
             # Under DeepSpeed this is the backward pass and, at an accumulation boundary, the step.
@@ -80,7 +86,7 @@ class FaultTolerant:
             elif self._guard(loss):
                 backward(loss, **kwargs)
 
-        self.accelerator.backward = backward_of_finite
+        self.accelerator.backward, self.accelerator.prepare = backward_of_finite, prepare_and_watch
 
     def _give_up(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
         folder = Path(self.args.output_dir)
@@ -108,6 +114,11 @@ class FaultTolerant:
             if self.faults_in_a_row:
                 logs["loss"] = logs["grad_norm"] = math.nan
         super().log(logs, *args, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A checkpoint needs no model's folder beside the engine's state."""
+        if not _internal_call:
+            super().save_model(output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint, mark it whole, and only then delete older ones."""

@@ -1,8 +1,12 @@
 """Optimisers and LoRA, shared by all stages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from deepspeed.accelerator import get_accelerator
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
@@ -105,6 +109,22 @@ def _blocks_of(model: PreTrainedModel) -> str:
     """How the names of the parameters in a model's blocks begin: its outermost list of modules is the list of them."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     return f"{min(lists, key=lambda name: name.count('.'))}." if lists else ""
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Within it LoRA layers compute as the linear layers they wrap do: nothing is added to those."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+    def scale(factor: float) -> None:
+        for layer in layers:
+            layer.set_scale("default", factor)
+
+    scale(0.0)  # and not left out: ZeRO-3 expects the same modules one after the other in every pass
+    try:
+        yield
+    finally:
+        scale(1.0)
 
 
 def merge_lora(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

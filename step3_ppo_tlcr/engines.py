@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,15 @@ import deepspeed
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
 from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
+from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
 from deepspeed_chat_tlcr.errors import InputError, RunError, told
 from deepspeed_chat_tlcr.finite import watch_gradients
-from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
-from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
+from deepspeed_chat_tlcr.models import freeze_head_bias, head_of, label_count, load_causal_lm, load_token_classifier
+from deepspeed_chat_tlcr.optim import add_lora, make_optimizer, without_adapters
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
 from step3_ppo_tlcr.experience import Rollout, at_actions, before_actions
@@ -146,16 +149,57 @@ def frozen_config(options: "Options", runtime: Runtime, zero_stage: int | None, 
     )
 
 
-def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel:
-    """The model that the KL penalty keeps the policy near to: the SFT model, unless told otherwise."""
+def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel | None:
+    """The model that the KL penalty keeps the policy near to: the SFT model, unless told otherwise.
+
+    None where that is what remains of the actor without its LoRA layers.
+    """
     config = frozen_config(options, runtime, options.reference_zero_stage, options.offload_reference_model)
     path = options.reference_model_name_or_path or options.actor_model_name_or_path
+    if path == options.actor_model_name_or_path and _keeps_base(options):
+        runtime.say("reference: the actor without its LoRA layers, so no model of its own is loaded")
+        return None
     model = load_causal_lm(path, runtime.torch_dtype, config, 0.0, options.attn_implementation)
     return freeze(model, config, runtime)
 
 
+def _keeps_base(options: "Options") -> bool:
+    """Whether the actor computes with the SFT model's own weights below its LoRA layers.
+
+    ZeRO++ gathers them in 8 bits, and the hybrid engine's kernels may have them merged.
+    """
+    kept = not options.enable_mixed_precision_lora and options.rollout_name != "hybrid"
+    return kept and _lora_alone(options, "actor")
+
+
+def _lora_alone(options: "Options", role: str) -> bool:
+    """Whether all that trains of a model's backbone is LoRA."""
+    return options.only_optimize_lora and getattr(options, f"{role}_lora_dim") > 0
+
+
+def _plain_copy(head: nn.Linear, runtime: Runtime) -> nn.Linear:
+    """A frozen head that outlives its model, whole on the device also where ZeRO-3 has partitioned that."""
+    with deepspeed.zero.GatheredParameters(list(head.parameters())):
+        copy = nn.Linear(head.in_features, head.out_features, head.bias is not None, runtime.device, head.weight.dtype)
+        copy.load_state_dict(head.state_dict())
+    return copy.requires_grad_(False)
+
+
+@contextmanager
+def _answering(model: PreTrainedModel, head: nn.Linear) -> Iterator[None]:
+    """Within it a token classifier's logits are those of another head on the same hidden states."""
+    hook = head_of(model)[1].register_forward_hook(lambda module, inputs, logits: head(*inputs))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
 class RewardSum:
-    """The weighted sum of ``--reward``'s terms, each with its own model; a model named twice is loaded once."""
+    """The weighted sum of ``--reward``'s terms, each with its own model; a model named twice is loaded once.
+
+    Of the one that a critic of LoRA layers alone began as, only the head is kept: the rest stands in the critic.
+    """
 
     def __init__(
         self,
@@ -163,13 +207,16 @@ class RewardSum:
         tokenizer: PreTrainedTokenizerFast,
         options: "Options",
         runtime: Runtime,
+        critic: DeepSpeedEngine | None,
     ):
-        self.specs, self.tokenizer = specs, tokenizer
+        self.specs, self.tokenizer, self.critic = specs, tokenizer, critic
         # ReMax clips the difference of two scores, which clipped ones would often make 0.
         self.clip = math.inf if options.algo == "remax" else options.clip_reward_value
         self.names = names_of(specs)
         self.fixed = options.fixed_values
         self.models: dict[str, DeepSpeedEngine | PreTrainedModel] = {}
+        self.heads: dict[str, nn.Linear] = {}  # of models whose backbone is the critic's
+        in_critic = options.critic_model_name_or_path if critic and _lora_alone(options, "critic") else None
         self.functions = {spec.path: load_function(spec.path) for spec in specs if spec.name == "python"}
         for path in dict.fromkeys(spec.path for spec in specs if spec.name in REWARDS and spec.path):
             labels = {REWARDS[spec.name].labels for spec in specs if spec.path == path}
@@ -180,7 +227,11 @@ class RewardSum:
             model = load_token_classifier(
                 path, labels.pop(), runtime.torch_dtype, config, 0.0, attention=options.attn_implementation
             )
-            self.models[path] = freeze(model, config, runtime)
+            if path == in_critic:
+                runtime.say(f"reward: {path}'s own head on the critic without its LoRA layers")
+                self.heads[path] = _plain_copy(head_of(model)[1], runtime)
+            else:
+                self.models[path] = freeze(model, config, runtime)
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -210,7 +261,12 @@ class RewardSum:
             return reward.function(mask, mask)
         if spec.path not in scored:
             score = positive_probs if reward.labels == 2 else token_scores
-            scored[spec.path] = score(self.models[spec.path], rollout)
+            if spec.path in self.heads:
+                self.critic.eval()
+                with without_adapters(self.critic.module), _answering(self.critic.module, self.heads[spec.path]):
+                    scored[spec.path] = score(self.critic, rollout)
+            else:
+                scored[spec.path] = score(self.models[spec.path], rollout)
         if spec.name == "sequence":
             return sequence_reward(scored[spec.path], mask, self.clip)
         if spec.name == "tlcr_fixed":
@@ -224,13 +280,20 @@ class Models:
 
     actor: DeepSpeedEngine
     critic: DeepSpeedEngine | None  # ReMax has none
-    reference: DeepSpeedEngine | PreTrainedModel
+    reference: DeepSpeedEngine | PreTrainedModel | None  # none where the actor without its LoRA layers serves
     reward: RewardSum
 
     @property
     def engines(self) -> dict[str, DeepSpeedEngine]:
         """Those that train."""
         return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
+
+    def reference_logits(self, rollout: Rollout) -> torch.Tensor:
+        """As ``action_logits`` of the reference; the actor is in evaluation mode."""
+        if self.reference is not None:
+            return action_logits(self.reference, rollout)
+        with without_adapters(self.actor.module):
+            return action_logits(self.actor, rollout)
 
 
 def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool, passes: int = 1) -> dict:
@@ -296,4 +359,5 @@ def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, 
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=schedule, config=config)
     watch_gradients(engine)
+    lean_checkpoints(engine)
     return engine

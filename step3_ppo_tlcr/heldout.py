@@ -69,7 +69,7 @@ class HeldOut:
     def _score(self, rollout: Rollout, averages: Averages, prefix: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         trainer = self.trainer
         rewards, terms = trainer.models.reward(rollout)
-        ref_logprobs = trainer.whole_logprobs(action_logits(trainer.models.reference, rollout), rollout)
+        ref_logprobs = trainer.whole_logprobs(trainer.models.reference_logits(rollout), rollout)
         logits = action_logits(trainer.models.actor, rollout)
         experience = Experience(
             rollout,

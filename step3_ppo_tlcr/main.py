@@ -83,11 +83,13 @@ def build(
     """Load every model and make the trainer of ``--algo``."""
     sets = len(prompts) // set_size(options, runtime) * options.num_train_epochs
     updates = sets * options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
+    actor = train_actor(options, runtime, updates)
+    critic = train_critic(options, runtime, updates) if options.algo == "ppo" else None
     models = Models(
-        actor=train_actor(options, runtime, updates),
-        critic=train_critic(options, runtime, updates) if options.algo == "ppo" else None,
+        actor=actor,
+        critic=critic,
         reference=load_reference(options, runtime),
-        reward=RewardSum(specs, tokenizer, options, runtime),
+        reward=RewardSum(specs, tokenizer, options, runtime, critic),
     )
 
     @torch.no_grad()

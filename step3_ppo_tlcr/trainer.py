@@ -129,7 +129,7 @@ class Trainer(ABC):
         for engine in self.models.engines.values():
             engine.eval()
         values = state_values(self.models.critic, rollout) if self.models.critic else None
-        ref_logits = action_logits(self.models.reference, rollout)
+        ref_logits = self.models.reference_logits(rollout)
         experience = Experience(rollout, rewards, self.whole_logprobs(ref_logits, rollout), old_values=values)
         if not self.on_policy:
             logits = action_logits(self.models.actor, rollout)

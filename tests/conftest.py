@@ -156,3 +156,13 @@ def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) 
     if check:
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done
+
+
+def bytes_of_tensors(content: object) -> int:
+    """Of all tensors in what ``torch.load`` gave."""
+    import torch
+
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return sum(map(bytes_of_tensors, parts))

@@ -98,6 +98,7 @@ PAPER = {
     "reward_zero_stage": 3,
     "ppo_offload": True,
     "ppo_gradient_checkpointing": True,
+    "ppo_ema": False,
     "revisions": "output/x/labeling/revisions.jsonl",
     "made_here": "",
 }
@@ -376,6 +377,22 @@ def test_step_3_offloads_where_it_would_not_fit_otherwise():
     assert Recipe.from_environment(environment() | {"PPO_OFFLOAD": "auto"}).ppo_offload is None
 
 
+def test_the_average_of_weights_is_4_bytes_a_parameter_over_all_ranks():
+    """In host memory where ZeRO-3 has the parameters there; its checkpoints grow by as much."""
+    shape = KNOWN_MODELS["llama-2-7b"]
+    average = 4 * shape.causal_parameters
+    for stage, on_gpu, on_host in ((2, average / 8, 0), (3, 0, average)):
+        without, with_it = (
+            plan.stage_needs(recipe(ppo_ema=ema, actor_zero_stage=stage), shape)["step3_ppo_tlcr"]
+            for ema in (False, True)
+        )
+        assert with_it.gpu_total - without.gpu_total == pytest.approx(on_gpu)
+        assert with_it.host["offloaded"] - without.host["offloaded"] == pytest.approx(on_host)
+    disks = [plan.disk_needs(recipe(ppo_ema=ema), SMALL)["step3_ppo_tlcr"] for ema in (False, True)]
+    assert disks[1].model - disks[0].model == 2 * 636
+    assert disks[1].checkpoints - disks[0].checkpoints == 2 * 4 * 636
+
+
 def test_remax_has_no_critic():
     shape = KNOWN_MODELS["llama-2-7b"]
     ppo, remax = (plan.stage_needs(recipe(algo=algo), shape)["step3_ppo_tlcr"] for algo in ("ppo", "remax"))
@@ -462,11 +479,11 @@ def test_steps_by_hand():
 
 def test_disk_by_hand():
     needs = plan.disk_needs(recipe(), SMALL)
-    # 636 parameters: the model in 2 bytes each; a checkpoint in 14, twice for a moment
-    assert needs["step1_sft"] == plan.Disk(2 * 636, 2 * 14 * 636)
+    # 636 parameters: the model in 2 bytes each; a checkpoint in 12, twice for a moment
+    assert needs["step1_sft"] == plan.Disk(2 * 636, 2 * 12 * 636)
     assert needs["step3_ppo_tlcr"].model == 2 * (636 + 613)
     models = 2 * (636 + 618 + 636 + 613)
-    assert plan.most_disk(needs.values()) == models + 2 * 14 * (636 + 613)
+    assert plan.most_disk(needs.values()) == models + 2 * 12 * (636 + 613)
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------

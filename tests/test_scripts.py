@@ -144,6 +144,7 @@ def test_every_planned_command_is_one_its_stage_understands(plan_7b):
     # Where the memory plan fits on the GPUs, the paper's offload is one variable away.
     assert not ppo.offload
     assert "--offload" in run("step3.sh", PLAN=1, PPO_OFFLOAD=1).stdout
+    assert "--enable_ema" in run("step3.sh", PLAN=1, PPO_EMA=1).stdout
     assert "--offload" in run("step3.sh", PLAN=1, GPU_MEMORY_GB=40).stdout
     assert ppo.tokens_per_micro_batch == 2048
     assert ppo.actor_gradient_checkpointing

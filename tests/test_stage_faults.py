@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, bytes_of_tensors
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -91,6 +91,29 @@ def test_a_killed_stage_ends_where_the_uninterrupted_one_ends(stage, tmp_path, m
             stage(name, tmp_path / "half")
     assert newest_checkpoint(tmp_path / "half").name == "checkpoint-2"
     stage(name, tmp_path / "half")
+    require_same_end(tmp_path / "whole", tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "trained"),
+    [
+        ("sft", ("--dtype", "bf16", "--zero_stage", 2), 2 * 320 * 32 + 5 * 32 + 2 * 10_240),
+        ("sequence", ("--zero_stage", 3, "--lora_dim", 2, "--only_optimize_lora"), 2 * 1_088 + 32 + 1),
+        ("dpo", ("--zero_stage", 2, "--offload", "--lora_dim", 2, "--only_optimize_lora"), 2 * 1_088),
+    ],
+)
+def test_a_checkpoint_is_12_bytes_of_each_parameter_that_trains(stage, tmp_path, monkeypatch, name, more, trained):
+    """Whole: weight, momentum and variance in fp32. LoRA of rank 2: 1,088 parameters in each block, and the head."""
+    stage(name, tmp_path / "whole", *more)
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, kill)
+        with pytest.raises(Killed):
+            stage(name, tmp_path / "half", *more)
+    checkpoint = newest_checkpoint(tmp_path / "half")
+    assert not list(checkpoint.rglob("*.safetensors"))
+    kept = sum(bytes_of_tensors(torch.load(file, weights_only=False)) for file in checkpoint.glob("global_step*/*.pt"))
+    assert kept == pytest.approx(12 * trained, rel=0.02)
+    stage(name, tmp_path / "half", *more)
     require_same_end(tmp_path / "whole", tmp_path / "half")
 
 
@@ -307,15 +330,18 @@ def log_of(folder: Path) -> list[dict]:
     return [line for line in read_metrics(folder / "metrics.jsonl") if "train/loss" in line]
 
 
-def test_losses_that_stay_no_numbers_end_the_run_with_what_caused_them(stage, tmp_path, monkeypatch):
-    bad_at(monkeypatch, range(3, 100))
-    with pytest.raises(RunError, match="2 updates in a row had no finite loss; the newest batch is in") as ended:
-        stage("sft", tmp_path, "--max_faults", 2)
+def test_losses_that_stay_no_numbers_end_the_run_with_what_caused_them(stage, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        bad_at(patch, range(3, 100))
+        with pytest.raises(RunError, match="2 updates in a row had no finite loss; the newest batch is in") as ended:
+            stage("sft", tmp_path, "--max_faults", 2)
     assert str(tmp_path / "checkpoint-3") in str(ended.value)
     batch = load_file(tmp_path / "faulty_batch-0.safetensors")
     assert batch["input_ids"].shape == batch["labels"].shape
     assert len(batch["input_ids"]) == 4
-    AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
+    stage("sft", tmp_path, "--max_faults", 2)
+    assert f"continuing from {tmp_path / 'checkpoint-3'}" in capsys.readouterr().out
+    assert all(torch.isfinite(weight).all() for weight in load_file(tmp_path / "model.safetensors").values())
 
 
 def test_a_lost_rank_ends_the_others_with_a_message(monkeypatch, capsys):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import bytes_of_tensors
 from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig
@@ -89,6 +90,9 @@ def own_reward(folder: Path, monkeypatch, body: str) -> str:
     return f"python:{name}:reward"
 
 
+LORA = ("--actor_lora_dim", 2, "--critic_lora_dim", 2, "--actor_lora_learning_rate", 1e-2)
+
+
 # Algorithms
 
 
@@ -150,6 +154,43 @@ def test_the_kl_is_measured_from_the_reference_that_is_named(run, tiny, tmp_path
     shutil.copytree(tiny / "model", tmp_path / "other")
     model.save_pretrained(tmp_path / "other")
     assert abs(run("named", "--reference_model_name_or_path", tmp_path / "other")[0]["policy/kl"]) > 0.1
+
+
+@pytest.mark.parametrize("more", [(), ("--actor_zero_stage", 3, "--tokens_per_micro_batch", 200, "--ppo_epochs", 2)])
+def test_the_actor_without_its_lora_layers_is_the_reference(run, tiny, tmp_path, monkeypatch, more):
+    """All that is measured equals what a reference of its own gives; the actor's own log-probs move away from it."""
+    loaded, load = [], engines.load_causal_lm
+    monkeypatch.setattr(engines, "load_causal_lm", lambda path, *rest: loaded.append(str(path)) or load(path, *rest))
+    more = (*more, *LORA, "--only_optimize_lora", "--eval_interval", 2, "--eval_prompts", 2)
+    one = run("one", *more)
+    assert loaded == [str(tiny / "model")]
+    shutil.copytree(tiny / "model", tmp_path / "copy")
+    two = run("two", *more, "--reference_model_name_or_path", tmp_path / "copy")
+    assert loaded[1:] == [str(tiny / "model"), str(tmp_path / "copy")]
+    assert without_clock(one) == without_clock(two)
+    assert one[1]["policy/kl"] == pytest.approx(0, abs=1e-5)
+    assert abs(one[3]["policy/kl"]) > 1e-3
+    assert one[3]["eval/policy/kl"] != 0
+    first, second = weights(tmp_path / "one" / "actor"), weights(tmp_path / "two" / "actor")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    run("all", *LORA, "--test_stop_step", 1)
+    assert loaded[3:] == [str(tiny / "model")] * 2, "the rest of the actor trains too"
+
+
+@pytest.mark.parametrize("kind", ["disc", "rm"])
+@pytest.mark.parametrize("more", [(), ("--critic_zero_stage", 3, "--reward_zero_stage", 3, "--critic_dropout", 0.1)])
+def test_the_critic_without_its_lora_layers_scores_with_the_rewards_own_head(run, world, tmp_path, capsys, more, kind):
+    """All that is measured equals what a reward model of its own gives, the copy in another folder."""
+    shutil.copytree(world / kind, tmp_path / "copy")
+    name = {"disc": "tlcr", "rm": "sequence"}[kind]
+    more = (*more, *LORA, "--only_optimize_lora", "--critic_learning_rate", 1e-2, "--critic_lora_learning_rate", 1e-2)
+    one = run("one", *more, "--reward", name, f"{name}@0.5", critic=kind)
+    assert "own head on the critic without its LoRA layers" in capsys.readouterr().out
+    two = run("two", *more, "--reward", f"{name}:{tmp_path / 'copy'}", f"{name}:{tmp_path / 'copy'}@0.5", critic=kind)
+    assert "own head" not in capsys.readouterr().out
+    assert without_clock(one) == without_clock(two)
+    first, second = weights(tmp_path / "one" / "critic"), weights(tmp_path / "two" / "critic")
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_greedy_baseline_of_the_same_answer_leaves_the_kl_penalty_alone(run):
@@ -417,6 +458,75 @@ def stopped(run, name: str, tmp_path, monkeypatch, *more: object) -> None:
     run(name, "--reward", reward, *more)
     monkeypatch.delitem(sys.modules, f"reward_of_{tmp_path.name}")
     own_reward(tmp_path, monkeypatch, "return plain")
+
+
+AVERAGE = ("--enable_ema", "--ema_decay", 0.5)
+# The tiny actor: two matrices of 320 x 32 and the last norm, and in each of two blocks 10,240 weights of seven matrices
+# and two norms. LoRA of rank 2 adds 2 * 64 to the four matrices of 32 x 32 and 2 * 96 to the three of 32 x 64.
+OUTSIDE, BLOCKS, ADAPTERS = 2 * 320 * 32 + 32 + 2 * 64, 2 * 10_240, 2 * (4 * 2 * 64 + 3 * 2 * 96)
+TRAINED = {  # ZeRO stage and options; how many of the actor's parameters train
+    "fp32": ((0, "fp32"), OUTSIDE + BLOCKS),
+    "fp32, ZeRO-2": ((2, "fp32"), OUTSIDE + BLOCKS),
+    "bf16": ((0, "bf16"), OUTSIDE + BLOCKS),
+    "bf16, ZeRO-2, average": ((2, "bf16", *AVERAGE), OUTSIDE + BLOCKS),
+    "ZeRO-2, offload": ((2, "bf16", "--offload"), OUTSIDE + BLOCKS),
+    "ZeRO-3, average": ((3, "bf16", *AVERAGE), OUTSIDE + BLOCKS),
+    "ZeRO-3, offload": ((3, "bf16", "--offload"), OUTSIDE + BLOCKS),
+    "LoRA": ((0, "fp32", *LORA, "--only_optimize_lora"), ADAPTERS),
+    "LoRA and the rest": ((2, "bf16", *LORA), OUTSIDE + ADAPTERS),
+    "LoRA, ZeRO-2, average": ((2, "bf16", *LORA, "--only_optimize_lora", *AVERAGE), ADAPTERS),
+    "LoRA, ZeRO-3": ((3, "bf16", *LORA, "--only_optimize_lora"), ADAPTERS),
+}
+
+
+def continued(run, tmp_path, monkeypatch, options, lean: bool = True) -> int:
+    """A run stopped after its first step, by SIGTERM, and continued: it must end where the uninterrupted one ends.
+
+    Returns how many bytes of tensors the actor's checkpoint holds. Without ``lean``, an older version wrote it.
+    """
+    stage, dtype, *more = options
+    more = ("--dtype", dtype, "--actor_zero_stage", stage, "--critic_zero_stage", stage, "--save_total_limit", 9, *more)
+    whole = run("whole", *more, "--reward", own_reward(tmp_path, monkeypatch, "return plain"))
+    monkeypatch.delitem(sys.modules, f"reward_of_{tmp_path.name}")
+    with monkeypatch.context() as patch:
+        if not lean:
+            patch.setattr(engines, "lean_checkpoints", lambda engine: None)
+        stopped(run, "half", tmp_path, monkeypatch, *more)
+    files = (tmp_path / "half" / "checkpoints" / "step-1" / "actor").glob("*.pt")
+    kept = sum(bytes_of_tensors(torch.load(file, weights_only=False)) for file in files)
+    resumed = run("half", *more, "--reward", f"python:reward_of_{tmp_path.name}:reward")
+    assert without_clock(resumed) == without_clock(whole)
+    for model in ("actor", "critic", *(["actor_ema"] if "--enable_ema" in options else [])):
+        one, other = weights(tmp_path / "whole" / model), weights(tmp_path / "half" / model)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    return kept
+
+
+@pytest.mark.parametrize(("options", "trained"), TRAINED.values(), ids=TRAINED)
+def test_a_checkpoint_holds_what_cannot_be_made_again(run, tmp_path, monkeypatch, options, trained):
+    """Weight, momentum and variance in fp32: 12 bytes of a parameter that trains, none of one that does not."""
+    assert continued(run, tmp_path, monkeypatch, options) == pytest.approx(12 * trained, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "LoRA", "LoRA, ZeRO-2, average", "LoRA, ZeRO-3"])
+def test_checkpoints_with_everything_in_them_load_too(run, tmp_path, monkeypatch, name):
+    options, trained = TRAINED[name]
+    kept = continued(run, tmp_path, monkeypatch, options, lean=False)
+    assert kept > 12 * trained + 40_000 * ("LoRA" in name or "bf16" in name)
+
+
+def test_frozen_weights_of_another_model_are_refused(run, tiny, tmp_path, monkeypatch, capsys):
+    shutil.copytree(tiny / "model", tmp_path / "base")
+    more = (*LORA, "--only_optimize_lora", "--actor_zero_stage", 2, "--actor_model_name_or_path", tmp_path / "base")
+    stopped(run, "other", tmp_path, monkeypatch, *more)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] += 1
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(SystemExit) as ended:
+        run("other", "--reward", f"python:reward_of_{tmp_path.name}:reward", *more)
+    assert ended.value.code == 2
+    assert "was written with another model than the one loaded now" in capsys.readouterr().err
 
 
 def test_a_resumed_run_goes_by_the_rates_of_its_flags(run, tmp_path, monkeypatch, capsys):

@@ -120,6 +120,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${GAMMA:=1}"                             # discount of later rewards
 : "${ACTOR_WEIGHT_DECAY:=0}"
 : "${WHITEN_ADVANTAGES:=0}"                 # advantages scaled to mean 0, deviation 1 (not in the paper)
+: "${PPO_EMA:=0}"                           # also save actor_ema, a running average of the actor's weights
 : "${ACTOR_ZERO_STAGE:=2}"
 : "${CRITIC_ZERO_STAGE:=2}"
 : "${REFERENCE_ZERO_STAGE:=3}"

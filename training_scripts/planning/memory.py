@@ -216,6 +216,7 @@ def ppo(
     nodes: int,
     offload: bool,
     checkpointing: bool,
+    averaged: bool = False,
     size: int = 2,
 ) -> Need:
     """Step 3: four models at once, three where the algorithm has no critic (ReMax).
@@ -260,6 +261,11 @@ def ppo(
         "critic's step": steps.get("critic", 0),
     }
     largest = max(phases, key=phases.__getitem__)
+    if averaged:  # in fp32, of the actor; each rank has a part, where its parameters are
+        if offload and actor_stage == 3:
+            offloaded += 4 * shape.causal_parameters
+        else:
+            gpu["average of weights"] = 4 * shape.causal_parameters / ranks
     if actor_stage != 3:
         gpu["KV cache"] = keys_and_values  # its place is part of the CUDA graphs that decode
     gpu[f"work: {largest}"] = phases[largest]
@@ -277,6 +283,6 @@ def saved_model(parameters: int, size: int = 2) -> int:
     return parameters * size
 
 
-def saved_training_state(parameters: int, size: int = 2) -> int:
-    """A checkpoint a run can continue from: the parameters, and the optimiser's 12 bytes for each."""
-    return parameters * (size + 12)
+def saved_training_state(parameters: int) -> int:
+    """A checkpoint a run can continue from: the optimiser's 12 bytes for each, fp32 parameter, momentum, variance."""
+    return 12 * parameters

@@ -143,6 +143,7 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
                 reward_stage=recipe.reward_zero_stage,
                 offload=offload_ppo,
                 checkpointing=recipe.ppo_gradient_checkpointing,
+                averaged=recipe.ppo_ema,
                 **shared,
             )
     return needs
@@ -169,10 +170,16 @@ def disk_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Disk]:
         if stage != "label"
     }
     size = recipe.bytes_per_parameter
-    return {
-        stage: Disk(memory.saved_model(count, size), 2 * memory.saved_training_state(count, size))
+    needs = {
+        stage: Disk(memory.saved_model(count, size), 2 * memory.saved_training_state(count))
         for stage, count in parameters.items()
     }
+    if recipe.ppo_ema and recipe.ppo_folder in needs:  # a third model; in checkpoints its fp32 numbers
+        step3, count = needs[recipe.ppo_folder], shape.causal_parameters
+        needs[recipe.ppo_folder] = Disk(
+            step3.model + memory.saved_model(count, size), step3.checkpoints + 2 * 4 * count
+        )
+    return needs
 
 
 def most_disk(needs: Iterable[Disk]) -> int:

@@ -95,6 +95,7 @@ class Recipe:
     reward_zero_stage: int
     ppo_offload: bool | None  # None: auto, as the memory plan says
     ppo_gradient_checkpointing: bool
+    ppo_ema: bool
     ppo_folder: str
     sequence_folder: str
     revisions: str

@@ -1,0 +1,87 @@
+"""DeepSpeed's checkpoints without what can be made again.
+
+Of a trained parameter 12 bytes are kept, in fp32: itself, momentum, variance. ZeRO-1 and 2 would write it once more as
+the model computes with it, which is the fp32 one rounded. Of a frozen parameter nothing is kept: the model's folder
+has it. Only without ZeRO there are no such copies, and the model's own trained parameters are kept.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import nn
+
+from deepspeed_chat_tlcr.errors import InputError
+
+
+def lean_checkpoints(engine: DeepSpeedEngine) -> None:
+    """Have an engine save no more than it needs, and load that as well as checkpoints that hold everything.
+
+    Loading raises ``InputError`` where the parameters' shapes, or the frozen ones themselves, are others than when the
+    checkpoint was written.
+    """
+    save_all, load_all = engine.save_checkpoint, engine.load_checkpoint
+
+    @cache
+    def known_by() -> str:
+        return _fingerprint(engine.module)
+
+    def leave_out(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+        for name in _can_be_made_again(engine):
+            state_dict.pop(name, None)
+
+    def save(save_dir: str | Path, tag: str | None = None, save_latest: bool = True) -> None:
+        hook = engine.module.register_state_dict_post_hook(leave_out)
+        try:
+            # Without frozen parameters, also those that DeepSpeed keeps beside the module's.
+            save_all(save_dir, tag, {"model": known_by()}, save_latest, exclude_frozen_parameters=True)
+        finally:
+            hook.remove()
+
+    def put(src: dict[str, Any], dst: nn.Module) -> None:
+        left_out = set(_can_be_made_again(engine))
+        dst.load_state_dict(src, strict=not left_out or not left_out.isdisjoint(src))
+
+    def load(load_dir: str | Path, tag: str | None = None, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
+        path, state = load_all(load_dir, tag, **kwargs, custom_load_fn=put)
+        if state is not None and state.get("model", known_by()) != known_by():
+            raise InputError(
+                f"{path} was written with another model than the one loaded now: the shapes of its parameters differ, "
+                "or those that do not train. Continue from the model it began with, or start anew with --resume never"
+            )
+        if engine.zero_optimization() and not engine.zero_optimization_partition_weights():
+            engine.optimizer.update_lp_params()  # what the model computes with, from the fp32 parameters
+        return path, state
+
+    engine.save_checkpoint, engine.load_checkpoint = save, load
+
+
+def _can_be_made_again(engine: DeepSpeedEngine) -> Iterator[str]:
+    """Names of parameters as a state dict has them, a tied one's under each of its names."""
+    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        if engine.zero_optimization() or not parameter.requires_grad:
+            yield name
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """Names all parameters' shapes, and of those that do not train the values that this rank holds."""
+    digest = hashlib.sha256()
+    for name, parameter in module.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
+        if not parameter.requires_grad:
+            digest.update(_held(parameter).detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()
+
+
+def _held(parameter: nn.Parameter) -> torch.Tensor:
+    """What this rank has of a parameter; the last shards of ZeRO-3 end in memory that nobody has written."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.data
+    shard = parameter.ds_tensor.data
+    begin = torch.distributed.get_rank() * shard.numel()
+    return shard.flatten()[: max(0, min(shard.numel(), parameter.ds_numel - begin))]
