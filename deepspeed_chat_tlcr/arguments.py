@@ -169,6 +169,17 @@ class TrainOptions:
         return self.eot_token if self.add_eot_token else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """padding"""
+
+    tokens_per_micro_batch: int = option(
+        0,
+        "compute without padding: a micro-batch's rows in packs of at most so many tokens, what both rows of a pair "
+        "begin with once; 0: padded rows",
+    )
+
+
 def require_ranges(options: Any, least: dict[str, float], most: dict[str, float] | None = None) -> None:
     """Raise ``InputError`` for a number of ``options`` below ``least`` or above ``most``, or that is not finite.
 

@@ -120,8 +120,10 @@ class _Epochs(TrainerCallback):
 class StageMixin(FaultTolerant):
     """This library's optimiser, length-grouped batches and checkpoints for transformers' Trainer and its kind."""
 
-    def __init__(self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], **kwargs: Any):
-        self.stage, self.train_lengths = stage, train_lengths
+    def __init__(
+        self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], tokens_at_once: int = 0, **kwargs: Any
+    ):
+        self.stage, self.train_lengths, self.tokens_at_once = stage, train_lengths, tokens_at_once
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
@@ -212,7 +214,7 @@ def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     ones = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_faults")
     ones += ("num_train_epochs", "max_seq_len", "save_total_limit")
     zeros = ("learning_rate", "lora_learning_rate", "weight_decay", "max_grad_norm", "num_warmup_steps", "lora_dim")
-    zeros += ("lora_alpha", "save_interval", "eval_interval", "neutral_weight", "beta")
+    zeros += ("lora_alpha", "save_interval", "eval_interval", "neutral_weight", "beta", "tokens_per_micro_batch")
     require_ranges(options, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
     attention.require(options.attn_implementation, runtime.dtype)
     require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
