@@ -93,7 +93,8 @@ def run(options: Options) -> None:
         for place, question in enumerate(shown)
     ]
     results = {"models": list(models), "discriminator": options.discriminator, "samples": samples}
-    save_results(options.out, "side_by_side", {**results, "temperature": options.temperature})
+    results |= {"temperature": options.temperature, "attn_implementation": options.attn_implementation}
+    save_results(options.out, "side_by_side", results)
 
 
 @exits_cleanly
