@@ -26,9 +26,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from deepspeed_chat_tlcr import runtime as runtimes
+from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.packing import tokens_at_once
-from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
 from deepspeed_chat_tlcr.training import pad_examples, prepare_model, stage_config, training_arguments

@@ -14,8 +14,8 @@ here, the flag parses and one warning says why.
 """
 
 import argparse
+import difflib
 import json
-import math
 import sys
 import textwrap
 import types
@@ -23,7 +23,7 @@ import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, NoReturn, TypeVar
 
 from deepspeed_chat_tlcr.errors import InputError
 
@@ -33,17 +33,60 @@ AttentionName = Literal["sdpa", "flash_attention_2", "flash_attention_3", "flex_
 
 
 def option(
-    default: Any, help: str, no_effect: str | None = None, flags: Sequence[str] = (), better: str | None = None
+    default: Any,
+    help: str,
+    no_effect: str | None = None,
+    flags: Sequence[str] = (),
+    better: str | None = None,
+    least: float | None = None,
+    most: float = 1e9,
+    above: float | None = None,
+    below: float | None = None,
+    compatibility: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line option; ``default=MISSING`` makes it required.
 
     ``no_effect`` says why an accepted flag does nothing (then giving it warns); ``better`` how it improves on the flag
-    of the same name in DeepSpeed-Chat or its forks (docs/flags.md); ``flags`` are further spellings.
+    of the same name in DeepSpeed-Chat or its forks (docs/flags.md); ``flags`` are further spellings;
+    ``compatibility``: another way to ask for what a newer option says. A number lies from ``least`` to ``most``, both
+    allowed, and between ``above`` and ``below``, neither of them; ``least`` is 1 for a whole number whose default is
+    above 0, and else 0, unless it is given.
     """
     metadata = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
+    metadata |= {"bounds": Bounds(least, most, above, below), "compatibility": compatibility or bool(no_effect)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
+
+
+def seed_option(default: Any, help: str) -> Any:
+    """An option for what every random generator takes as a seed."""
+    return option(default, help, least=0, most=2**32 - 1)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The numbers that an option may be."""
+
+    least: float | None
+    most: float
+    above: float | None
+    below: float | None
+
+    def error(self, value: float, default: Any) -> str | None:
+        """What is wrong with a value: None where nothing is."""
+        first = (default or [0])[0] if isinstance(default, list) else default
+        counts = type(value) is int and first is not None and (first is MISSING or first > 0)
+        least = self.least if self.least is not None else int(counts)
+        above = value > self.above if self.above is not None else value >= least
+        below = value < self.below if self.below is not None else value <= self.most
+        if above and below:
+            return None
+        if self.above is None and self.below is None:
+            return f"must be from {least:,.10g} to {self.most:,.10g}"
+        low = f"above {self.above:g}" if self.above is not None else f"at least {least:,.10g}"
+        high = f"below {self.below:g}" if self.below is not None else f"at most {self.most:,.10g}"
+        return f"must be {low} and {high}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +96,15 @@ class RunOptions:
     DEFAULTS: ClassVar[dict[str, Any]] = {}
 
     output_dir: str = option("./output", "folder for the model, metrics.jsonl, checkpoints and results.json")
-    seed: int = option(1234, "seed of initialisation, shuffling and sampling (the data split has its own: --data_seed)")
+    seed: int = seed_option(
+        1234, "seed of initialisation, shuffling and sampling (the data split has its own: --data_seed)"
+    )
     dtype: Dtype = option(
         "auto",
         "training precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU",
         better="fp32 too, and by default what the accelerator does best",
     )
-    bf16: bool = option(False, "the forks' spelling of --dtype bf16")
+    bf16: bool = option(False, "the forks' spelling of --dtype bf16", compatibility=True)
     attn_implementation: AttentionName = option(
         "sdpa", "what computes attention in every model; sdpa: PyTorch's kernels, eager in a family that has none"
     )
@@ -79,9 +124,12 @@ class RunOptions:
     tensorboard_path: str = option(
         "", "folder for TensorBoard logs; empty: output_dir/tensorboard", better="by default beside the model"
     )
-    local_rank: int = option(-1, "set by the launcher")
+    local_rank: int = option(-1, "set by the launcher", least=-1)
     deepspeed: bool = option(
-        False, "accepted as in DeepSpeed-Chat; training always runs on DeepSpeed", flags=("--deepscale",)
+        False,
+        "accepted as in DeepSpeed-Chat; training always runs on DeepSpeed",
+        compatibility=True,
+        flags=("--deepscale",),
     )
     deepspeed_config: str | None = option(
         None,
@@ -111,7 +159,7 @@ class DataOptions:
         better="own files and folders need no name that it knows, chat messages included",
     )
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
-    data_seed: int = option(1234, "seed of the split; the same in every stage, whatever --seed is")
+    data_seed: int = seed_option(1234, "seed of the split; the same in every stage, whatever --seed is")
     data_output_path: str | None = option(
         None,
         "folder where the data's text is kept, memory-mapped; unset: in HF_DATASETS_CACHE",
@@ -133,10 +181,10 @@ class TrainOptions:
     gradient_accumulation_steps: int = option(1, "micro-batches per optimiser step")
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
     lr_scheduler_type: Schedule = option("cosine", "learning-rate schedule")
-    num_warmup_steps: int = option(0, "optimiser steps of linear warm-up")
+    num_warmup_steps: int = option(0, "optimiser steps of linear warm-up", least=0)
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    dropout: float | None = option(None, "every dropout probability of the model; unset: the checkpoint's own")
-    disable_dropout: bool = option(False, "the forks' spelling of --dropout 0")
+    dropout: float | None = option(None, "every dropout probability of the model; unset: the checkpoint's own", most=1)
+    disable_dropout: bool = option(False, "the forks' spelling of --dropout 0", compatibility=True)
     zero_stage: Literal[0, 1, 2, 3] = option(0, "ZeRO stage")
     offload: bool = option(False, "keep optimiser states (ZeRO-3: parameters too) in host memory")
     lora_dim: int = option(0, "LoRA rank; 0: train all parameters")
@@ -180,19 +228,16 @@ class PackingOptions:
     )
 
 
-def require_ranges(options: Any, least: dict[str, float], most: dict[str, float] | None = None) -> None:
-    """Raise ``InputError`` for a number of ``options`` below ``least`` or above ``most``, or that is not finite.
-
-    Names that the options do not have, and options that are None, are passed over.
-    """
-    for name, bound in least.items():
-        value = getattr(options, name, None)
-        if value is not None and not (bound <= value < math.inf):
-            raise InputError(f"--{name} {value}: must be at least {bound:g}, and finite")
-    for name, bound in (most or {}).items():
-        value = getattr(options, name, None)
-        if value is not None and value > bound:
-            raise InputError(f"--{name} {value}: must be at most {bound:g}")
+def require_bounds(options: Any) -> None:
+    """Raise ``InputError`` for the first number outside its option's bounds, and for text or a list that is missing."""
+    for entry in fields(options):
+        value, default = getattr(options, entry.name), default_of(type(options), entry)
+        declared = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        for one in value if isinstance(value, list) else [value]:
+            if type(one) in (int, float) and (wrong := entry.metadata["bounds"].error(one, declared)):
+                raise InputError(f"--{entry.name} {one}: {wrong}")
+        if isinstance(value, str | list) and not value and default not in ("", [], None):
+            raise InputError(f"--{entry.name}: needs a value")
 
 
 OptionsType = TypeVar("OptionsType")
@@ -201,23 +246,23 @@ OptionsType = TypeVar("OptionsType")
 def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -> OptionsType:
     """Parse a command line into ``options_class``; loads no model and touches no device.
 
-    Warns once, on stderr, for every given flag that has no effect here. Argparse exits with code 2 on unknown flags.
+    Warns once, on stderr, for every given flag that has no effect here. Raises ``InputError`` for unknown flags, with
+    the known one that comes nearest, and for values that cannot be.
     """
-    parser = argparse.ArgumentParser(
-        description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False
-    )
+    parser = _Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(options_class)
     for group in groups_of(options_class):
         shown = parser.add_argument_group(group.title)
         for entry in group.entries:
             kwargs = _argparse_kwargs(entry, hints[entry.name], default_of(options_class, entry))
             shown.add_argument(f"--{entry.name}", *entry.metadata["flags"], **kwargs)
-    given = parser.parse_args(argv)
+    options = options_class(**vars(parser.parse(sys.argv[1:] if argv is None else argv)))
+    require_bounds(options)
     for entry in fields(options_class):
         reason = entry.metadata["no_effect"]
-        if reason and getattr(given, entry.name) != default_of(options_class, entry):
+        if reason and getattr(options, entry.name) != default_of(options_class, entry):
             print(f"warning: --{entry.name} has no effect: {reason}", file=sys.stderr)
-    return options_class(**vars(given))
+    return options
 
 
 @dataclass(frozen=True)
@@ -229,15 +274,20 @@ class OptionGroup:
 
 
 def groups_of(options_class: type) -> list[OptionGroup]:
-    """A stage's options by the class that declares them: its own first, then those it inherits, as it names them."""
+    """A stage's options by the class that declares them: its own first, then those it inherits, as it names them.
+
+    Those that exist for other programs' scripts come last.
+    """
     by_name = {entry.name: entry for entry in fields(options_class)}
-    groups = []
+    groups, last = [], []
     for owner in options_class.__mro__:
-        entries = tuple(by_name.pop(name) for name in getattr(owner, "__annotations__", {}) if name in by_name)
+        own = [by_name.pop(name) for name in getattr(owner, "__annotations__", {}) if name in by_name]
+        entries = tuple(entry for entry in own if not entry.metadata["compatibility"])
+        last += [entry for entry in own if entry.metadata["compatibility"]]
         title = "this stage" if owner is options_class else (owner.__doc__ or "").strip().splitlines()[0]
         if entries:
             groups.append(OptionGroup(title, entries))
-    return groups
+    return groups + ([OptionGroup("accepted, so that scripts for other programs run", tuple(last))] if last else [])
 
 
 def default_of(options_class: type, entry: Field) -> Any:
@@ -268,6 +318,21 @@ def _argparse_kwargs(entry, hint: Any, default: Any) -> dict[str, Any]:
     return kwargs | {"type": hint, "metavar": hint.__name__.upper()}
 
 
+class _Parser(argparse.ArgumentParser):
+    """Argparse whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.removeprefix('argument ')} (--help lists all options)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """``parse_args``, but an unknown flag is named before one that is missing, with the known one nearest to it."""
+        for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
+            if name not in self._option_string_actions:
+                near = difflib.get_close_matches(name, self._option_string_actions, 1)
+                self.error(f"unknown argument {name}" + (f": did you mean {near[0]}?" if near else ""))
+        return self.parse_args(argv)
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     """A line of usage, then each option with its default where that says something."""
 
@@ -282,7 +347,8 @@ class _HelpFormatter(argparse.HelpFormatter):
         if action.required:
             return f"{action.help} (required)"
         silent = action.default is None or action.default is False or action.default in ("", [], argparse.SUPPRESS)
-        return action.help if silent else f"{action.help} (default: %(default)s)"
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return action.help if silent else f"{action.help} (default: {default})"  # which no format sign is in
 
 
 def announce(options: Any, folder: str | Path) -> None:

@@ -22,6 +22,8 @@ from deepspeed_chat_tlcr.runtime import Runtime, heartbeat
 from deepspeed_chat_tlcr.saving import write_json
 
 _STATE = "state.json"
+SETTINGS = "settings.json"
+"""Written last into a checkpoint of transformers' Trainer: one without it is half a checkpoint."""
 
 # What a run may be continued with otherwise without a word: it changes no number.
 _HARMLESS = {"output_dir", "resume", "save_interval", "save_total_limit", "report_to", "local_rank", "max_faults"}
@@ -188,6 +190,32 @@ def _differing(saved: dict[str, Any], options: Any) -> list[str]:
     without = [name for name in current if name.endswith("lora_dim") and not current[name] and not saved.get(name)]
     passed_over = _HARMLESS | {name.replace("lora_dim", "lora_module_name") for name in without}
     return [name for name in current if name in saved and name not in passed_over and saved[name] != current[name]]
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The whole checkpoint of the latest step in a stage's output folder, or None."""
+    steps = [path.parent for path in folder.glob(f"checkpoint-*/{SETTINGS}")]
+    return max(steps, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+
+
+def clear_half_checkpoints(folder: Path) -> None:
+    """Delete what a run that was killed while it saved has left (rank 0 calls this)."""
+    for path in folder.glob("checkpoint-*"):
+        if not (path / SETTINGS).is_file():
+            shutil.rmtree(path)
+
+
+def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoint: Path) -> list[str]:
+    """The settings that differ from those a checkpoint was written with, as ``--name: old -> new``.
+
+    Raises ``InputError`` for another number of ranks: DeepSpeed's optimiser states are divided by it.
+    """
+    if saved["world_size"] != world_size:
+        raise InputError(
+            f"{checkpoint} was written by {saved['world_size']} rank(s), this run has {world_size}: continue with as "
+            "many ranks, or start anew with --resume never"
+        )
+    return changed_settings(saved["options"], options, checkpoint)
 
 
 def fingerprint(data: Iterable[Any]) -> str:

@@ -5,20 +5,15 @@ have ended leave it, and it grows by one chunk, so that neither waits for the lo
 """
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from deepspeed_chat_tlcr.generation import Decoding, Ends, response_mask, warp
-
-if TYPE_CHECKING:
-    from deepspeed_chat_tlcr.graphs import GraphedLoop
 
 CHUNK = 32
 _CHECK_EVERY = 8  # tokens between questions to the device whether all rows have ended
@@ -63,7 +58,7 @@ class _RoomyLayer(DynamicLayer):
 
 
 @dataclass
-class _Live:
+class Live:
     """The rows that are still being decoded, and what they attend to."""
 
     rows: torch.Tensor  # (b,) which of the B rows
@@ -80,32 +75,29 @@ def decode(
     eos_id: Ends,
     pad_id: int,
     synced: bool = False,
-    graphs: "GraphedLoop | None" = None,
 ) -> torch.Tensor:
     """Continue left-padded prompts ``(B, P)``; returns ``(B, P + A)``, A as long as the longest response.
 
     A sampled token is drawn from exactly the distribution of ``token_logprobs`` (both use ``warp``), by inverting its
     cumulative distribution in float64; each row has its own random numbers, so what it says depends neither on its
     neighbours nor on which of them have ended. ``synced``: all ranks take equally many forward passes (ZeRO-3 gathers
-    parameters in each). ``graphs``: on a GPU, takes over where it can. Leaves the model in evaluation mode.
+    parameters in each). Leaves the model in evaluation mode.
     """
     model.eval()
-    if graphs is not None and graphs.possible(model, _new_cache(model)[0], synced):
-        return graphs.decode(model, ids, mask, decoding, eos_id, pad_id)
     batch, prompt_length = ids.shape
     limit = decoding.max_new_tokens
     responses = torch.full((batch, limit), pad_id, device=ids.device)
     uniforms = torch.rand(batch, limit, dtype=torch.float64, device=ids.device) if decoding.temperature else None
-    roomy, cache = _new_cache(model)
-    forward = _forward_of(model, roomy)
-    live = _Live(torch.arange(batch, device=ids.device), mask, (mask.cumsum(1) - 1).clamp(min=0))
+    roomy, cache = new_cache(model)
+    forward = forward_of(model, roomy)
+    live = Live(torch.arange(batch, device=ids.device), mask, (mask.cumsum(1) - 1).clamp(min=0))
     ended = torch.zeros(batch, dtype=torch.bool, device=ids.device)
     ends = torch.tensor(eos_id, device=ids.device)
     logits = forward(ids, live, cache)
     live.positions = live.positions[:, -1:]
-    with _decoding_attention(model), _packed_weights(model, batch):
+    with _decoding_attention(model):
         for step in range(limit):
-            chosen = _choose(logits, decoding, eos_id, step, None if uniforms is None else uniforms[live.rows, step])
+            chosen = choose(logits, decoding, eos_id, step, None if uniforms is None else uniforms[live.rows, step])
             # A row that has ended goes on until it leaves the cache; what it says is not kept.
             chosen = torch.where(ended[live.rows], pad_id, chosen)
             responses[live.rows, step] = chosen
@@ -116,13 +108,13 @@ def decode(
                 chosen = _relay(live, cache, chosen, ended, prompt_length + min(step + CHUNK, limit), roomy)
             live.positions = live.positions + 1
             live.mask[:, prompt_length + step] = 1
-            seen = live if roomy else _Live(live.rows, live.mask[:, : prompt_length + step + 1], live.positions)
+            seen = live if roomy else Live(live.rows, live.mask[:, : prompt_length + step + 1], live.positions)
             logits = forward(chosen.unsqueeze(1), seen, cache)
     longest = int(response_mask(responses[:, : step + 1], eos_id).sum(1).max())
     return torch.cat([ids, responses[:, :longest]], dim=1)
 
 
-def _new_cache(model: PreTrainedModel) -> tuple[bool, DynamicCache]:
+def new_cache(model: PreTrainedModel) -> tuple[bool, DynamicCache]:
     """The model's cache, roomy where every layer attends to all of the past and its mask may be given ready-made."""
     cache = DynamicCache(config=model.config)
     plain = bool(cache.layers) and all(type(layer) is DynamicLayer for layer in cache.layers)
@@ -135,12 +127,12 @@ def _new_cache(model: PreTrainedModel) -> tuple[bool, DynamicCache]:
     return roomy, cache
 
 
-def _forward_of(model: PreTrainedModel, roomy: bool) -> Callable[[torch.Tensor, _Live, DynamicCache], torch.Tensor]:
+def forward_of(model: PreTrainedModel, roomy: bool) -> Callable[[torch.Tensor, Live, DynamicCache], torch.Tensor]:
     """A function from new token ids ``(b, t)`` to the last one's logits ``(b, V)``."""
     parameters = inspect.signature(model.forward).parameters
     lowest = torch.finfo(model.dtype).min
 
-    def forward(ids: torch.Tensor, live: _Live, cache: DynamicCache) -> torch.Tensor:
+    def forward(ids: torch.Tensor, live: Live, cache: DynamicCache) -> torch.Tensor:
         attention_mask = live.mask
         if roomy and ids.size(1) == 1:
             # Ready-made: transformers would build the same from the plain mask, in every step.
@@ -156,7 +148,7 @@ def _forward_of(model: PreTrainedModel, roomy: bool) -> Callable[[torch.Tensor, 
     return forward
 
 
-def _choose(
+def choose(
     logits: torch.Tensor, decoding: Decoding, eos_id: Ends, step: int, uniform: torch.Tensor | None
 ) -> torch.Tensor:
     """One token per row, ``(b, V)`` logits to ``(b,)``: the likeliest, or the one ``uniform`` in [0, 1) falls on."""
@@ -170,7 +162,7 @@ def _choose(
 
 
 def _relay(
-    live: _Live, cache: DynamicCache, chosen: torch.Tensor, ended: torch.Tensor, room: int, roomy: bool
+    live: Live, cache: DynamicCache, chosen: torch.Tensor, ended: torch.Tensor, room: int, roomy: bool
 ) -> torch.Tensor:
     """Drop rows that have ended, make room for a further chunk; returns the kept rows' newest tokens."""
     kept = (~ended[live.rows]).nonzero().squeeze(1)
@@ -205,27 +197,3 @@ def _decoding_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(usual)
-
-
-@contextlib.contextmanager
-def _packed_weights(model: PreTrainedModel, batch: int) -> Iterator[None]:
-    """Linear layers on a copy of their weights in oneDNN's own layout, which it otherwise makes anew for every token.
-
-    For bfloat16 on a CPU that multiplies it; the results are the same, bit for bit. The copy lasts as long as the call.
-    """
-    packable = model.device.type == "cpu" and model.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available()
-    packable = packable and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # Only PyTorch's own call (a LoRA layer's is not), and not what ZeRO-3 gathers for each call.
-    linears = [m for m in model.modules() if packable and type(m) is torch.nn.Linear and not hasattr(m.weight, "ds_id")]
-    for linear in linears:
-        packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight, batch)
-        linear.forward = functools.partial(_packed_linear, packed, linear.bias)
-    try:
-        yield
-    finally:
-        for linear in linears:
-            del linear.forward
-
-
-def _packed_linear(packed: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(states, packed, bias, "none", [], "")

@@ -6,7 +6,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 EXIT_INPUT, EXIT_RUN = 2, 1
 
@@ -43,7 +42,7 @@ def exits_cleanly(main: Callable) -> Callable:
             # At once: exit handlers would wait for ranks that are waiting for this one.
             os._exit(EXIT_RUN)
         except RuntimeError as error:
-            if not _lost_a_rank(error):
+            if not lost_a_rank(error):
                 raise
             print("error: another rank is gone; its own message, if any, stands above", file=sys.stderr)
             print("checkpoints so far are whole: the same command continues", file=sys.stderr, flush=True)
@@ -58,7 +57,7 @@ def exits_cleanly(main: Callable) -> Callable:
     return wrapped
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
+def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because a process at its other end died."""
     # NCCL's errors have a class of their own, Gloo's are known by their text.
     kinds = {kind.__name__ for kind in type(error).__mro__}
@@ -71,12 +70,3 @@ def told(error: Exception) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" ({place[0].filename}:{place[0].lineno})" if place else ""
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}"
-
-
-def cannot_load(what: str, path: str | Path, error: Exception) -> InputError:
-    """The error for a model or tokenizer that does not load, saying whether the folder is missing or what is in it."""
-    looks_local = str(path).startswith(("/", ".", "~"))
-    if looks_local and not Path(path).is_dir():
-        return InputError(f"no {what} could be loaded from {str(path)!r}: no such folder")
-    lines = str(error).strip().splitlines()
-    return InputError(f"no {what} could be loaded from {str(path)!r}: {lines[0] if lines else type(error).__name__}")

@@ -1,7 +1,6 @@
 """What keeps a run of transformers' Trainer usable: whole checkpoints, SIGTERM, losses that are not numbers."""
 
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -9,18 +8,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
-from deepspeed_chat_tlcr.checkpoints import changed_settings, fingerprint
-from deepspeed_chat_tlcr.errors import InputError, RunError, SaveError
-from deepspeed_chat_tlcr.gradients import watch_gradients
+from deepspeed_chat_tlcr.checkpoints import SETTINGS, fingerprint, newest_checkpoint
+from deepspeed_chat_tlcr.errors import RunError, SaveError
+from deepspeed_chat_tlcr.finite import save_faulty_batch, watch_gradients, weights_are_finite
 from deepspeed_chat_tlcr.runtime import Preemption
 from deepspeed_chat_tlcr.saving import write_json
-
-SETTINGS = "settings.json"
-"""Written last into a checkpoint: one without it is half a checkpoint."""
 
 
 class FaultTolerant:
@@ -88,14 +83,9 @@ class FaultTolerant:
         self.accelerator.backward = backward_of_finite
 
     def _give_up(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> None:
-        folder, rank = Path(self.args.output_dir), self.args.process_index
-        batch = folder / f"faulty_batch-{rank}.safetensors"
-        tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, batch)
-        finite = all(bool(torch.isfinite(getattr(p, "ds_tensor", p.data)).all()) for p in model.parameters())
-        everywhere = torch.tensor(float(finite), device=self.args.device)
-        torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-        if everywhere:
+        folder = Path(self.args.output_dir)
+        batch = save_faulty_batch(folder, inputs)
+        if weights_are_finite([model], self.args.device):
             self._save_checkpoint(model, trial=None)
         newest = newest_checkpoint(folder)
         raise RunError(
@@ -138,32 +128,6 @@ class FaultTolerant:
             write_json(folder / SETTINGS, {**state, "data": fingerprint(self.train_lengths)})
             rotate_checkpoints(self.args.output_dir, save_total_limit=keep)
         torch.distributed.barrier()
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The whole checkpoint of the latest step in a stage's output folder, or None."""
-    steps = [path.parent for path in folder.glob(f"checkpoint-*/{SETTINGS}")]
-    return max(steps, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
-
-
-def clear_half_checkpoints(folder: Path) -> None:
-    """Delete what a run that was killed while it saved has left (rank 0 calls this)."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / SETTINGS).is_file():
-            shutil.rmtree(path)
-
-
-def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoint: Path) -> list[str]:
-    """The settings that differ from those a checkpoint was written with, as ``--name: old -> new``.
-
-    Raises ``InputError`` for another number of ranks: DeepSpeed's optimiser states are divided by it.
-    """
-    if saved["world_size"] != world_size:
-        raise InputError(
-            f"{checkpoint} was written by {saved['world_size']} rank(s), this run has {world_size}: continue with as "
-            "many ranks, or start anew with --resume never"
-        )
-    return changed_settings(saved["options"], options, checkpoint)
 
 
 def ends_epoch(args: TrainingArguments, state: TrainerState) -> bool:

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from deepspeed_chat_tlcr import decode as loop
+from deepspeed_chat_tlcr.decode import Live, choose, decode, forward_of, new_cache
 from deepspeed_chat_tlcr.errors import told
 from deepspeed_chat_tlcr.generation import Decoding, Ends, response_mask
 
@@ -68,13 +68,12 @@ class GraphedLoop:
         self.pool = None
         self.failed = False
 
-    def possible(self, model: PreTrainedModel, roomy: bool, synced: bool) -> bool:
-        """Whether this model can be decoded by graphs here."""
+    def _possible(self, model: PreTrainedModel, synced: bool) -> bool:
         if self.failed:
             return False
         if synced or any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             return self._fail("ZeRO-3 gathers the weights anew for every token")
-        if not roomy:
+        if not new_cache(model)[0]:
             return self._fail(f"{type(model).__name__}'s cache or attention cannot stand in place")
         return True
 
@@ -93,19 +92,23 @@ class GraphedLoop:
         decoding: Decoding,
         eos_id: Ends,
         pad_id: int,
+        synced: bool = False,
     ) -> torch.Tensor:
-        """As ``decode``: the same tokens from the same random numbers."""
+        """As ``decode``: the same tokens from the same random numbers, by the plain loop where graphs cannot be."""
+        if not self._possible(model, synced):
+            return decode(model, ids, mask, decoding, eos_id, pad_id, synced)
+        model.eval()
         batch, prompt_length = ids.shape
         limit, stops = decoding.max_new_tokens, ((eos_id,) if isinstance(eos_id, int) else tuple(eos_id))
         uniforms = torch.rand(batch, limit, dtype=torch.float64, device=ids.device) if decoding.temperature else None
         cache = DynamicCache(config=model.config)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        forward = loop._forward_of(model, True)
-        logits = forward(ids, loop._Live(torch.arange(batch, device=ids.device), mask, positions), cache)
+        forward = forward_of(model, True)
+        logits = forward(ids, Live(torch.arange(batch, device=ids.device), mask, positions), cache)
         if len({states.shape for layer in cache.layers for states in (layer.keys, layer.values)}) > 1:
             self._fail(f"the layers of {type(model).__name__} keep states of different sizes")
-            return loop.decode(model, ids, mask, decoding, eos_id, pad_id)
-        chosen = loop._choose(logits, decoding, eos_id, 0, None if uniforms is None else uniforms[:, 0])
+            return decode(model, ids, mask, decoding, eos_id, pad_id)
+        chosen = choose(logits, decoding, eos_id, 0, None if uniforms is None else uniforms[:, 0])
         buffers = self._filled(cache, mask, positions[:, -1:], chosen, limit, uniforms)
         ends = torch.zeros(logits.size(-1), dtype=torch.bool, device=ids.device)
         ends[list(stops)] = True
@@ -198,14 +201,14 @@ class GraphedLoop:
         cache = DynamicCache()
         keys, values = buffers.cache[0::2, :rows, :, :room], buffers.cache[1::2, :rows, :, :room]
         cache.layers = [_SlotLayer(*pair, slot) for pair in zip(keys, values, strict=True)]
-        live = loop._Live(buffers.rows[:rows], buffers.mask[:rows, :room], buffers.first[:rows] + buffers.step)
-        logits = loop._forward_of(model, True)(tokens.unsqueeze(1), live, cache)
+        live = Live(buffers.rows[:rows], buffers.mask[:rows, :room], buffers.first[:rows] + buffers.step)
+        logits = forward_of(model, True)(tokens.unsqueeze(1), live, cache)
         if decoding.min_new_tokens:
             too_early = buffers.step < decoding.min_new_tokens
             for stop in stops:
                 logits[:, stop] = logits[:, stop].masked_fill(too_early, -torch.inf)
         uniform = buffers.uniforms[live.rows, buffers.step] if decoding.temperature else None
-        chosen = loop._choose(logits, replace(decoding, min_new_tokens=0), stops[0], 0, uniform)
+        chosen = choose(logits, replace(decoding, min_new_tokens=0), stops[0], 0, uniform)
         chosen = chosen.masked_fill(ended, pad_id)
         buffers.responses[live.rows, buffers.step] = chosen
         for stop in stops:

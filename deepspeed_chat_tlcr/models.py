@@ -25,10 +25,16 @@ from transformers import (
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.modeling_outputs import TokenClassifierOutput
 from transformers.models.opt.modeling_opt import OPTModel, OPTPreTrainedModel
-from transformers.utils import logging
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_torch_flex_attn_available,
+    logging,
+)
 
 from deepspeed_chat_tlcr.chat_format import classifier_class, critic_state_dict, is_chat_critic
-from deepspeed_chat_tlcr.errors import InputError, cannot_load
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.model_folders import check_folder, loading
 
 NEGATIVE, POSITIVE = 0, 1
 TOKEN_LABELS = {NEGATIVE: "NEGATIVE", POSITIVE: "POSITIVE"}
@@ -82,14 +88,21 @@ def partitioned_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
 
 def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
     """Load a model's config; ``dropout`` replaces every dropout probability in it. Raises ``InputError``."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("model", path, error) from None
+    check_folder(path)
+    with loading("model", path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    text = config.get_text_config()
+    if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
+        text.pad_token_id = None  # -1 in early conversions: no row to keep at zero; padding comes from the tokenizer
     if dropout is not None:
         for name in dropout_names(config):
             setattr(config, name, dropout)
     return config
+
+
+def embedding_rows(path: str) -> int:
+    """Token ids that a model has an embedding for: 0 up to this, not included."""
+    return load_config(path).get_text_config().vocab_size
 
 
 _LEARNT_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "opt")
@@ -104,6 +117,20 @@ def require_positions(path: str, length: int, flags: str) -> None:
     if config.model_type in _LEARNT_POSITIONS and length > config.max_position_embeddings:
         known = config.max_position_embeddings
         raise InputError(f"{flags}: {length} tokens are more than the {known} positions that {path!r} knows")
+
+
+def require_attention(name: str, precision: str) -> None:
+    """Raise ``InputError`` for an ``--attn_implementation`` that this machine or precision cannot have."""
+    packages = {
+        "flash_attention_2": (is_flash_attn_2_available, "the package flash-attn (pip install flash-attn)"),
+        "flash_attention_3": (is_flash_attn_3_available, "FlashAttention 3, built from its sources, and a Hopper GPU"),
+        "flex_attention": (is_torch_flex_attn_available, "a PyTorch that has it"),
+    }
+    available, needs = packages.get(name, (lambda: True, ""))
+    if not available():
+        raise InputError(f"--attn_implementation {name}: needs {needs}, on a GPU; use sdpa")
+    if name.startswith("flash") and precision == "fp32":
+        raise InputError(f"--attn_implementation {name}: has 16-bit kernels only; use sdpa with --dtype fp32")
 
 
 def dropout_names(config: PretrainedConfig) -> list[str]:
@@ -286,13 +313,13 @@ def _kind(config: PretrainedConfig) -> str:
 
 
 def _from_pretrained(auto_class: type, path: str | None, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    # Keys are checked below, strictly; transformers' own report of them would only frighten.
+    # Keys and shapes are checked below, strictly; transformers' own report of them would only frighten.
+    how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return auto_class.from_pretrained(path, output_loading_info=True, **kwargs)
-    except (OSError, ValueError) as error:
-        raise cannot_load("model", path, error) from None
+        with loading("model", path):
+            return auto_class.from_pretrained(path, **how, **kwargs)
     finally:
         logging.set_verbosity(verbosity)
 

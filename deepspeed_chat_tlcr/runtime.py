@@ -21,7 +21,6 @@ import torch.distributed
 import transformers
 from deepspeed.accelerator import get_accelerator
 
-from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.operators import load_operator
 
@@ -68,6 +67,7 @@ def start(dtype: str, seed: int) -> Runtime:
 
     Call it before any model loads: ZeRO-3 partitions while loading and needs the world size by then.
     """
+    adopt_launcher()
     if "RANK" not in os.environ:
         # Started as plain `python main.py`: one rank, on a port nobody uses.
         with socket.socket() as probe:
@@ -81,7 +81,6 @@ def start(dtype: str, seed: int) -> Runtime:
         accelerator.set_device(local_rank)
     else:
         load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
-        attention.install()
         keep_memory_small()
     if accelerator.device_name() != "cpu":
         take_cores(local_rank, int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
@@ -100,6 +99,33 @@ def start(dtype: str, seed: int) -> Runtime:
         else torch.device("cpu"),
         dtype=resolved,
     )
+
+
+LAUNCHERS = {
+    "SLURM_STEP_NUM_TASKS": ("srun", "SLURM_PROCID", "SLURM_LOCALID"),
+    "OMPI_COMM_WORLD_SIZE": ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "PMI_SIZE": ("mpiexec", "PMI_RANK", "MPI_LOCALRANKID"),
+}
+"""Launchers that name a process in variables of their own: number of processes -> program, rank, rank on the node."""
+
+
+def adopt_launcher() -> None:
+    """Take rank and world size from srun or mpirun, where these have started several processes.
+
+    Otherwise each of them would take itself for a run of one rank, and all would write one folder. Raises
+    ``InputError`` where nobody has said at which address they meet.
+    """
+    for size, (program, rank, local_rank) in LAUNCHERS.items():
+        ranks = os.environ.get(size, "")
+        if "RANK" in os.environ or not ranks.isdigit() or int(ranks) < 2:
+            continue
+        if any(name not in os.environ for name in (rank, "MASTER_ADDR", "MASTER_PORT")):
+            raise InputError(
+                f"started {ranks} times by {program}: set MASTER_ADDR (the first node) and MASTER_PORT (a free port), "
+                "or start it with deepspeed or torchrun (docs/clusters.md)"
+            )
+        os.environ.update(RANK=os.environ[rank], WORLD_SIZE=ranks)
+        os.environ.setdefault("LOCAL_RANK", os.environ.get(local_rank, "0"))
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.chat_format import to_chat_critic, write_chat_folder
-from deepspeed_chat_tlcr.errors import InputError, SaveError
+from deepspeed_chat_tlcr.errors import InputError, RunError, SaveError
 from deepspeed_chat_tlcr.models import head_of
 from deepspeed_chat_tlcr.optim import merge_lora
 from deepspeed_chat_tlcr.runtime import heartbeat
@@ -29,11 +29,14 @@ def save_model(
 
     ``save_format``: huggingface (safetensors, generation config, chat template), or deepspeed_chat, what its chat.py
     and evaluation scripts read. Works at every ZeRO stage; LoRA layers are merged in what is written, never in the
-    model that goes on training. Raises ``SaveError`` when the disk is full or gone.
+    model that goes on training. Raises ``SaveError`` when the disk is full or gone, ``RunError`` for weights that are
+    not finite.
     """
     try:
         with heartbeat(f"saving the model in {folder}"):
             _save_model(engine, tokenizer, Path(folder), save_format)
+    except RunError:
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise SaveError(
@@ -57,6 +60,11 @@ def _save_model(engine: DeepSpeedEngine, tokenizer: PreTrainedTokenizerFast, fol
                 bos_token_id=tokenizer.bos_token_id,
                 eos_token_id=list(ends) if len(ends) > 1 else ends[0],
                 pad_token_id=tokenizer.pad_token_id,
+            )
+        if broken := [name for name, weight in state_dict.items() if not torch.isfinite(weight).all()]:
+            raise RunError(
+                f"nothing was saved in {folder}: {len(broken)} weights are not finite ({broken[0]}, …). Lower the "
+                "learning rate, use bf16 or fp32, or look at the model that the run began with"
             )
         state_dict = merge_lora(state_dict, model)
         if save_format == "deepspeed_chat":

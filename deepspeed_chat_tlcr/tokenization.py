@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.errors import InputError, cannot_load
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.model_folders import check_folder, loading
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.turns import end_after, end_ids
 
@@ -28,24 +29,29 @@ class TokenizedExample:
         return self.input_ids[self.response_start :]
 
 
-def load_tokenizer(path: str | Path, eot_token: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(path: str | Path, eot_token: str | None = None, rows: int | None = None) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer that can end a response; without a pad token of its own it pads with EOS.
 
     Padding never needs to be recognised later (masks come from lengths), so pad = EOS is harmless. ``eot_token``, when
-    given, becomes the end-of-sequence token (DeepSpeed-Chat's ``--add_eot_token``). Raises ``InputError`` where the
-    folder holds no tokenizer, only a slow one, or one without an EOS token.
+    given, becomes the end-of-sequence token (DeepSpeed-Chat's ``--add_eot_token``). ``rows``: the models' embeddings
+    (``models.embedding_rows``), where they are not resized for new tokens. Raises ``InputError`` where the folder holds
+    no tokenizer, only a slow one, or one without an EOS token that has an embedding.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_home(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise cannot_load("tokenizer", path, error) from None
+    check_folder(path, "tokenizer")
+    with loading("tokenizer", path):
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_home(path), trust_remote_code=False)
     if not tokenizer.is_fast:
         raise InputError(f"the tokenizer of {str(path)!r} is slow: token labels need a fast one, which has offsets")
     if eot_token is not None:
         tokenizer.add_special_tokens({"eos_token": eot_token})
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {str(path)!r} has no EOS token, so no response could end; set eos_token")
-    if tokenizer.pad_token_id is None:
+    if rows is not None and tokenizer.eos_token_id >= rows:
+        raise InputError(
+            f"{path}: {tokenizer.eos_token!r}, token {tokenizer.eos_token_id}, has no embedding in a model of {rows} "
+            "rows; train the models with it first (--add_eot_token in steps 1 and 2)"
+        )
+    if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -21,22 +21,21 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from deepspeed_chat_tlcr import attention
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, require_ranges
-from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, fingerprint, same_command
-from deepspeed_chat_tlcr.deepspeed_config import build_config
-from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.faults import (
+from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions
+from deepspeed_chat_tlcr.checkpoints import (
+    OTHER_DATA,
     SETTINGS,
-    FaultTolerant,
-    SaveAfterEvaluation,
-    StopOnRequest,
     changes_since,
     clear_half_checkpoints,
+    fingerprint,
     newest_checkpoint,
+    same_command,
 )
+from deepspeed_chat_tlcr.deepspeed_config import build_config
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.faults import FaultTolerant, SaveAfterEvaluation, StopOnRequest
 from deepspeed_chat_tlcr.metrics import MetricsLog, require_trackers
-from deepspeed_chat_tlcr.models import require_positions
+from deepspeed_chat_tlcr.models import require_attention, require_positions
 from deepspeed_chat_tlcr.optim import Rates, add_lora, make_optimizer
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -207,16 +206,10 @@ class _Bar(ProgressCallback):
 def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     """The DeepSpeed config of a stage that trains one model.
 
-    Raises ``InputError`` for a tracker of ``--report_to`` that is not there, and for numbers that make no sense, before
-    anything loads.
+    Raises ``InputError`` for a tracker, attention kernels or positions that are not there, before anything loads.
     """
     require_trackers(options.report_to)
-    ones = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_faults")
-    ones += ("num_train_epochs", "max_seq_len", "save_total_limit")
-    zeros = ("learning_rate", "lora_learning_rate", "weight_decay", "max_grad_norm", "num_warmup_steps", "lora_dim")
-    zeros += ("lora_alpha", "save_interval", "eval_interval", "neutral_weight", "beta", "tokens_per_micro_batch")
-    require_ranges(options, dict.fromkeys(ones, 1) | dict.fromkeys(zeros, 0))
-    attention.require(options.attn_implementation, runtime.dtype)
+    require_attention(options.attn_implementation, runtime.dtype)
     require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
     return build_config(
         dtype=runtime.dtype,

@@ -103,7 +103,7 @@ def _named_ends(tokenizer: PreTrainedTokenizerFast, path: str) -> tuple[int, ...
         return ()
     try:
         config = GenerationConfig.from_pretrained(path)
-    except (OSError, ValueError):
+    except Exception:  # whatever a damaged file makes transformers raise
         return ()
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     is_derived = getattr(config, "_from_model_config", False)

@@ -34,7 +34,9 @@ class CurveOptions:
 
     runs: list[str] = option([], "NAME=PATH of each run: its metrics.jsonl, or the folder with it")
     metrics: list[str] = option(list(TITLES), "keys of metrics.jsonl, a chart each")
-    smoothing: float = option(0.8, "weight of a point's neighbours, in [0, 1); raw values stay behind; 0: none")
+    smoothing: float = option(
+        0.8, "weight of a point's neighbours, in [0, 1); raw values stay behind; 0: none", below=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +82,6 @@ def series_of(runs: dict[str, list[dict]], key: str) -> list[Series]:
 
 
 def run(options: Options) -> None:
-    if not 0 <= options.smoothing < 1:
-        raise InputError(f"--smoothing {options.smoothing}: must be at least 0 and below 1")
     runs = read_runs(options.runs)
     folder = Path(options.out) / "curves"
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,8 +28,8 @@ from evaluation.report import refresh_report
 from evaluation.results import save_results
 from evaluation.scoring import DiscriminatorPath, Judge, as_record, judged, revision_heatmaps, token_probs
 from labeling.audit import read_error_spans
-from labeling.audit_statistics import WHOLE, Span, SpanAgreement, is_marked, visible_tokens
-from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, label_revision
+from labeling.audit_statistics import Span, SpanAgreement, is_marked, visible_tokens
+from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, WHOLE, label_revision
 from step2_discriminator.main import token_pairs
 from step2_discriminator.revisions import hold_out
 
@@ -45,7 +45,7 @@ class DiscriminatorOptions(DiscriminatorPath):
 
     revisions: list[str] = option([], "revisions.jsonl files of labeling/main.py")
     eval_share: float = option(
-        0.05, "share of prompts that step 2 held out (its own --eval_share); 1: all are held out"
+        0.05, "share of prompts that step 2 held out (its own --eval_share); 1: all are held out", above=0, most=1
     )
     max_seq_len: int = option(512, "longest prompt plus response, tokens, as in step 2")
     error_spans: str | None = option(None, "QA-feedback file with the error spans that people marked in y_r")
@@ -190,8 +190,6 @@ def agreement_with_people(
 def held_out_revisions(options: DiscriminatorOptions) -> list[Revision]:
     if not options.revisions:
         raise InputError("--revisions is missing: revisions.jsonl files of labeling/main.py")
-    if not 0 < options.eval_share <= 1:
-        raise InputError(f"--eval_share {options.eval_share}: must be above 0 and at most 1")
     revisions = list(chain.from_iterable(map(read_revisions, options.revisions)))
     if not revisions:
         raise InputError(f"--revisions {' '.join(options.revisions)}: no revisions in it")

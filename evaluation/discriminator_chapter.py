@@ -13,7 +13,7 @@ from deepspeed_chat_tlcr.pictures import (
     paragraph,
     table_html,
 )
-from deepspeed_chat_tlcr.report import MEASURES
+from evaluation.published import MEASURES
 from evaluation.sections import fold, nan, sample_of
 
 

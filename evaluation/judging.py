@@ -49,7 +49,7 @@ class JudgeOptions(EndpointOptions):
     """judge"""
 
     judge: str | None = option(None, "the judging model, such as gpt-6-luna; unset: answers are not judged")
-    judge_temperature: float | None = option(0.0, "sampling temperature of the judge, where it takes one")
+    judge_temperature: float | None = option(0.0, "sampling temperature of the judge, where it takes one", most=2)
     judge_max_tokens: int = option(2048, "most tokens of a verdict")
 
 

@@ -14,21 +14,18 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr import attention
-from deepspeed_chat_tlcr.arguments import AttentionName, Dtype, option
+from deepspeed_chat_tlcr.arguments import AttentionName, Dtype, option, seed_option
 from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
-from deepspeed_chat_tlcr.dataset_formats import ChatRecords
+from deepspeed_chat_tlcr.data.formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
-from deepspeed_chat_tlcr.models import load_causal_lm
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm, require_attention
 from deepspeed_chat_tlcr.records import read_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from deepspeed_chat_tlcr.workers import processes_of, spread
 
-LEAST = {"max_new_tokens": 1, "max_answer_seq_len": 1, "generation_batch_size": 1, "scoring_batch_size": 1}
-LEAST |= {"judge_max_tokens": 1, "shown": 1, "prompt_count": 0, "temperature": 0, "num_processes": 0}
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -37,12 +34,6 @@ class OutOptions:
     """output"""
 
     out: str = option(MISSING, "folder for answers, verdicts, results and report.html; an earlier run continues")
-
-    def __post_init__(self):
-        """Raises ``InputError`` for a number of any part's options that is too small."""
-        for name, least in LEAST.items():
-            if not getattr(self, name, least) >= least:
-                raise InputError(f"--{name} {getattr(self, name)}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +48,7 @@ class DeviceOptions:
     def __post_init__(self):
         """Raises ``InputError`` for an attention that this machine or precision cannot have."""
         if self.attn_implementation != "sdpa":
-            attention.require(self.attn_implementation, resolve_dtype(self.dtype))
-        if hasattr(super(), "__post_init__"):
-            super().__post_init__()
+            require_attention(self.attn_implementation, resolve_dtype(self.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +67,7 @@ class PolicyOptions(NodeOptions, OutOptions):
     models: list[str] = option([], "NAME=FOLDER of each model: Hugging Face folders or hub names")
     generation_batch_size: int = option(16, "answers written at once")
     max_new_tokens: int = option(1024, "longest answer, tokens (FastChat's default)")
-    seed: int = option(1234, "seed of sampled answers")
+    seed: int = seed_option(1234, "seed of sampled answers")
 
 
 @dataclass(frozen=True)
@@ -178,7 +167,7 @@ class Policy:
 
     def load(self):
         if self.model is None:
-            self.tokenizer = load_tokenizer(self.path)
+            self.tokenizer = load_tokenizer(self.path, rows=embedding_rows(self.path))
             dtype = torch_dtype(self.options.dtype)
             model = load_causal_lm(self.path, dtype, attention=self.options.attn_implementation)
             self.model = model.to(device()).eval()

@@ -28,15 +28,15 @@ from transformers import (
     set_seed,
 )
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
 from deepspeed_chat_tlcr.records import Revision, read_json, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.policies import device
 from evaluation.scoring import token_probs
 from labeling.importing import qa_feedback_preference
@@ -63,12 +63,12 @@ class PrepareOptions:
     qa_feedback: str = option(MISSING, "QA-feedback records, .jsonl or .jsonl.gz")
     revisions: str = option(MISSING, "the same records as labeling/main.py --from has imported them")
     output_dir: str = option(MISSING, "folder for pairs/, revisions/, texts/ (train and eval) and model/")
-    held_out_share: float = option(0.2, "share of the prompts that are held out, chosen by hash")
+    held_out_share: float = option(0.2, "share of the prompts that are held out, chosen by hash", above=0, below=1)
     vocabulary: int = option(4096, "tokens of the byte-level BPE")
     hidden_size: int = option(128, "width of the Llama; a head for every 32")
     layers: int = option(2, "layers of the Llama")
     max_positions: int = option(512, "longest text that the Llama can read, tokens")
-    seed: int = option(1234, "seed of the Llama's initial weights")
+    seed: int = seed_option(1234, "seed of the Llama's initial weights")
 
 
 def raw_texts(path: str, prompts: set[str]) -> list[dict]:
@@ -129,8 +129,6 @@ def untrained_llama(
 def prepare(argv: Sequence[str]) -> None:
     options = parse(PrepareOptions, argv)
     folder = Path(options.output_dir)
-    if not 0 < options.held_out_share < 1:
-        raise InputError(f"--held_out_share {options.held_out_share}: must be above 0 and below 1")
     train, held_out = hold_out(list(read_revisions(options.revisions)), options.held_out_share)
     revisions = {"train": train, "eval": held_out}
     texts = {split: raw_texts(options.qa_feedback, {r.prompt for r in revisions[split]}) for split in revisions}
@@ -172,7 +170,7 @@ class ReportOptions:
     more_methods: list[str] = option([], "other methods that were run beside TLCR, from RUN_DIR/step3_METHOD/actor")
     answers: int = option(4, "sampled answers to each held-out prompt, by each policy")
     max_answer_seq_len: int = option(128, "longest answer, tokens")
-    seed: int = option(1234, "seed of the sampled answers")
+    seed: int = seed_option(1234, "seed of the sampled answers")
 
 
 @dataclass(frozen=True)
@@ -276,8 +274,6 @@ def read_results(run: Path) -> dict[str, dict]:
 
 def report(argv: Sequence[str]) -> None:
     options = parse(ReportOptions, argv)
-    if options.answers < 1:
-        raise InputError(f"--answers {options.answers}: must be at least 1")
     run = Path(options.run_dir)
     stages = read_results(run)
     tokenizer = load_tokenizer(run / "step1_sft")

@@ -20,7 +20,7 @@ from deepspeed_chat_tlcr.pictures import (
     sample_html,
     table_html,
 )
-from deepspeed_chat_tlcr.report import PUBLISHED, PUBLISHED_REWARDS
+from evaluation.published import PUBLISHED, PUBLISHED_REWARDS
 
 TURNS = ("turn 1", "turn 2", "overall")
 

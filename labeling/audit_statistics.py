@@ -13,11 +13,10 @@ from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, tokenize_response
 from labeling.convention import in_convention_of
 from labeling.revising import MAX_EDIT_RATIO, edit_ratio
-from labeling.token_labels import NEGATIVE, NEUTRAL, edit_targets, label_revision
+from labeling.token_labels import NEGATIVE, NEUTRAL, WHOLE, edit_targets, label_revision
 
 POSITIONS = 10  # tenths of a response
 SHOWN = 20  # random pairs, most edited pairs
-WHOLE = 1 << 30  # tokens: cut nothing
 
 Span = tuple[int, int]  # characters of a response, start and end
 

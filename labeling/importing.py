@@ -11,8 +11,8 @@ from pathlib import Path
 from deepspeed_chat_tlcr.asking.endpoint import Unusable
 from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.asking.progress import Totals
+from deepspeed_chat_tlcr.data.sources import read_records, suffix_of
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.record_files import read_records, suffix_of
 from deepspeed_chat_tlcr.records import Preference, Revision
 from labeling.convention import in_convention_of
 from labeling.options import Options

@@ -36,9 +36,9 @@ from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.asking.models import Price, known_model
 from deepspeed_chat_tlcr.asking.money import Account, Estimate, estimate
 from deepspeed_chat_tlcr.asking.progress import Progress, Totals
+from deepspeed_chat_tlcr.data.preferences import Preferences, load_preferences, parse_data_split
+from deepspeed_chat_tlcr.data.sources import find_source
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.preference_data import Preferences, load_preferences, parse_data_split
-from deepspeed_chat_tlcr.record_sources import find_source
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.importing import import_revisions
 from labeling.options import Options, check

@@ -3,8 +3,8 @@
 from dataclasses import MISSING, dataclass
 from typing import Literal
 
-from deepspeed_chat_tlcr.arguments import option
-from deepspeed_chat_tlcr.asking.client import EndpointOptions, check_endpoint, check_number, check_sampling
+from deepspeed_chat_tlcr.arguments import option, seed_option
+from deepspeed_chat_tlcr.asking.client import EndpointOptions, check_endpoint
 from deepspeed_chat_tlcr.asking.endpoint import MOST_LIMIT
 from deepspeed_chat_tlcr.asking.models import EFFORTS
 from deepspeed_chat_tlcr.errors import InputError
@@ -18,7 +18,7 @@ class Options(EndpointOptions):
     output_dir: str = option(MISSING, "folder for revisions.jsonl, failures.jsonl, run.json; an earlier run continues")
     data_path: list[str] = option([], "data-set names, local .json/.jsonl/.parquet files or folders")
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data; the reward part is revised (0,10,0: all)")
-    data_seed: int = option(1234, "seed of the split; the same in every stage")
+    data_seed: int = seed_option(1234, "seed of the split; the same in every stage")
     split: Literal["train", "eval"] = option("train", "which split of the data")
     tokenizer: str | None = option(
         None, "model whose chat template makes the prompts of chat messages: the one that is to be trained"
@@ -42,15 +42,20 @@ class Options(EndpointOptions):
     )
     prompt_file: str | None = option(None, "an instruction of your own, with {context}, {chosen} and {rejected}")
     n: int = option(1, "revisions sampled per pair, for soft labels")
-    temperature: float | None = option(None, "sampling temperature; unset: the server's")
-    top_p: float | None = option(None, "nucleus sampling; unset: the server's")
-    seed: int | None = option(None, "sent with each request, another for each sample of a pair; unset: not sent")
-    max_tokens: int = option(1024, "most tokens of an answer, without hidden reasoning, which gets room of its own")
+    temperature: float | None = option(None, "sampling temperature; unset: the server's", most=2)
+    top_p: float | None = option(None, "nucleus sampling; unset: the server's", above=0, most=1)
+    seed: int | None = seed_option(None, "sent with each request, another for each sample of a pair; unset: not sent")
+    max_tokens: int = option(
+        1024, "most tokens of an answer, without hidden reasoning, which gets room of its own", most=MOST_LIMIT
+    )
 
-    max_edit_ratio: float = option(MAX_EDIT_RATIO, "share of edited words above which an answer is a rewrite")
+    max_edit_ratio: float = option(
+        MAX_EDIT_RATIO, "share of edited words above which an answer is a rewrite", above=0, most=1
+    )
     max_failure_share: float = option(
         0.2,
         "share of failed pairs above which labelling is not complete, so that nothing trains on what is left",
+        most=1,
     )
     dry_run: bool = option(False, "print the estimate and stop; needs no key and writes nothing")
 
@@ -63,11 +68,4 @@ def check(options: Options):
         raise InputError("--reviser import needs --from FILE")
     if options.import_file is None and not options.data_path:
         raise InputError("--data_path is missing: name data sets or files of preference pairs (or --from FILE)")
-    for name, least in {"n": 1, "max_tokens": 1, "limit": 0, "passages": 0}.items():
-        check_number(name, getattr(options, name), least)
-    check_number("max_tokens", options.max_tokens, 1, MOST_LIMIT)
     check_endpoint(options)
-    check_sampling(options.temperature, options.top_p)
-    check_number("max_failure_share", options.max_failure_share, 0, 1)
-    if not 0 < options.max_edit_ratio <= 1:
-        raise InputError(f"--max_edit_ratio {options.max_edit_ratio}: a share of words, above 0 and at most 1")

@@ -18,12 +18,11 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr import attention
-from deepspeed_chat_tlcr.arguments import AttentionName, DataOptions, option, parse, require_ranges
+from deepspeed_chat_tlcr.arguments import AttentionName, DataOptions, option, parse, seed_option
+from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
-from deepspeed_chat_tlcr.models import load_causal_lm
-from deepspeed_chat_tlcr.preference_data import load_part
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm, require_attention
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES
 from deepspeed_chat_tlcr.saving import require_writable, write_json
@@ -43,7 +42,7 @@ class Options(DataOptions):
     max_prompt_seq_len: int = option(256, "longest prompt, tokens; longer ones are left out")
     max_answer_seq_len: int = option(256, "longest answer, tokens")
     batch_size: int = option(64, "answers generated at once")
-    seed: int = option(1234, "seed of the sampled answers")
+    seed: int = seed_option(1234, "seed of the sampled answers")
     num_processes: int = option(
         0, "processes that answer, each on a GPU of its own; 0: as many as there are GPUs, one on a CPU"
     )
@@ -71,13 +70,13 @@ class Writer:
 
     def ready(self) -> Callable[[tuple[int, Sequence[list[int]]]], list[str]]:
         """Load; what it returns answers a batch of prompts, given with its number, which decides its random numbers."""
-        tokenizer = load_tokenizer(self.policy)
+        tokenizer = load_tokenizer(self.policy, rows=embedding_rows(self.policy))
         dtype = TORCH_DTYPES[dtype_on(self.device)]
         policy = load_causal_lm(self.policy, dtype, attention=self.attention).eval().to(self.device)
 
         def written(batch: tuple[int, Sequence[list[int]]]) -> list[str]:
             number, prompts = batch
-            set_seed(self.seed + number)
+            set_seed((self.seed + number) % 2**32)
             return [one.text for one in answers(policy, tokenizer, prompts, Decoding(self.longest), len(prompts))]
 
         return written
@@ -112,11 +111,10 @@ def own_answers(
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
-    require_ranges(options, dict.fromkeys(("prompts", "eval_prompts", "round", "batch_size"), 1) | {"num_processes": 0})
     device = get_accelerator().device_name()
-    attention.require(options.attn_implementation, dtype_on(device))
+    require_attention(options.attn_implementation, dtype_on(device))
     require_writable(options.output_dir)
-    tokenizer = load_tokenizer(options.policy)
+    tokenizer = load_tokenizer(options.policy, rows=embedding_rows(options.policy))
     parts = {split: load_part(options, "reward", split, tokenizer) for split in ("train", "eval")}
     chosen = {
         "train": part_of_round(parts["train"], options.prompts, options.round),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from deepspeed_chat_tlcr.asking.journal import State
+from deepspeed_chat_tlcr.data.preferences import Preferences
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.preference_data import Preferences
 from deepspeed_chat_tlcr.records import Preference
 
 REOPEN_EVERY = 10_000  # pairs

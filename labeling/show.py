@@ -33,9 +33,7 @@ from deepspeed_chat_tlcr.pictures import (
 )
 from deepspeed_chat_tlcr.records import Revision, read_revisions
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
-from labeling.token_labels import label_revision
-
-WHOLE = sys.maxsize  # tokens: cut nothing
+from labeling.token_labels import WHOLE, label_revision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -8,6 +8,7 @@ before substitute; traced from the end, so the right-most matches are kept.
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from numba import njit
@@ -17,6 +18,10 @@ from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, tokenize_response, truncate
 
 NEGATIVE, NEUTRAL, POSITIVE = 0.0, 0.5, 1.0
+
+WHOLE = 1 << 15
+"""A ``max_length`` that cuts nothing but what nobody trains on."""
+_LEAST_ALIGNED = 1 << 12
 
 _ONE, _TOP, _NONE = np.uint64(1), np.uint64(63), np.uint64(0)
 _ALL = ~_NONE
@@ -75,7 +80,9 @@ def label_revision(
     """The rejected and the modified example of a revision, with targets for the response's tokens, EOS included.
 
     Labelled on the tokens as they stand in context, before anything is cut: what a cut removes does not change the
-    labels of what stays. An example whose prompt alone fills ``max_length`` tokens is None.
+    labels of what stays. Aligning n with m tokens takes n m / 4 bytes, so of a response longer than twice
+    ``max_length`` (and 4,096 tokens) only that much is looked at. An example whose prompt alone fills ``max_length``
+    tokens is None.
     """
     rejected, modified = label_revisions(tokenizer, [revision], max_length)
     return rejected, modified[0]
@@ -85,9 +92,10 @@ def label_revisions(
     tokenizer: PreTrainedTokenizerFast, revisions: Sequence[Revision], max_length: int
 ) -> tuple[TokenizedExample | None, list[TokenizedExample | None]]:
     """As ``label_revision``, for several revisions of the same pair (equal ``id``), with soft targets."""
-    first = revisions[0]
-    rejected = tokenize_response(tokenizer, first.prompt, first.rejected)
-    modified = [tokenize_response(tokenizer, first.prompt, revision.modified) for revision in revisions]
+    first, longest = revisions[0], max(2 * max_length, _LEAST_ALIGNED)
+    texts = (first.rejected, *(revision.modified for revision in revisions))
+    examples = (tokenize_response(tokenizer, first.prompt, text) for text in texts)
+    rejected, *modified = (replace(e, input_ids=e.input_ids[: e.response_start + longest]) for e in examples)
     rejected_targets, modified_targets = soft_targets(rejected.response_ids, [m.response_ids for m in modified])
     return _cut(rejected, rejected_targets, max_length), [
         _cut(example, targets, max_length) for example, targets in zip(modified, modified_targets, strict=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.asking.progress import Totals
-from deepspeed_chat_tlcr.preference_data import Preferences
+from deepspeed_chat_tlcr.data.preferences import Preferences
 from deepspeed_chat_tlcr.records import Revision
 from labeling.revising import describe
 from labeling.selection import Selection, stream, to_ask

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
+from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, packs_of, tokens_at_once
-from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
@@ -39,7 +39,9 @@ class Options(TrainOptions, PackingOptions, DataOptions, RunOptions):
 
     sft_only_data_path: list[str] = option([], "further data sets that have only chosen responses")
     loss_on_prompt: bool = option(False, "train on the prompt's tokens too, as DeepSpeed-Chat does")
-    num_inner_step: int = option(1, "in RLHF-TLCR's script of step 1", "no program of that fork knows it either")
+    num_inner_step: int = option(
+        1, "in RLHF-TLCR's script of step 1", "no program of that fork knows it either", least=0
+    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:

@@ -14,11 +14,11 @@ import torch
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import PackingOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
+from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import token_metrics
 from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
 from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
-from deepspeed_chat_tlcr.preference_data import load_part
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
@@ -47,15 +47,17 @@ NOT_COUNTED = -100.0
 class ForkOptions:
     """flags of the RLHF-TLCR fork's step 2"""
 
-    discriminate_reward: bool = option(False, "the fork's spelling of --objective token")
+    discriminate_reward: bool = option(False, "the fork's spelling of --objective token", compatibility=True)
     uni_discriminator_head: bool = option(False, "one head", "the discriminator has one head, as with this flag")
     holistic_reward: bool = option(
         False, "a sequence reward too", "train it by itself and sum both in step 3: --reward tlcr:PATH sequence:PATH"
     )
     token_level_reward: bool = option(False, "sums of token scores", "the fork's trial, not in the paper")
-    reward_aggregate_top_k: float = option(1.0, "share of tokens in them", "the fork's trial, not in the paper")
+    reward_aggregate_top_k: float = option(
+        1.0, "share of tokens in them", "the fork's trial, not in the paper", least=-1e9
+    )
     bidirectional_reward: bool = option(False, "no causal mask on top", "the fork's trial, not in the paper")
-    bidirectional_layer_num: int = option(1, "layers of it", "the fork's trial, not in the paper")
+    bidirectional_layer_num: int = option(1, "layers of it", "the fork's trial, not in the paper", least=0)
     custom_template: bool = option(False, "data with a template", "masks come from lengths, whatever the template")
 
 
@@ -80,7 +82,9 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, RunOptions, ForkOpt
     eval_interval: int = option(0, "optimiser steps between evaluations; 0: at the end of each epoch")
     eval_iters: int = option(100, "batches per evaluation when --eval_interval is set")
     do_eval: bool = option(False, "evaluate --model_name_or_path on the held-out data and train nothing")
-    num_padding_at_beginning: int = option(1, "OPT's padding", "masks come from lengths, padding is never counted")
+    num_padding_at_beginning: int = option(
+        1, "OPT's padding", "masks come from lengths, padding is never counted", least=0
+    )
 
     @property
     def token_level(self) -> bool:

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import DataOptions, option
+from deepspeed_chat_tlcr.data.preferences import part_of_prompts
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.preference_data import part_of_prompts
 from deepspeed_chat_tlcr.records import Revision, read_revisions
 
 
@@ -30,7 +30,7 @@ class RevisionOptions(DataOptions):
         flags=("--modification_eval_data_path",),
         better="may be left out",
     )
-    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash")
+    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash", below=1)
     allow_foreign_revisions: bool = option(False, "accept revisions of prompts from the SFT or RL part of the data")
 
 

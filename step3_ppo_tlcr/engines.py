@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import deepspeed
@@ -13,14 +14,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
 from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
 from deepspeed_chat_tlcr.errors import InputError, RunError, told
-from deepspeed_chat_tlcr.gradients import watch_gradients
+from deepspeed_chat_tlcr.finite import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, forward_packed, packable, packs_of
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
+from step3_ppo_tlcr.experience import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.objectives import counted
-from step3_ppo_tlcr.records import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, names_of, sequence_reward
 from step3_ppo_tlcr.rollout import hybrid_obstacle
 
@@ -214,6 +215,21 @@ class RewardSum:
         if spec.name == "tlcr_fixed":
             return fixed_reward(scored[spec.path], mask, **self.fixed)
         return reward.function(scored[spec.path], mask)
+
+
+@dataclass(frozen=True)
+class Models:
+    """Everything that runs in step 3."""
+
+    actor: DeepSpeedEngine
+    critic: DeepSpeedEngine | None  # ReMax has none
+    reference: DeepSpeedEngine | PreTrainedModel
+    reward: RewardSum
+
+    @property
+    def engines(self) -> dict[str, DeepSpeedEngine]:
+        """Those that train."""
+        return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
 
 
 def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool, passes: int = 1) -> dict:

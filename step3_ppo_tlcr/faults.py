@@ -1,16 +1,11 @@
 """What stops a number that is not one from reaching the weights, and a run that makes nothing else."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from deepspeed import DeepSpeedEngine
-from safetensors.torch import save_file
 
-from step3_ppo_tlcr.records import Experience, Rollout
-
-if TYPE_CHECKING:
-    from step3_ppo_tlcr.trainer import Models
+from deepspeed_chat_tlcr.finite import save_faulty_batch
+from step3_ppo_tlcr.experience import Experience, Rollout
 
 
 class TooManyFaults(Exception):
@@ -42,48 +37,5 @@ class Faults:
 
     def save_batch(self, folder: str | Path) -> Path:
         """Write the newest faulty batch's tensors, each rank its own; returns the file."""
-        path = Path(folder) / f"faulty_batch-{torch.distributed.get_rank()}.safetensors"
         rollout = self.batch.rollout if isinstance(self.batch, Experience) else self.batch
-        tensors = {name: value for name, value in vars(rollout).items() if isinstance(value, torch.Tensor)}
-        if isinstance(self.batch, Experience):
-            tensors |= {name: value for name, value in vars(self.batch).items() if isinstance(value, torch.Tensor)}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-        return path
-
-
-def weights_are_finite(models: "Models") -> bool:
-    """Whether all weights that train are numbers, on all ranks."""
-    engines = models.engines.values()
-    finite = all(bool(torch.isfinite(_held(p)).all()) for e in engines for p in e.module.parameters())
-    everywhere = torch.tensor(float(finite), device=models.actor.device)
-    torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
-    return bool(everywhere)
-
-
-def _held(parameter: torch.nn.Parameter) -> torch.Tensor:
-    return parameter.ds_tensor if hasattr(parameter, "ds_tensor") else parameter.data
-
-
-def align_overflow(engines: list[DeepSpeedEngine]) -> None:
-    """Make every engine skip its coming step if the 16-bit gradients of any overflowed (``--align_overflow``).
-
-    Call it between the backward passes and the steps of an accumulation boundary.
-    """
-    optimizers = [engine.optimizer for engine in engines]
-    if not all(hasattr(optimizer, "check_overflow") for optimizer in optimizers):
-        return
-    for optimizer in optimizers:
-        optimizer.overflow = False
-        optimizer.check_overflow()
-    if any(optimizer.overflow for optimizer in optimizers):
-        for optimizer in optimizers:
-            # DeepSpeed's own way of skipping, which also clears the gradients: its check finds an overflow.
-            optimizer.check_overflow = _overflowed(optimizer)
-
-
-def _overflowed(optimizer):
-    def check(*args, **kwargs) -> None:
-        del optimizer.check_overflow  # once only: the class's own method is behind it
-        optimizer.overflow = True
-
-    return check
+        return save_faulty_batch(Path(folder), vars(rollout) | vars(self.batch))

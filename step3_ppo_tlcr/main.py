@@ -19,11 +19,11 @@ from deepspeed_chat_tlcr.arguments import announce, parse
 from deepspeed_chat_tlcr.checkpoints import Checkpoints, fingerprint, is_finished, same_command
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import read_metrics, require_trackers
-from deepspeed_chat_tlcr.models import label_count, require_positions
+from deepspeed_chat_tlcr.models import embedding_rows, label_count, require_positions
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
-from step3_ppo_tlcr.engines import RewardSum, action_logits, load_reference, train_actor, train_critic
+from step3_ppo_tlcr.engines import Models, RewardSum, action_logits, load_reference, train_actor, train_critic
 from step3_ppo_tlcr.faults import TooManyFaults
 from step3_ppo_tlcr.heldout import HeldOut
 from step3_ppo_tlcr.options import Options, check
@@ -34,7 +34,7 @@ from step3_ppo_tlcr.remax import ReMax
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, parse_rewards
 from step3_ppo_tlcr.rollout import make_rollouts
 from step3_ppo_tlcr.run import Run, step_to_continue
-from step3_ppo_tlcr.trainer import Models, Trainer
+from step3_ppo_tlcr.trainer import Trainer
 
 ALGORITHMS = {"ppo": PPO, "remax": ReMax}
 
@@ -178,11 +178,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if runtime.is_main:
         announce(options, options.output_dir)
 
-    tokenizer = load_tokenizer(options.actor_model_name_or_path, options.new_eos)
+    rows = embedding_rows(options.actor_model_name_or_path)
+    tokenizer = load_tokenizer(options.actor_model_name_or_path, options.new_eos, rows)
     require_same_tokenizer(tokenizer, load_tokenizer(options.critic_model_name_or_path, options.new_eos), "critic")
     if options.reference_model_name_or_path:
         reference = load_tokenizer(options.reference_model_name_or_path, options.new_eos)
         require_same_tokenizer(tokenizer, reference, "reference model")
+    scored_by = [spec.path for spec in specs if spec.name != "python" and spec.path]
+    others = [options.critic_model_name_or_path, options.reference_model_name_or_path, *scored_by]
+    for path in filter(None, others):
+        if embedding_rows(path) < rows:
+            raise InputError(
+                f"{path} has embeddings for {embedding_rows(path)} tokens, the actor for {rows}: it could write tokens "
+                "that have none there; train both from one model (SFT makes room for added tokens)"
+            )
     prompts = load_prompts(options, tokenizer, runtime)
     require_a_set(prompts, options, runtime)
     held_out_prompts = load_prompts(options, tokenizer, runtime, "eval") if options.eval_interval else []

@@ -8,7 +8,7 @@ from deepspeed.accelerator import get_accelerator
 
 from deepspeed_chat_tlcr.generation import Ends
 from step3_ppo_tlcr.averages import Averages
-from step3_ppo_tlcr.records import Experience
+from step3_ppo_tlcr.experience import Experience
 
 _GIB = 2**30
 

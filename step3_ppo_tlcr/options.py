@@ -3,10 +3,10 @@
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
-from deepspeed_chat_tlcr import attention
-from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, Schedule, option, require_ranges
+from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, Schedule, option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding
+from deepspeed_chat_tlcr.models import require_attention
 
 ZeroStage = Literal[0, 1, 2, 3]
 Penalty = Literal["kl", "k3", "full_kl", "kl_onestep", "full_kl_onestep"]
@@ -29,8 +29,9 @@ class ModelOptions:
         None,
         "the actor's dropout; unset: none, so that rollouts are on-policy",
         better="none by default, whatever the checkpoint's",
+        most=1,
     )
-    critic_dropout: float | None = option(None, "the critic's dropout; unset: none")
+    critic_dropout: float | None = option(None, "the critic's dropout; unset: none", most=1)
     actor_zero_stage: ZeroStage = option(0, "ZeRO stage of the actor")
     critic_zero_stage: ZeroStage = option(0, "ZeRO stage of the critic")
     reference_zero_stage: ZeroStage | None = option(None, "3 partitions the reference; unset: as the actor's stage 3")
@@ -65,7 +66,7 @@ class ModelOptions:
         "also save actor_ema: a running average of the actor's weights over updates",
         better="it is part of the checkpoints, so a resumed run's average is the whole run's",
     )
-    ema_decay: float = option(0.992, "share of the old average that each update keeps")
+    ema_decay: float = option(0.992, "share of the old average that each update keeps", below=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,8 @@ class RolloutOptions:
         better="batches are padded to their longest prompt, not to this",
     )
     max_answer_seq_len: int = option(256, "longest response, tokens")
-    temperature: float = option(1.0, "sampling temperature; log-probs belong to the distribution sampled from")
-    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability")
+    temperature: float = option(1.0, "sampling temperature; log-probs belong to the distribution sampled from", above=0)
+    top_p: float = option(1.0, "sample from the smallest set of tokens with this probability", above=0, most=1)
     top_k: int = option(0, "sample from this many likeliest tokens; 0: from all")
     min_answer_seq_len: int = option(0, "tokens before which a response cannot end")
     print_answers: bool = option(False, "print the first prompt and response of every --print_answers_interval updates")
@@ -136,7 +137,7 @@ class PPOOptions:
     actor_weight_decay: float = option(0.0, "the actor's decoupled weight decay")
     critic_weight_decay: float = option(0.0, "the critic's decoupled weight decay")
     lr_scheduler_type: Schedule = option("cosine", "learning-rate schedule of both")
-    num_warmup_steps: int = option(100, "optimiser steps of linear warm-up")
+    num_warmup_steps: int = option(100, "optimiser steps of linear warm-up", least=0)
     max_grad_norm: float = option(1.0, "gradient norm above which gradients are scaled down")
     kl_ctl: float = option(0.1, "beta of the per-token KL penalty against the SFT model")
     penalty: Penalty = option(
@@ -144,7 +145,9 @@ class PPOOptions:
         "the KL of each token: kl, log pi - log pi_ref; k3, its low-variance estimate; full_kl, over the whole "
         "vocabulary; …_onestep: added to the advantage rather than the reward",
     )
-    kl_target: float | None = option(None, "KL in nats per response that --kl_ctl is steered towards; unset: constant")
+    kl_target: float | None = option(
+        None, "KL in nats per response that --kl_ctl is steered towards; unset: constant", above=0
+    )
     kl_horizon: int = option(10_000, "sequences over which --kl_target steers")
     target_kl: float | None = option(
         None,
@@ -156,8 +159,8 @@ class PPOOptions:
     whiten_advantages: bool = option(
         False, "scale advantages to mean 0, standard deviation 1 over each set of rollouts"
     )
-    gamma: float = option(1.0, "discount of later rewards")
-    lam: float = option(0.95, "lambda of generalised advantage estimation")
+    gamma: float = option(1.0, "discount of later rewards", most=1)
+    lam: float = option(0.95, "lambda of generalised advantage estimation", most=1)
     cliprange: float = option(0.2, "clip range of the policy ratio")
     cliprange_value: float = option(0.2, "clip range of the value function")
     entropy_coef: float = option(0.0, "weight of the policy's entropy, subtracted from its loss")
@@ -188,17 +191,17 @@ class WatchOptions:
 class ForkOptions:
     """RLHF-TLCR's and ReMax's spellings"""
 
-    actor_bf16: bool = option(False, "--dtype bf16")
-    critic_bf16: bool = option(False, "--dtype bf16")
-    reward_bf16: bool = option(False, "--dtype bf16")
+    actor_bf16: bool = option(False, "--dtype bf16", compatibility=True)
+    critic_bf16: bool = option(False, "--dtype bf16", compatibility=True)
+    reward_bf16: bool = option(False, "--dtype bf16", compatibility=True)
     disable_actor_dropout: bool = option(False, "--actor_dropout 0, which is the default")
     disable_critic_dropout: bool = option(False, "--critic_dropout 0, which is the default")
     disable_reward_dropout: bool = option(False, "no dropout in scores", "reward models never drop out")
     offload_critic_model: bool = option(False, "offload the critic; as --offload does for both")
     discriminate_reward: bool = option(False, "reward every token by a discriminator: --reward tlcr")
     fixed_reward: bool = option(False, "--reward tlcr_fixed")
-    fixed_positive_reward: float = option(1.0, "what tlcr_fixed gives a positive token")
-    fixed_negative_reward: float = option(-1.0, "what tlcr_fixed gives a negative token")
+    fixed_positive_reward: float = option(1.0, "what tlcr_fixed gives a positive token", least=-1e9)
+    fixed_negative_reward: float = option(-1.0, "what tlcr_fixed gives a negative token", least=-1e9)
     random_dense_reward: bool = option(False, "--reward random")
     use_positive_reward_only: bool = option(False, "--reward tlcr_positive_only")
     use_negative_reward_only: bool = option(False, "--reward tlcr_negative_only")
@@ -213,7 +216,7 @@ class ForkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(
-    ForkOptions, WatchOptions, PPOOptions, PackingOptions, RolloutOptions, ModelOptions, DataOptions, RunOptions
+    ModelOptions, PPOOptions, PackingOptions, RolloutOptions, DataOptions, WatchOptions, RunOptions, ForkOptions
 ):
     """Step 3: PPO with a continuous reward on every token."""
 
@@ -221,8 +224,10 @@ class Options(
 
     add_eot_token: bool = option(False, "end responses with --eot_token instead of the tokenizer's EOS")
     eot_token: str = option("<|endoftext|>", "the token that --add_eot_token makes the end of a response")
-    num_padding_at_beginning: int = option(1, "OPT's padding", "masks come from lengths, padding is never counted")
-    preprocessing_num_workers: int | None = option(None, "processes", "data is tokenised once, as it is read")
+    num_padding_at_beginning: int = option(
+        1, "OPT's padding", "masks come from lengths, padding is never counted", least=0
+    )
+    preprocessing_num_workers: int | None = option(None, "processes", "data is tokenised once, as it is read", least=0)
     compute_fp32_loss: bool = option(False, "loss in fp32", "log-probs and losses are always computed in fp32")
 
     @property
@@ -314,16 +319,9 @@ class Options(
 
 def check(options: Options) -> None:
     """Refuse options that cannot work together, before anything loads. Raises ``InputError``."""
-    attention.require(options.attn_implementation, options.precision)
-    _check_ranges(options)
+    require_attention(options.attn_implementation, options.precision)
     _check_sizes(options)
     _check_rewards(options)
-    if options.temperature <= 0:
-        raise InputError(f"--temperature {options.temperature}: PPO learns from samples, so it must be above 0")
-    if options.kl_target is not None and options.kl_target <= 0:
-        raise InputError(f"--kl_target {options.kl_target}: must be above 0")
-    if not 0 < options.top_p <= 1:
-        raise InputError(f"--top_p {options.top_p}: must be in (0, 1]")
     if options.min_answer_seq_len > options.max_answer_seq_len:
         raise InputError(
             f"--min_answer_seq_len {options.min_answer_seq_len} is above --max_answer_seq_len "
@@ -342,37 +340,12 @@ def check(options: Options) -> None:
         raise InputError("--only_optimize_lora: there is no LoRA to optimise; give --actor_lora_dim")
     if options.enable_mixed_precision_lora and (options.actor_lora_dim == 0 or options.actor_zero_stage != 3):
         raise InputError("--enable_mixed_precision_lora needs --actor_lora_dim above 0 and --actor_zero_stage 3")
-    if not 0 <= options.ema_decay < 1:
-        raise InputError(f"--ema_decay {options.ema_decay}: must be in [0, 1)")
     if options.algo == "remax" and options.whiten_advantages:
         raise InputError("--whiten_advantages: ReMax's advantages are differences from the greedy response's reward")
     if options.rollout_name == "continuous" and options.actor_zero_stage == 3:
         raise InputError("--rollout continuous: needs whole weights on every device, so --actor_zero_stage 0, 1 or 2")
     if options.rollout_name == "continuous" and options.min_answer_seq_len:
         raise InputError("--rollout continuous: transformers' continuous batching has no minimum length")
-
-
-_AT_LEAST_1 = (
-    *("per_device_generation_batch_size", "per_device_training_batch_size", "per_device_eval_batch_size"),
-    *("generation_batches", "gradient_accumulation_steps", "ppo_epochs", "max_faults", "num_train_epochs"),
-    *("max_prompt_seq_len", "max_answer_seq_len", "print_answers_interval", "kl_horizon", "save_total_limit"),
-)
-_AT_LEAST_0 = (
-    *("actor_learning_rate", "critic_learning_rate", "actor_lora_learning_rate", "critic_lora_learning_rate"),
-    *("actor_weight_decay", "critic_weight_decay", "actor_lora_dim", "critic_lora_dim", "num_warmup_steps"),
-    *("max_grad_norm", "kl_ctl", "kl_target", "target_kl", "clip_reward_value", "cliprange", "cliprange_value"),
-    *("gamma", "lam", "entropy_coef", "unsup_coef", "temperature", "top_p", "top_k", "min_answer_seq_len"),
-    *("decode_batch_size", "save_interval", "eval_interval", "test_stop_step", "actor_dropout", "critic_dropout"),
-    *("actor_lora_alpha", "critic_lora_alpha", "tokens_per_micro_batch"),
-)
-_AT_MOST_1 = ("gamma", "lam", "actor_dropout", "critic_dropout")
-
-
-def _check_ranges(options: Options) -> None:
-    least = dict.fromkeys(_AT_LEAST_0, 0) | dict.fromkeys(_AT_LEAST_1, 1)
-    require_ranges(options, least, dict.fromkeys(_AT_MOST_1, 1))
-    if options.eval_interval and options.eval_prompts < 1:
-        raise InputError(f"--eval_prompts {options.eval_prompts}: must be at least 1")
 
 
 def _check_rewards(options: Options) -> None:

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.preference_data import load_part
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import tokenize_prompt
 from deepspeed_chat_tlcr.training import LengthGroupedSampler

@@ -6,8 +6,8 @@ from dataclasses import replace
 import torch
 
 from step3_ppo_tlcr.averages import Averages
+from step3_ppo_tlcr.experience import Experience, Rollout
 from step3_ppo_tlcr.objectives import kl_penalised, remax_loss, remax_weights
-from step3_ppo_tlcr.records import Experience, Rollout
 from step3_ppo_tlcr.trainer import Loss, Trainer
 
 

@@ -19,7 +19,7 @@ from deepspeed_chat_tlcr.graphs import GraphedLoop
 from deepspeed_chat_tlcr.operators import load_operator
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.turns import end_ids
-from step3_ppo_tlcr.records import Rollout
+from step3_ppo_tlcr.experience import Rollout
 
 if TYPE_CHECKING:
     from step3_ppo_tlcr.options import Options
@@ -68,7 +68,8 @@ class LoopRollout(_EngineRollout):
 
     def generate(self, request: RolloutRequest, sampling: SamplingConfig) -> RolloutBatch:
         """Sample one response per prompt; temperature 0 takes the likeliest tokens."""
-        ids = decode(
+        decoded = self.graphs.decode if self.graphs else decode
+        ids = decoded(
             self.engine.module,
             request.prompt_ids,
             request.prompt_attention_mask,
@@ -76,7 +77,6 @@ class LoopRollout(_EngineRollout):
             end_ids(self.tokenizer),
             self.tokenizer.pad_token_id,
             synced=self.synced,
-            graphs=self.graphs,
         )
         return self._batch(request, ids)
 

@@ -9,10 +9,10 @@ from tqdm import tqdm
 
 from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, Checkpoints, changed_settings
 from deepspeed_chat_tlcr.errors import RunError
+from deepspeed_chat_tlcr.finite import weights_are_finite
 from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import save_model
-from step3_ppo_tlcr.faults import weights_are_finite
 from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.trainer import Trainer
 
@@ -122,7 +122,7 @@ class Run:
         batch = self.trainer.faults.save_batch(self.folder)
         kept = self.checkpoints.steps()[-1:]
         saved = f"step-{kept[0]}" if kept else "none"
-        if weights_are_finite(self.trainer.models):
+        if weights_are_finite(self.trainer.models.engines.values(), self.trainer.device):
             self.save(step)
             saved = f"step-{step}"
         raise RunError(

@@ -9,40 +9,25 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.rollout import RolloutEngine, SamplingConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.finite import align_overflow
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.averages import Averages, RunningScale
 from step3_ppo_tlcr.ema import WeightAverage
-from step3_ppo_tlcr.engines import RewardSum, action_logits, state_values
-from step3_ppo_tlcr.faults import Faults, align_overflow
+from step3_ppo_tlcr.engines import Models, action_logits, state_values
+from step3_ppo_tlcr.experience import Experience, Rollout
+from step3_ppo_tlcr.faults import Faults
 from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs
 from step3_ppo_tlcr.measures import finished, measure_rollout, peak_memory, throughputs
 from step3_ppo_tlcr.objectives import adapted_beta, k1, k3, masked_mean
 from step3_ppo_tlcr.pretraining import Pretraining
-from step3_ppo_tlcr.records import Experience, Rollout
 from step3_ppo_tlcr.rollout import request, to_rollout
 
 if TYPE_CHECKING:
     from step3_ppo_tlcr.options import Options
-
-
-@dataclass(frozen=True)
-class Models:
-    """Everything that runs in step 3."""
-
-    actor: DeepSpeedEngine
-    critic: DeepSpeedEngine | None  # ReMax has none
-    reference: DeepSpeedEngine | PreTrainedModel
-    reward: RewardSum
-
-    @property
-    def engines(self) -> dict[str, DeepSpeedEngine]:
-        """Those that train."""
-        return {"actor": self.actor} | ({"critic": self.critic} if self.critic else {})
 
 
 @dataclass(frozen=True)

@@ -18,18 +18,18 @@ from rich.table import Table
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
 from deepspeed_chat_tlcr.records import read_json, read_jsonl, read_revisions
-from deepspeed_chat_tlcr.report import Run, policy_name, verdict, write_report
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.scoring import heatmap, revision_heatmaps
 from step2_discriminator.revisions import hold_out
+from testbed.report import Run, policy_name, verdict, write_report
 from testbed.world import World, repeats_a_fact
 
 SHOWN = 4
@@ -45,8 +45,8 @@ class Options:
     """Score the policies of a run with the world's true score; write results.json and report.html."""
 
     run_dir: str = option(MISSING, "OUTPUT of run_tiny.sh")
-    world_seed: int = option(0, "the world that the run's data came from")
-    seed: int = option(1234, "seed of the sampled answers")
+    world_seed: int = seed_option(0, "the world that the run's data came from")
+    seed: int = seed_option(1234, "seed of the sampled answers")
     max_answer_seq_len: int = option(96, "longest answer, tokens")
     batch_size: int = option(128, "answers generated at once")
 

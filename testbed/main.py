@@ -8,7 +8,7 @@ import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_jsonl
 from testbed.serve import MODEL, make_server
@@ -19,7 +19,7 @@ from testbed.world import World, distinct_prompts
 class WorldOptions:
     """world"""
 
-    world_seed: int = option(0, "which facts hold: every seed is a fresh world in the same language")
+    world_seed: int = seed_option(0, "which facts hold: every seed is a fresh world in the same language")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class DataOptions(WorldOptions):
     train: int = option(12800, "training pairs, for SFT, reward and RL together")
     eval: int = option(1024, "evaluation pairs")
     test: int = option(512, "test prompts")
-    data_seed: int = option(1234, "seed of prompts, answers and preferences")
+    data_seed: int = seed_option(1234, "seed of prompts, answers and preferences")
     preference_sharpness: float = option(World.preference_sharpness, "Bradley-Terry: P = sigmoid(this x score gap)")
 
 
@@ -43,7 +43,7 @@ class BaseOptions(WorldOptions):
     hidden_size: int = option(192, "width of the model")
     layers: int = option(2, "layers of the model")
     learning_rate: float = option(3e-3, "peak learning rate")
-    seed: int = option(1234, "seed of text and initialisation")
+    seed: int = seed_option(1234, "seed of text and initialisation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +51,10 @@ class ServeOptions(WorldOptions):
     """Serve the oracle reviser as an OpenAI-compatible endpoint until interrupted or terminated."""
 
     host: str = option("127.0.0.1", "address to listen at")
-    port: int = option(0, "port to listen at; 0: any free one")
+    port: int = option(0, "port to listen at; 0: any free one", most=65_535)
     port_file: str | None = option(None, "file to write the port to once the server listens")
     model: str = option(MODEL, "name of the model to answer as")
-    revision_noise: float = option(World.revision_noise, "chance that a choice is edited wrongly")
+    revision_noise: float = option(World.revision_noise, "chance that a choice is edited wrongly", most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

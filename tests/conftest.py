@@ -109,7 +109,7 @@ def _own_environment():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A folder with data.jsonl (60 pairs), revisions.jsonl of all its reward pairs, and a tiny Llama in model/."""
-    from deepspeed_chat_tlcr.preference_data import load_preferences
+    from deepspeed_chat_tlcr.data.preferences import load_preferences
     from deepspeed_chat_tlcr.records import Revision
 
     folder = tmp_path_factory.mktemp("tiny")

@@ -9,7 +9,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 from deepspeed_chat_tlcr import decode as decoding_loop
 from deepspeed_chat_tlcr.decode import decode
 from deepspeed_chat_tlcr.generation import Decoding, generate, left_pad, response_mask
-from deepspeed_chat_tlcr.runtime import cpu_multiplies_bf16
 from step3_ppo_tlcr.logprobs import token_logprobs
 
 EOS, PAD = 3, 0
@@ -133,27 +132,6 @@ def test_what_a_row_says_does_not_depend_on_its_neighbours(monkeypatch):
     set_seed(7)
     again = decode(model, ids, mask, Decoding(15), EOS, PAD)[:, ids.size(1) :]
     assert torch.equal(together, again)
-
-
-@pytest.mark.skipif(not cpu_multiplies_bf16(), reason="this CPU has no bf16 instructions")
-@pytest.mark.parametrize("family", ["llama", "opt"])  # without biases, and with them
-def test_packed_weights_change_no_bit_and_leave_the_model_as_it_was(family, monkeypatch):
-    model = model_of(family).bfloat16()
-    ids, mask = left_pad([[1, 5, 6, 7], [1, 8]], PAD)
-    calls = []
-    packed_linear = decoding_loop._packed_linear
-    monkeypatch.setattr(decoding_loop, "_packed_linear", lambda *a: calls.append(1) or packed_linear(*a))
-    packed = sampled(model, ids, mask)
-    linears = [module for module in model.modules() if type(module) is torch.nn.Linear]
-    assert len(calls) >= len(linears)
-    assert not any("forward" in vars(module) for module in linears)
-    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    assert packed.equal(sampled(model, ids, mask))
-
-
-def sampled(model, ids, mask):
-    set_seed(7)
-    return decode(model, ids, mask, Decoding(12, min_new_tokens=6), EOS, PAD)
 
 
 def test_an_answer_that_is_only_its_end_is_legal():

@@ -64,7 +64,7 @@ def test_rewards_are_those_of_each_answer_scored_alone(scored):
 
 
 def held_out(folder) -> list[Question]:
-    from deepspeed_chat_tlcr.preference_data import load_preferences
+    from deepspeed_chat_tlcr.data.preferences import load_preferences
     from evaluation.prompts import prompt_id
 
     settings = json.loads((folder / "out" / "reward_scores" / "results.json").read_text())

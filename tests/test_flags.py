@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT
 
 import step1_sft.main
-from deepspeed_chat_tlcr import flags
-from deepspeed_chat_tlcr.flags import PROGRAMS, Program, accepted
 from deepspeed_chat_tlcr.metrics import read_metrics
+from docs import flags
+from docs.flags import PROGRAMS, Program, accepted
 
 BY_PATH = {program.path: program for program in PROGRAMS}
 
@@ -135,7 +135,7 @@ def test_flags_page_is_that_of_the_declarations():
         section = page.split(f"## {program.path}\n")[1].split("\n## ")[0]
         rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
         assert {word.strip("`,") for row in rows for word in row.split()} == {f"--{name}" for name in accepted(program)}
-    assert page == flags.document(), "write it anew: python -m deepspeed_chat_tlcr.flags > docs/flags.md"
+    assert page == flags.document(), "write it anew: python -m docs.flags > docs/flags.md"
 
 
 def test_print_loss_and_data_output_path(tiny, tmp_path, in_process, capsys):

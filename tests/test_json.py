@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from deepspeed_chat_tlcr.data.sources import read_records
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.record_files import read_records
 from deepspeed_chat_tlcr.records import read_json, read_jsonl
 
 

@@ -51,8 +51,8 @@ from deepspeed_chat_tlcr.pictures import (
 from deepspeed_chat_tlcr.pictures.charts import MOST_POINTS, thin, ticks
 from deepspeed_chat_tlcr.pictures.png import bar_chart_png, heatmap_png, line_chart_png
 from deepspeed_chat_tlcr.records import Preference, Revision
-from deepspeed_chat_tlcr.report import PUBLISHED, Run, duration, verdict, write_report
 from labeling import show
+from testbed.report import PUBLISHED, Run, duration, verdict, write_report
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "br", "img", "path", "rect", "circle", "polygon", "input", "link"}

@@ -23,10 +23,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from deepspeed_chat_tlcr import duration, memory, plan
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.model_shapes import KNOWN_MODELS, ModelShape, shape_of
-from deepspeed_chat_tlcr.recipe import Recipe
+from training_scripts.planning import duration, memory, plan
+from training_scripts.planning.model_shapes import KNOWN_MODELS, ModelShape, shape_of
+from training_scripts.planning.recipe import Recipe
 
 GIB = 2**30
 
@@ -419,7 +419,7 @@ def test_two_nodes_share_the_host_memory(tmp_path):
 
 
 def test_parts_are_those_of_the_data_loader():
-    from deepspeed_chat_tlcr.preference_data import parse_data_split, split_indices
+    from deepspeed_chat_tlcr.data.preferences import parse_data_split, split_indices
 
     assert plan.part_sizes(112_052, "2,4,4") == (22_410, 44_821, 44_821)
     for records in (1, 7, 59, 1003):
@@ -481,7 +481,7 @@ def test_disk_by_hand():
 def run_plan(**changes) -> subprocess.CompletedProcess:
     # No key, no home, no cache, and a Python without any installed package.
     bare = environment(**changes) | {"PYTHONPATH": str(ROOT), "PATH": os.defpath}
-    command = [sys.executable, "-S", "-m", "deepspeed_chat_tlcr.plan"]
+    command = [sys.executable, "-S", "-m", "training_scripts.planning.plan"]
     return subprocess.run(command, env=bare, capture_output=True, text=True, cwd=ROOT, timeout=60)
 
 

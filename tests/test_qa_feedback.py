@@ -35,7 +35,7 @@ TINY = {
 FORKS = """
 import json, sys
 from pathlib import Path
-from deepspeed_chat_tlcr import forked
+from testbed.study import forked
 forked.warm_up()
 for program, *arguments in json.loads(sys.argv[1]):
     status = forked.run(program, arguments, Path(sys.argv[2]))

@@ -5,10 +5,9 @@ import torch
 from transformers import AutoModelForTokenClassification
 
 import step2_discriminator.main
-from deepspeed_chat_tlcr import attention
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
-from deepspeed_chat_tlcr.models import load_token_classifier
+from deepspeed_chat_tlcr.models import load_token_classifier, require_attention
 from deepspeed_chat_tlcr.optim import add_lora
 from deepspeed_chat_tlcr.runtime import heartbeat, share_of_cores
 from step3_ppo_tlcr import ema
@@ -96,6 +95,6 @@ def test_lora_finds_the_blocks_and_scales_as_peft_does(tiny):
 )
 def test_attention_that_is_not_installed_is_refused(name, words):
     with pytest.raises(InputError, match=words):
-        attention.require(name, "bf16")
-    attention.require("sdpa", "fp32")
-    attention.require("eager", "fp32")
+        require_attention(name, "bf16")
+    require_attention("sdpa", "fp32")
+    require_attention("eager", "fp32")

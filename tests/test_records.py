@@ -18,8 +18,8 @@ from deepspeed_chat_tlcr.tokenization import (
 )
 from deepspeed_chat_tlcr.training import LengthGroupedSampler, pad_examples
 from step3_ppo_tlcr.engines import action_logits
+from step3_ppo_tlcr.experience import Experience, Rollout, at_actions, before_actions
 from step3_ppo_tlcr.logprobs import token_logprobs
-from step3_ppo_tlcr.records import Experience, Rollout, at_actions, before_actions
 
 TEXTS = ["\n\nHuman: Is the sea blue?\n\nAssistant: Yes, it isn't green.", "abcdefghij naïve 東京 3.14"]
 

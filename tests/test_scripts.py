@@ -19,9 +19,9 @@ import pytest
 from conftest import ROOT, preferences, write_jsonl
 from test_plan import PAPER
 
-from deepspeed_chat_tlcr.machine_checks import package_problems
-from deepspeed_chat_tlcr.preflight import main
 from tests.labeling_helpers import fault_server
+from training_scripts.planning.machine_checks import package_problems
+from training_scripts.planning.preflight import main
 
 SCRIPTS = ROOT / "training_scripts"
 STAGES = ("step1_sft", "step2_discriminator", "step3_ppo_tlcr")

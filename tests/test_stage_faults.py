@@ -19,7 +19,7 @@ import baselines.dpo.main
 import baselines.figa.main
 import step1_sft.main
 import step2_discriminator.main
-from deepspeed_chat_tlcr import faults
+from deepspeed_chat_tlcr.checkpoints import SETTINGS, newest_checkpoint
 from deepspeed_chat_tlcr.errors import InputError, RunError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import MetricsLog, read_metrics
 from deepspeed_chat_tlcr.training import StageTrainer
@@ -89,7 +89,7 @@ def test_a_killed_stage_ends_where_the_uninterrupted_one_ends(stage, tmp_path, m
         at_step(patch, 3, kill)
         with pytest.raises(Killed):
             stage(name, tmp_path / "half")
-    assert faults.newest_checkpoint(tmp_path / "half").name == "checkpoint-2"
+    assert newest_checkpoint(tmp_path / "half").name == "checkpoint-2"
     stage(name, tmp_path / "half")
     require_same_end(tmp_path / "whole", tmp_path / "half")
 
@@ -128,7 +128,7 @@ def test_killed_after_the_checkpoint_of_an_epochs_end(stage, tmp_path, monkeypat
         at_step(patch, 4, kill)
         with pytest.raises(Killed):
             stage("sft", tmp_path / "half", *more)
-    assert faults.newest_checkpoint(tmp_path / "half").name == "checkpoint-3"
+    assert newest_checkpoint(tmp_path / "half").name == "checkpoint-3"
     stage("sft", tmp_path / "half", *more)
     require_same_end(tmp_path / "whole", tmp_path / "half")
 
@@ -213,7 +213,7 @@ def test_sigterm_ends_the_program_with_status_0(tiny, tmp_path):
         running.send_signal(signal.SIGTERM)
         assert running.wait(timeout=60) == 0
     assert "resume with the same command" in (tmp_path / "log.txt").read_text()
-    assert faults.newest_checkpoint(tmp_path) is not None
+    assert newest_checkpoint(tmp_path) is not None
 
 
 def test_trackers_that_are_not_there_are_refused_before_anything_loads(stage, tmp_path):
@@ -237,7 +237,7 @@ def test_resuming_otherwise_says_what_changed(stage, tmp_path, monkeypatch, caps
         at_step(patch, 3, kill)
         with pytest.raises(Killed):
             stage("sft", tmp_path)
-    settings = tmp_path / "checkpoint-2" / faults.SETTINGS
+    settings = tmp_path / "checkpoint-2" / SETTINGS
     saved = json.loads(settings.read_text())
     settings.write_text(json.dumps(saved | {"world_size": 2}))
     with pytest.raises(InputError, match=r"written by 2 rank\(s\), this run has 1"):

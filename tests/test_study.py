@@ -35,10 +35,10 @@ from testbed.study.methods import (
     learning_rates,
     penalties,
 )
-from testbed.study.options import PAPER, SENSITIVITY, Options, check_grid, chosen_world, known_steps
+from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world, known_steps
 from testbed.study.pages import at_edge, write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
-from testbed.study.scoring import checked
+from testbed.study.truth import checked
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -331,21 +331,6 @@ def test_a_score_that_is_no_number_is_named_and_nothing_is_marked_done(capsys):
     assert scored("p", "good", True) == 1.0
     with pytest.raises(InputError, match=r"--scorer python:a:b, prompt 'p', response 'bad', ended False: nan"):
         scored("p", "bad", False)
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"learning_rates": []}, "--learning_rates: give at least one"),
-        ({"learning_rates": [0.0]}, "--learning_rates 0.0"),
-        ({"kls": [math.nan]}, "--kls nan"),
-        ({"kls": [-1.0]}, "--kls -1.0"),
-        ({"reward_scales": [math.inf]}, "--reward_scales inf"),
-    ],
-)
-def test_a_grid_that_no_run_could_have_is_refused(given, words):
-    with pytest.raises(InputError, match=words):
-        check_grid(Options(output_dir="o", **given))
 
 
 def test_a_killed_study_leaves_no_step_running_and_two_do_not_share_a_folder(tmp_path):

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer
 from deepspeed_chat_tlcr.records import Preference
-from deepspeed_chat_tlcr.scoring import response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_response
+from evaluation.logprobs import response_logprobs
 from labeling.prompt import build_messages, parse_answer
 from testbed import vocabulary as words
 from testbed.base import raw_text

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import byte_level_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -192,3 +193,17 @@ def test_soft_labels_are_the_share_of_revisions_that_edit():
     assert modified[1].targets == [0.5] * 5
     with pytest.raises(ValueError, match="at least one revision"):
         soft_targets([1], [])
+
+
+def test_memory_is_bounded_by_the_length_asked_for(monkeypatch):
+    """A record of a million characters: only as much as training could use is aligned, and its labels stay."""
+    byte_level = byte_level_tokenizer(["a b c d"])
+    prompt, sizes = "\n\nHuman: Say a.\n\nAssistant:", []
+    align = token_labels._align
+    monkeypatch.setattr(token_labels, "_align", lambda ids, n: sizes.append((n, len(ids) - n)) or align(ids, n))
+    long = Revision("i", prompt, " a", " b" + " c d" * 250_000, " a" + " c d" * 250_000, "", "m", {})
+    rejected, modified = label_revision(byte_level, long, 64)
+    assert sizes == [(4096, 4096)]
+    assert len(rejected.input_ids) == len(modified.input_ids) == 64
+    short = Revision("i", prompt, " a", " b" + " c d" * 50, " a" + " c d" * 50, "", "m", {})
+    assert (rejected.targets, modified.targets) == tuple(e.targets for e in label_revision(byte_level, short, 64))

@@ -20,10 +20,10 @@ from transformers import (
 
 import step2_discriminator.main
 import step3_ppo_tlcr.main
+from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.generation import Decoding, answers, response_mask, warp
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm
-from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import Preference, Revision, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_response
 from deepspeed_chat_tlcr.turns import end_after, end_ids, render

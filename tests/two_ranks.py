@@ -18,8 +18,8 @@ if os.environ.get("PRETENDED_GPU"):
 
     gpu.install()
 
-from deepspeed_chat_tlcr import forked
 from deepspeed_chat_tlcr.metrics import read_metrics
+from testbed.study import forked
 
 
 def free_port() -> str:

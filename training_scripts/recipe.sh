@@ -299,7 +299,7 @@ is_labelled() {
 
 # Before anything starts: all that could stop it. A plan runs nothing and asks nothing.
 preflight() {
-  [[ $PLAN == 1 ]] || python3 -m deepspeed_chat_tlcr.preflight ${MADE_HERE:+--without_inputs}
+  [[ $PLAN == 1 ]] || python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
 }
 
 # With PLAN=1 of several methods, each of which would plan what it shares with those before: takes from STAGES what the
@@ -336,5 +336,5 @@ train() {
 
 # With PLAN=1, behind the commands: what they will cost.
 plan() {
-  [[ $PLAN != 1 ]] || { echo && "$plan_python" -m deepspeed_chat_tlcr.plan; }
+  [[ $PLAN != 1 ]] || { echo && "$plan_python" -m training_scripts.planning.plan; }
 }

@@ -25,7 +25,7 @@ version_fits() {
 has_packages() {
   # shellcheck disable=SC2086 # several names, or none
   version_fits "$1" &&
-    PYTHONPATH=$project "$1" -m deepspeed_chat_tlcr.preflight --packages_only ${PACKAGES_TOO:-} &>/dev/null
+    PYTHONPATH=$project "$1" -m training_scripts.planning.preflight --packages_only ${PACKAGES_TOO:-} &>/dev/null
 }
 
 # The first argument that is a Python of a version the packages exist for.

@@ -10,7 +10,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 prepare
 read -ra reward <<<"$REWARD"
-[[ $PPO_OFFLOAD != auto ]] || PPO_OFFLOAD=$("${plan_python:-python3}" -m deepspeed_chat_tlcr.plan --decide_offload)
+[[ $PPO_OFFLOAD != auto ]] || PPO_OFFLOAD=$("${plan_python:-python3}" -m training_scripts.planning.plan --decide_offload)
 
 command=(
   "${launcher[@]}" "${at}step3_ppo_tlcr/main.py" --deepspeed

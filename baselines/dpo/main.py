@@ -15,7 +15,7 @@ from trl import DPOConfig, DPOTrainer
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import require_writable
@@ -29,13 +29,15 @@ class Options(TrainOptions, DataOptions, RunOptions):
     """DPO: the policy learns from preference pairs without a reward model; start from the SFT model."""
 
     beta: float = option(0.1, "strength of the pull towards the reference, --model_name_or_path as it was")
-    label_smoothing: float = option(0.0, "share of pairs taken to be labelled the wrong way round; below 0.5")
+    label_smoothing: float = option(
+        0.0, "share of pairs taken to be labelled the wrong way round; below 0.5", below=0.5
+    )
     offload_reference_model: bool = option(
         False,
         "compute the reference's log-probs once, before training, so that it takes no memory",
         better="not in host memory but nowhere, and its forward pass is paid once",
     )
-    num_padding_at_beginning: int = option(1, "in DeepSpeed-Chat's sweep script", "masks come from lengths")
+    num_padding_at_beginning: int = option(1, "in DeepSpeed-Chat's sweep script", "masks come from lengths", least=0)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:
@@ -48,8 +50,6 @@ def smoothed_loss(label_smoothing: float) -> dict:
     TRL has the two parts of it: "sigmoid", s = -log sigmoid(beta d), which ignores e, and
     "robust" = ((1 - e) s + e log sigmoid(-beta d)) / (1 - 2e); the sum 2 (1 - e) s - (1 - 2e) robust is that loss.
     """
-    if not 0 <= label_smoothing < 0.5:
-        raise InputError(f"--label_smoothing {label_smoothing}: must be at least 0 and below 0.5")
     if label_smoothing == 0:
         return {"loss_type": ["sigmoid"]}
     weights = [2 * (1 - label_smoothing), -(1 - 2 * label_smoothing)]

@@ -38,7 +38,9 @@ class Options(TrainOptions, RevisionOptions, RunOptions):
     DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "num_train_epochs": 5}
 
     added_weight: float = option(1.0, "weight of added and substituted tokens of the modified response, and of its EOS")
-    removed_weight: float = option(-0.5, "weight of deleted and substituted tokens of the rejected response")
+    removed_weight: float = option(
+        -0.5, "weight of deleted and substituted tokens of the rejected response", least=-1e9
+    )
     removed_nll_limit: float = option(0.6, "removed tokens count only while their NLL is at most this, in nats")
 
 

@@ -1,7 +1,6 @@
 """Asking a chat model many questions, for whatever purpose: the options of it, its price, and one run to its end."""
 
 import datetime
-import math
 import os
 import signal
 import sys
@@ -33,7 +32,6 @@ from deepspeed_chat_tlcr.asking.redaction import printable, read_key, without_se
 from deepspeed_chat_tlcr.errors import InputError
 
 ASK_ABOVE_USD = 10.0
-MOST_CONCURRENT = 4096
 BATCH_HOURS = 24.0  # the Batch API's window
 
 
@@ -50,16 +48,18 @@ class EndpointOptions:
         None,
         f"hidden reasoning before an answer: {', '.join(EFFORTS)}, or lowest: the least the model has; unset: its own",
     )
-    attempts: int = option(3, "answers asked for until one is usable")
+    attempts: int = option(3, "answers asked for until one is usable", most=100)
     retry_failed: bool = option(False, "ask again for what is in failures.jsonl, and only that")
-    concurrency: int = option(32, "most calls in flight")
-    requests_per_minute: float = option(0.0, "most calls a minute; 0: no limit of our own")
-    tokens_per_minute: float = option(0.0, "most tokens a minute, in and out; 0: no limit of our own")
-    timeout: float = option(120.0, "seconds after which a call is given up and retried")
-    max_retries: int = option(10, "retries of one call that brings no answer")
+    concurrency: int = option(32, "most calls in flight", most=4096)
+    requests_per_minute: float = option(0.0, "most calls a minute; 0: no limit of our own", most=1e12)
+    tokens_per_minute: float = option(0.0, "most tokens a minute, in and out; 0: no limit of our own", most=1e12)
+    timeout: float = option(120.0, "seconds after which a call is given up and retried", least=0.001, most=86_400)
+    max_retries: int = option(10, "retries of one call that brings no answer", least=0, most=1000)
     batch: bool = option(False, "OpenAI's Batch API: half the price, up to a day")
-    batch_size: int = option(50_000, "requests per batch; fewer where the endpoint enqueues few tokens at once")
-    batch_poll: float = option(60.0, "seconds between two looks at the batches")
+    batch_size: int = option(
+        50_000, "requests per batch; fewer where the endpoint enqueues few tokens at once", most=50_000
+    )
+    batch_poll: float = option(60.0, "seconds between two looks at the batches", least=0.001, most=86_400)
     prices: str = option(str(PRICES), "table of models: US$ per million tokens, efforts, last days")
     price: str | None = option(None, "IN,OUT: US$ per million tokens, such as 0.1,0.5, of a model that --prices lacks")
     max_cost_usd: float | None = option(None, "stop before the cost, calls in flight included, could pass this")
@@ -71,32 +71,11 @@ class EndpointOptions:
         return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
 
 
-BOUNDS = {
-    "concurrency": (1, MOST_CONCURRENT),
-    "attempts": (1, 100),
-    "max_retries": (0, 1000),
-    "batch_size": (1, 50_000),  # the Batch API takes no more
-    "timeout": (0.001, 86_400),
-    "batch_poll": (0.001, 86_400),
-    "max_cost_usd": (0, 1e9),
-}
-PER_MINUTE = ("requests_per_minute", "tokens_per_minute")
-
-
-def check_number(name: str, value: float | None, least: float, most: float = math.inf) -> None:
-    """Raises ``InputError`` unless a number that is given lies within its bounds."""
-    if value is not None and not least <= value <= most:
-        bounds = f"at least {least:g}" if math.isinf(most) else f"from {least:g} to {most:g}"
-        raise InputError(f"--{name} {value:g}: must be {bounds}")
-
-
 def check_endpoint(options: EndpointOptions) -> None:
     """Raises ``InputError`` for the first option that cannot be right."""
-    for name, bounds in BOUNDS.items():
-        check_number(name, getattr(options, name), *bounds)
-    for name in PER_MINUTE:
-        if getattr(options, name) != 0:
-            check_number(name, getattr(options, name), 0.1, 1e12)
+    for name in ("requests_per_minute", "tokens_per_minute"):
+        if 0 < getattr(options, name) < 0.1:
+            raise InputError(f"--{name} {getattr(options, name):g}: must be 0, for no limit, or at least 0.1")
     if options.reasoning_effort not in (None, LOWEST, *EFFORTS):
         known = ", ".join((LOWEST, *EFFORTS))
         raise InputError(f"--reasoning_effort {options.reasoning_effort}: known are {known}")
@@ -104,11 +83,6 @@ def check_endpoint(options: EndpointOptions) -> None:
         Price.parse(options.price)
     if options.address:
         check_base_url(options.address, "--base_url" if options.base_url else "OPENAI_BASE_URL")
-
-
-def check_sampling(temperature: float | None, top_p: float | None, name: str = "temperature") -> None:
-    check_number(name, temperature, 0, 2)
-    check_number("top_p", top_p, 1e-6, 1)
 
 
 def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling, context: int | None = None) -> Endpoint:

@@ -18,7 +18,7 @@ from dataclasses import MISSING, dataclass
 from importlib import resources
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import escape, visible
 from deepspeed_chat_tlcr.pictures.page import theme_style
@@ -37,10 +37,10 @@ class Options(OutOptions):
     answers: list[str] = option(MISSING, "NAME=FILE of each model: answers as the other parts write them")
     prompts: str = option(MISSING, "file of the prompts that were answered ('instruction' or 'prompt')")
     annotators: list[str] = option(MISSING, "names, a page each")
-    items: int = option(50, "most prompts to vote on, drawn at random; 0: all")
+    items: int = option(50, "most prompts to vote on, drawn at random; 0: all", least=0)
     question: str = option("Which answer is better?", "what the annotator is asked")
     no_tie: bool = option(False, "every item must be decided: no key for “no preference”")
-    seed: int = option(1234, "seed of the draw and of all shuffling")
+    seed: int = seed_option(1234, "seed of the draw and of all shuffling")
 
 
 @dataclass(frozen=True)

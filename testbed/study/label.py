@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
 from deepspeed_chat_tlcr.saving import write_json
@@ -23,8 +23,8 @@ class Options:
 
     data_path: str = option(MISSING, "the folder reward/ of the parts")
     revisions: str | None = option(None, "revisions.jsonl of another reviser; unset: the testbed's reviser is asked")
-    world_seed: int = option(0, "the testbed world whose truth the reviser knows")
-    noise: float = option(World.revision_noise, "chance that the testbed's reviser edits a choice wrongly")
+    world_seed: int = seed_option(0, "the testbed world whose truth the reviser knows")
+    noise: float = option(World.revision_noise, "chance that the testbed's reviser edits a choice wrongly", most=1)
     one_of: int = option(1, "keep every n-th training revision only")
     output_dir: str = option(MISSING, "folder for the revisions")
 
@@ -63,8 +63,6 @@ def imported(options: Options, split: str) -> list[Revision]:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
-    if options.one_of < 1:
-        raise InputError(f"--one_of {options.one_of}: must be at least 1")
     find = imported if options.revisions else ask
     counts = {}
     for split, step in (("train", options.one_of), ("eval", 1)):

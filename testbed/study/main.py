@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from deepspeed_chat_tlcr.arguments import parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.saving import write_json
 from testbed.study import results as tables
@@ -39,7 +39,6 @@ from testbed.study.options import (
     PAPER,
     SENSITIVITY,
     Options,
-    check_grid,
     chosen_methods,
     chosen_scale,
     chosen_seeds,
@@ -255,9 +254,6 @@ def absolute(options: Options) -> Options:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     options = absolute(parse(Options, argv))
-    if options.jobs < 1:
-        raise InputError(f"--jobs {options.jobs}: must be at least 1")
-    check_grid(options)
     folder = Path(options.output_dir)
     study = Study(
         options,

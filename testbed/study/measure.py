@@ -13,17 +13,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.records import parse_json, read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.scoring import as_examples, response_logprobs
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.scoring import sequence_scores, token_probs
-from testbed.study.scoring import TESTBED, Scorer, checked, load_scorer
+from testbed.study.truth import TESTBED, Scorer, checked, load_scorer
 
 GREEDY = "greedy"
 NO_TRUTH = "none"
@@ -43,11 +43,11 @@ class Options:
     sft: str = option(MISSING, "the SFT model: what KL is measured from")
     prompts: str = option(MISSING, "JSON lines with prompts")
     scorer: str = option(TESTBED, "python:module:function of prompt, response, ended; higher is better; none: no truth")
-    world_seed: int = option(0, "the testbed world of that scorer")
-    temperatures: list[float] = option([1.0, 0.7, 0.0], "sampling temperatures; 0: greedy")
+    world_seed: int = seed_option(0, "the testbed world of that scorer")
+    temperatures: list[float] = option([1.0, 0.7, 0.0], "sampling temperatures; 0: greedy", least=0)
     max_answer_seq_len: int = option(96, "longest answer, tokens")
     batch_size: int = option(128, "answers generated at once")
-    seed: int = option(1234, "seed of the sampled answers; the same for every policy, so that they can be paired")
+    seed: int = seed_option(1234, "seed of the sampled answers; the same for every policy, so that they can be paired")
     discriminator: str | None = option(None, "adds the mean token reward 2D - 1 of the answers at temperature 1")
     reward_model: str | None = option(None, "adds the sequence reward of the answers at temperature 1")
     training: str | None = option(None, "the folder of the policy's training, for its learning curve")

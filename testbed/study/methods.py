@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from testbed.study.artefacts import Argument, Inverse, Joined, Output, Step, flags
-from testbed.study.scoring import TESTBED
+from testbed.study.truth import TESTBED
 
 RECORDER = "python:testbed.study.recorder:record@0"
 

@@ -12,14 +12,14 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.arguments import option, seed_option
+from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.models import load_config
-from deepspeed_chat_tlcr.preference_data import load_preferences
 from deepspeed_chat_tlcr.records import read_revisions
 from testbed.study.methods import METHODS, QUICK, Condition, Scale, Setting, World
 from testbed.study.parts import read_prompts
-from testbed.study.scoring import TESTBED, Scorer, checked, load_scorer
+from testbed.study.truth import TESTBED, Scorer, checked, load_scorer
 
 PAPER = Setting()
 """The study's settings before any grid: the paper's KL coefficient, rewards as they are."""
@@ -53,7 +53,7 @@ class Options:
         "study", "grid: choose settings; study: the table; sensitivity: one thing varied at a time; report: only write"
     )
     methods: list[str] = option([], f"methods to run; unset: all of {', '.join(METHODS)}")
-    seeds: list[int] = option([1, 2, 3, 4, 5], "seeds of worlds, data, models and sampling alike")
+    seeds: list[int] = seed_option([1, 2, 3, 4, 5], "seeds of worlds, data, models and sampling alike")
     jobs: int = option(2, "commands side by side, one core each")
     quick: bool = option(False, f"one seed and {', '.join(QUICK)}, unless --seeds or --methods say otherwise")
     plan: bool = option(False, "print what would run, in order, and stop")
@@ -62,13 +62,15 @@ class Options:
     known: list[str] = option(
         [], "known.json[.gz] of other outputs, whose runs and trials are taken from there, not made"
     )
-    grid_seed: int = option(0, "the world that settings are chosen on; none of --seeds")
+    grid_seed: int = seed_option(0, "the world that settings are chosen on; none of --seeds")
     learning_rates: list[float] = option(
-        [3e-5, 1e-4, 3e-4, 1e-3, 3e-3], "the grid's learning rates, the same for every method"
+        [3e-5, 1e-4, 3e-4, 1e-3, 3e-3], "the grid's learning rates, the same for every method", above=0
     )
-    kls: list[float] = option([0.03, 0.3, 1.0], "the grid's KL coefficients (DPO: beta) besides 0.1")
+    kls: list[float] = option([0.03, 0.3, 1.0], "the grid's KL coefficients (DPO: beta) besides 0.1", least=0)
     reward_scales: list[float] = option(
-        [], "the grid's reward scales besides 1; a KL coefficient of 1 is a scale of 0.1 at 0.1, so none by default"
+        [],
+        "the grid's reward scales besides 1; a KL coefficient of 1 is a scale of 0.1 at 0.1, so none by default",
+        above=0,
     )
 
     preferences: str | None = option(None, "another world: its pairs, JSON lines of prompt, chosen, rejected")
@@ -100,16 +102,6 @@ def chosen_methods(options: Options) -> list[str]:
     if unknown:
         raise InputError(f"--methods {' '.join(unknown)}: unknown; known are {', '.join(METHODS)}")
     return named
-
-
-def check_grid(options: Options) -> None:
-    """Raises ``InputError`` for a grid without learning rates, or with values that no run could have."""
-    if not options.learning_rates:
-        raise InputError("--learning_rates: give at least one")
-    for name in ("learning_rates", "kls", "reward_scales"):
-        for value in getattr(options, name):
-            if not 0 < value < math.inf and not (name == "kls" and value == 0):
-                raise InputError(f"--{name} {value}: must be above 0 and finite")
 
 
 def chosen_seeds(options: Options) -> list[int]:

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
+from deepspeed_chat_tlcr.data.preferences import load_preferences
+from deepspeed_chat_tlcr.data.sources import find_source
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.preference_data import load_preferences
-from deepspeed_chat_tlcr.record_sources import find_source
 from deepspeed_chat_tlcr.records import Preference, read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 
@@ -26,7 +26,7 @@ class Options:
     preferences: str = option(MISSING, "a file, or a folder with train.jsonl and eval.jsonl, of pairs")
     prompts: str | None = option(None, "JSON lines with prompts to test on; unset: prompts of the eval pairs")
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
-    data_seed: int = option(1234, "seed of that split")
+    data_seed: int = seed_option(1234, "seed of that split")
     rl_prompts: int = option(5120, "training prompts of RL, the same for every method; fewer where there are fewer")
     fixed_held_out: bool = option(
         False, "hold out the same prompts whatever --data_seed: chosen by hash, their pairs in no training part"

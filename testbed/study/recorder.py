@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.turns import end_ids
-from step3_ppo_tlcr.records import Rollout
+from step3_ppo_tlcr.experience import Rollout
 from testbed.study.schedule import ROLLOUTS
 
 KEPT = 16

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from deepspeed_chat_tlcr import forked
 from deepspeed_chat_tlcr.errors import InputError
+from testbed.study import forked
 from testbed.study.artefacts import Step, Store, in_order
 
 LOG = "study.log"

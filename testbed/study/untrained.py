@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.records import read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
@@ -20,7 +20,7 @@ class Options:
     hidden_size: int = option(192, "width of the Llama; a head for every 32")
     layers: int = option(2, "layers of the Llama")
     max_positions: int = option(512, "longest text that the Llama can read, tokens")
-    seed: int = option(1234, "seed of the weights")
+    seed: int = seed_option(1234, "seed of the weights")
     output_dir: str = option(MISSING, "folder for tokenizer and model")
 
 

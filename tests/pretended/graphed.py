@@ -46,15 +46,15 @@ def main() -> None:
             prompts = [torch.randint(4, 24, (n,)).tolist() for n in (3, 17, 9, 30, 5)]
             ids, mask = (part.to("cuda") for part in left_pad(prompts, PAD))
             written = []
-            for by in (None, graphs):
+            for by in (decode, graphs.decode):
                 set_seed(5)
-                written.append(decode(model, ids, mask.clone(), decoding, EOS, PAD, graphs=by))
+                written.append(by(model, ids, mask.clone(), decoding, EOS, PAD))
             same.append(torch.equal(*written))
         used = []
         for tokens in (100, 200):  # both once before they are counted: then the graphs are there
-            decode(model, ids, mask, Decoding(tokens, min_new_tokens=tokens), EOS, PAD, graphs=graphs)
+            graphs.decode(model, ids, mask, Decoding(tokens, min_new_tokens=tokens), EOS, PAD)
             before = gpu.counts()
-            decode(model, ids, mask, Decoding(tokens, min_new_tokens=tokens), EOS, PAD, graphs=graphs)
+            graphs.decode(model, ids, mask, Decoding(tokens, min_new_tokens=tokens), EOS, PAD)
             used.append(gpu.counted_since(before))
         more = {kind: sum(used[1][kind].values()) - sum(used[0][kind].values()) for kind in ("launches", "waits")}
         print(json.dumps({"family": family, "same": same, "said": said, **{k: n / 100 for k, n in more.items()}}))

@@ -1,6 +1,6 @@
 """docs/flags.md from the options' declarations: every flag of every program, and what became of the peers' flags.
 
-``python -m deepspeed_chat_tlcr.flags`` prints it; a test compares the file with it, so neither can go stale.
+``python -m docs.flags`` prints it; a test compares the file with it, so neither can go stale.
 """
 
 import importlib
@@ -164,7 +164,7 @@ def accepted(program: Program) -> set[str]:
 INTRODUCTION = """\
 # Flags
 
-Written by `python -m deepspeed_chat_tlcr.flags > docs/flags.md` from the declarations that the programs parse with.
+Written by `python -m docs.flags > docs/flags.md` from the declarations that the programs parse with.
 
 "name from" is the first of DeepSpeed-Chat, ReMax and RLHF-TLCR that has a flag of this name; its meaning there is kept:
 **same**, **better** (how), or **no effect** (why: giving it prints one warning). "new" flags are this project's.

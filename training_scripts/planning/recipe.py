@@ -4,13 +4,14 @@ Defaults stand in recipe.sh and nowhere else: a variable that is not set is an e
 """
 
 import os
+import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from deepspeed_chat_tlcr.duration import CARDS
 from deepspeed_chat_tlcr.errors import InputError
+from training_scripts.planning.duration import CARDS
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,10 @@ class Recipe:
             slots = words[1].removeprefix("slots=") if len(words) == 2 else ""
             if not slots.isdigit():
                 raise InputError(f'HOSTFILE {path}:{number}: expected "name slots=8", found {line!r}')
+            if not re.fullmatch(r"(\w[\w.-]*@)?\w[\w.-]*", words[0]):  # ssh takes -oProxyCommand=… for an option
+                raise InputError(f"HOSTFILE {path}:{number}: {words[0]!r} is no name of a host")
+            if words[0] in hosts:
+                raise InputError(f"HOSTFILE {path}:{number}: {words[0]} is named twice")
             hosts[words[0]] = wanted or int(slots)
         if not hosts:
             raise InputError(f"HOSTFILE {path}: names no node")

@@ -13,15 +13,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepspeed_chat_tlcr import duration, memory
 from deepspeed_chat_tlcr.asking.models import BATCH_DISCOUNT, Price, known_model, price_of
 from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
+from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.memory import GIB, Need
-from deepspeed_chat_tlcr.model_shapes import ModelShape, shape_of
-from deepspeed_chat_tlcr.recipe import Recipe
 from labeling.prompt import TEMPLATE
+from training_scripts.planning import duration, memory
+from training_scripts.planning.memory import GIB, Need
+from training_scripts.planning.model_shapes import ModelShape, shape_of
+from training_scripts.planning.recipe import Recipe
 
 HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}
 """Training records of hub data sets that the plan knows without the network."""
@@ -42,21 +43,6 @@ class Texts:
     chosen: float
     rejected: float
     exact: bool
-
-
-def part_sizes(records: int, data_split: str) -> tuple[int, int, int]:
-    """Records of the SFT, reward and RL parts, by DeepSpeed-Chat's rounding.
-
-    >>> part_sizes(112_052, "2,4,4")
-    (22410, 44821, 44821)
-    """
-    try:
-        weights = [float(text) for text in data_split.split(",")]
-        total = sum(weights)
-        sft, reward, rl = (round(weight / total * records) for weight in weights)
-    except (ValueError, ZeroDivisionError):
-        raise InputError(f'DATA_SPLIT={data_split}: expected three numbers, as in "2,4,4"') from None
-    return max(0, sft - (sft + reward + rl - records)), reward, rl
 
 
 def labelling(recipe: Recipe, texts: Texts) -> Estimate:
@@ -90,7 +76,7 @@ def find_texts(recipe: Recipe) -> Texts | str:
     paths = recipe.data.split()
     if any(Path(path).exists() for path in paths):
         try:
-            from deepspeed_chat_tlcr.preference_data import load_preferences
+            from deepspeed_chat_tlcr.data.preferences import load_preferences
         except ImportError as error:
             return f"the data cannot be counted without the packages ({error.name} is missing)"
         records = load_preferences(paths, "all", "train", recipe.data_split)

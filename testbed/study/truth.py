@@ -10,7 +10,7 @@ from collections.abc import Callable
 from deepspeed_chat_tlcr.errors import InputError, told
 from testbed.world import World
 
-TESTBED = "python:testbed.study.scoring:testbed_score"
+TESTBED = "python:testbed.study.truth:testbed_score"
 
 Scorer = Callable[[str, str, bool], float]
 """(prompt, response, whether the response was ended by the policy itself) to a score; higher is better."""

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.memory import GIB
-from deepspeed_chat_tlcr.model_shapes import ModelShape, shape_of
-from deepspeed_chat_tlcr.plan import ALONE, stage_needs
-from deepspeed_chat_tlcr.recipe import Recipe
+from training_scripts.planning.memory import GIB
+from training_scripts.planning.model_shapes import ModelShape, shape_of
+from training_scripts.planning.plan import ALONE, stage_needs
+from training_scripts.planning.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def check_nodes(recipe: Recipe) -> Iterator[Problem]:
     if shutil.which("pdsh") is None:
         yield Problem("several nodes are started with pdsh, which is missing", "install pdsh (apt install pdsh)")
     for host in hosts:
-        command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", host, "true"]
+        command = ["ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5", "--", host, "true"]
         try:
             reached = subprocess.run(command, capture_output=True, timeout=30).returncode == 0
         except (OSError, subprocess.TimeoutExpired):

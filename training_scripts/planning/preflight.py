@@ -22,8 +22,10 @@ from deepspeed_chat_tlcr.asking.models import (
     served_models,
 )
 from deepspeed_chat_tlcr.asking.redaction import printable, without_secrets
+from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import EXIT_INPUT, InputError, exits_cleanly
-from deepspeed_chat_tlcr.machine_checks import (
+from deepspeed_chat_tlcr.records import read_json
+from training_scripts.planning.machine_checks import (
     ROOT,
     Check,
     Problem,
@@ -35,10 +37,9 @@ from deepspeed_chat_tlcr.machine_checks import (
     known_shape,
     package_problems,
 )
-from deepspeed_chat_tlcr.memory import GIB
-from deepspeed_chat_tlcr.plan import ALONE, disk_needs, label_price, most_disk, part_sizes
-from deepspeed_chat_tlcr.recipe import Recipe
-from deepspeed_chat_tlcr.records import read_json
+from training_scripts.planning.memory import GIB
+from training_scripts.planning.plan import ALONE, disk_needs, label_price, most_disk
+from training_scripts.planning.recipe import Recipe
 
 RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes first
 
@@ -165,7 +166,7 @@ def _has_weights(model: str) -> bool:
 def check_data(recipe: Recipe) -> Iterator[Problem]:
     """The data can be read, whole, and every part of it fills a batch."""
     try:
-        from deepspeed_chat_tlcr.preference_data import load_preferences
+        from deepspeed_chat_tlcr.data.preferences import load_preferences
         from deepspeed_chat_tlcr.tokenization import load_tokenizer
     except (ImportError, OSError):
         return

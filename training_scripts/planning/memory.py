@@ -11,7 +11,7 @@ their attention stores no scores).
 from dataclasses import dataclass, field
 
 from deepspeed_chat_tlcr.deepspeed_config import LIVE_PARAMETERS
-from deepspeed_chat_tlcr.model_shapes import ModelShape
+from training_scripts.planning.model_shapes import ModelShape
 
 GIB = 2**30
 REDUCE_BUCKET = 500_000_000
