@@ -5,8 +5,9 @@
 The released recipe forwards chosen, rejected and modified response of each example, every one padded to 512 tokens; the
 chosen one has no loss. Here the two that have one are padded to the longest of a batch that is formed by length. Same
 model, same examples in a batch, same trainer on DeepSpeed. A token is useful if it is none of padding and stands in a
-sequence with a loss. Without --revisions, each rejected response of the data with one word more stands for its
-revision: the time depends on lengths alone. Takes step2_discriminator/main.py's options; prints one JSON object.
+sequence with a loss; with --tokens_per_micro_batch, which computes shared prompts once, their share of those computed
+may be above 1. Without --revisions, each rejected response of the data with one word more stands for its revision: the
+time depends on lengths alone. Takes step2_discriminator/main.py's options; prints one JSON object.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.models import load_token_classifier
+from deepspeed_chat_tlcr.packing import tokens_at_once
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
 from deepspeed_chat_tlcr.training import pad_examples, prepare_model, stage_config, training_arguments
@@ -44,15 +46,22 @@ class ReleasedTrainer(DiscriminatorTrainer):
 
 
 class Clock(TrainerCallback):
-    """The time at the end of every optimiser step."""
+    """Time, and tokens that the model has computed so far, at the end of every optimiser step."""
 
-    def __init__(self):
+    def __init__(self, model: torch.nn.Module):
         self.ends: list[float] = []
+        self.computed: list[int] = []
+        self.tokens = 0
+        model.register_forward_pre_hook(self._count, with_kwargs=True)
+
+    def _count(self, model, args, kwargs):
+        self.tokens += kwargs["input_ids"].numel()
 
     def on_step_end(self, args, state, control, **kwargs):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.ends.append(time.monotonic())
+        self.computed.append(self.tokens)
 
 
 def released_collate(tokenizer):
@@ -69,13 +78,13 @@ def released_collate(tokenizer):
     return collated
 
 
-def counting(collator, log: list[dict[str, int]], with_loss: int, sequences: int):
-    """A collator that notes, for each batch, its tokens: useful ones, and all that are computed."""
+def counting(collator, log: list[int], with_loss: int, sequences: int):
+    """A collator that notes how many useful tokens each batch has."""
 
     def collated(items):
         batch = collator(items)
         mask = batch["attention_mask"].view(-1, sequences, batch["attention_mask"].size(1))[:, :with_loss]
-        log.append({"useful": int(mask.sum()), "computed": batch["input_ids"].numel()})
+        log.append(int(mask.sum()))
         return batch
 
     return collated
@@ -108,8 +117,9 @@ def measure(options: Options, way: str, triples: list, tokenizer, runtime, warmu
     arguments.eval_strategy = arguments.save_strategy = "no"
     arguments.max_steps = warmup + steps
     released = way == "released"
-    log: list[dict[str, int]] = []
+    log: list[int] = []
     collator = released_collate(tokenizer) if released else collate(tokenizer)
+    budget = 0 if released else options.tokens_per_micro_batch
     trainer = (ReleasedTrainer if released else DiscriminatorTrainer)(
         prepare_model(model, options),
         arguments,
@@ -117,16 +127,16 @@ def measure(options: Options, way: str, triples: list, tokenizer, runtime, warmu
         train_dataset=triples if released else [triple[:2] for triple in triples],
         stage=options,
         train_lengths=[max(len(example.input_ids) for example in triple[:2]) for triple in triples],
+        tokens_at_once=tokens_at_once(model, budget, options.max_seq_len, runtime.say),
     )
-    clock = Clock()
+    clock = Clock(model)
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(clock)
     trainer.train()
     per_step = options.gradient_accumulation_steps
-    counted = log[warmup * per_step : (warmup + steps) * per_step]
-    seconds = clock.ends[-1] - clock.ends[warmup - 1]
-    useful, computed = (sum(entry[name] for entry in counted) for name in ("useful", "computed"))
+    useful = sum(log[warmup * per_step : (warmup + steps) * per_step])
+    seconds, computed = (series[-1] - series[warmup - 1] for series in (clock.ends, clock.computed))
     return {
         "seconds_per_step": seconds / steps,
         "useful_tokens_per_second": useful * runtime.world_size / seconds,

@@ -217,6 +217,17 @@ class TrainOptions:
         return self.eot_token if self.add_eot_token else None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PackingOptions:
+    """padding"""
+
+    tokens_per_micro_batch: int = option(
+        0,
+        "compute without padding: a micro-batch's rows in packs of at most so many tokens, what both rows of a pair "
+        "begin with once; 0: padded rows",
+    )
+
+
 def require_bounds(options: Any) -> None:
     """Raise ``InputError`` for the first number outside its option's bounds, and for text or a list that is missing."""
     for entry in fields(options):

@@ -119,8 +119,10 @@ class _Epochs(TrainerCallback):
 class StageMixin(FaultTolerant):
     """This library's optimiser, length-grouped batches and checkpoints for transformers' Trainer and its kind."""
 
-    def __init__(self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], **kwargs: Any):
-        self.stage, self.train_lengths = stage, train_lengths
+    def __init__(
+        self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], tokens_at_once: int = 0, **kwargs: Any
+    ):
+        self.stage, self.train_lengths, self.tokens_at_once = stage, train_lengths, tokens_at_once
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:

@@ -233,6 +233,7 @@ def run(options: Options) -> Shortfall | None:
         unread = sum(row["missing"] for row in results["package"])
         lacks = Shortfall(lacks.asked + len(results["package"]) * len(questions), lacks.missing + unread, lacks.stopped)
     results |= {"verdicts": lacks.asked, "missing": lacks.missing, "stopped": lacks.stopped}
+    results["attn_implementation"] = options.attn_implementation
     if not results["head_to_head"] and not results["package"]:
         print(
             f"{folder / 'model_outputs'}: answers; --judge compares two or more models, --annotators_config rates them"

@@ -15,18 +15,18 @@ from itertools import chain
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.arguments import Dtype, option, parse
+from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import auroc, predicted_targets, token_metrics
-from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.pictures import token_strings
 from deepspeed_chat_tlcr.records import Revision, read_revisions
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from deepspeed_chat_tlcr.turns import end_ids
-from evaluation.policies import OutOptions, device, torch_dtype
+from deepspeed_chat_tlcr.workers import processes_of
+from evaluation.policies import NodeOptions, OutOptions, torch_dtype
 from evaluation.report import refresh_report
 from evaluation.results import save_results
-from evaluation.scoring import DiscriminatorPath, as_record, revision_heatmaps, token_probs
+from evaluation.scoring import DiscriminatorPath, Judge, as_record, judged, revision_heatmaps, token_probs
 from labeling.audit import read_error_spans
 from labeling.audit_statistics import Span, SpanAgreement, is_marked, visible_tokens
 from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, WHOLE, label_revision
@@ -52,10 +52,8 @@ class DiscriminatorOptions(DiscriminatorPath):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(DiscriminatorOptions, OutOptions):
+class Options(DiscriminatorOptions, NodeOptions, OutOptions):
     """Measure a token discriminator on held-out revisions."""
-
-    dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
 
 
 @dataclass(frozen=True)
@@ -213,13 +211,16 @@ def run(options: Options) -> None:
     revisions = held_out_revisions(options)
     spans = read_error_spans(options.error_spans) if options.error_spans else {}
     tokenizer = load_tokenizer(options.discriminator)
-    discriminator = load_token_classifier(options.discriminator, 2, torch_dtype(options.dtype)).to(device()).eval()
     pairs, summary = token_pairs(revisions, tokenizer, options.max_seq_len, "held out")
     print(summary, flush=True)
     examples = list(chain.from_iterable(pairs))
-    probs = token_probs(discriminator, examples, tokenizer.pad_token_id, options.scoring_batch_size)
+    judge = Judge(options.discriminator, 2, torch_dtype(options.dtype), options.attn_implementation)
+    processes = processes_of(options.num_processes)
+    probs = judged(judge, {"held out": examples}, options.scoring_batch_size, processes)["held out"]
+    discriminator = judge.load()
     results = {
         "discriminator": options.discriminator,
+        "attn_implementation": options.attn_implementation,
         "revisions": len(pairs),
         "prompts": len({revision.prompt for revision in revisions}),
         **measure(gather(tokenizer, examples, probs)),

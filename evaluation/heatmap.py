@@ -10,9 +10,8 @@ from dataclasses import MISSING, dataclass
 
 from rich.console import Console
 
-from deepspeed_chat_tlcr.arguments import Dtype, option, parse
+from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.pictures import (
     Sample,
     TokenScores,
@@ -24,12 +23,12 @@ from deepspeed_chat_tlcr.pictures import (
 )
 from deepspeed_chat_tlcr.pictures.png import heatmap_png
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import Question, device, prompt_text, torch_dtype
-from evaluation.scoring import heatmap, response_example
+from evaluation.policies import DeviceOptions, Question, prompt_text, torch_dtype
+from evaluation.scoring import Judge, heatmap, response_example
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(DeviceOptions):
     """Colour the tokens of answers by their rewards."""
 
     discriminator: str = option(MISSING, "folder of the token discriminator (step 2)")
@@ -38,14 +37,13 @@ class Options:
     text: list[str] = option([], "answers")
     html: str | None = option(None, "write a page here")
     png: str | None = option(None, "write a picture here")
-    dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
 
 
 def score(options: Options) -> list[TokenScores]:
     if not options.text:
         raise InputError("--text is missing: one or more answers")
     tokenizer = load_tokenizer(options.discriminator)
-    discriminator = load_token_classifier(options.discriminator, 2, torch_dtype(options.dtype)).to(device()).eval()
+    discriminator = Judge(options.discriminator, 2, torch_dtype(options.dtype), options.attn_implementation).load()
     prompt = prompt_text(tokenizer, Question(0, [options.prompt], raw=options.raw_prompt), [])
     chat = tokenizer.chat_template or options.raw_prompt
     scored = []

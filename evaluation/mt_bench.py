@@ -254,6 +254,7 @@ def run(options: Options) -> Shortfall | None:
         "usd": verdicts.usd,
         "stopped": verdicts.stopped,
         "empty_answers": {name: sum(r.turns.count("") for r in given.values()) for name, given in replies.items()},
+        "attn_implementation": options.attn_implementation,
     }
     save_results(options.out, "mt_bench", results)
     show(results)

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
@@ -14,16 +14,17 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import Dtype, option, seed_option
+from deepspeed_chat_tlcr.arguments import AttentionName, Dtype, option, seed_option
 from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
 from deepspeed_chat_tlcr.data.formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
-from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm, require_attention
 from deepspeed_chat_tlcr.records import read_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from deepspeed_chat_tlcr.workers import processes_of, spread
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -36,11 +37,34 @@ class OutOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PolicyOptions(OutOptions):
+class DeviceOptions:
+    """device"""
+
+    dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
+    attn_implementation: AttentionName = option(
+        "sdpa", "what computes attention in every model; sdpa: PyTorch's kernels, eager in a family that has none"
+    )
+
+    def __post_init__(self):
+        """Raises ``InputError`` for an attention that this machine or precision cannot have."""
+        if self.attn_implementation != "sdpa":
+            require_attention(self.attn_implementation, resolve_dtype(self.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeOptions(DeviceOptions):
+    """processes"""
+
+    num_processes: int = option(
+        0, "processes that answer and score, each on a GPU of its own; 0: as many as there are GPUs, one on a CPU"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyOptions(NodeOptions, OutOptions):
     """models"""
 
     models: list[str] = option([], "NAME=FOLDER of each model: Hugging Face folders or hub names")
-    dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
     generation_batch_size: int = option(16, "answers written at once")
     max_new_tokens: int = option(1024, "longest answer, tokens (FastChat's default)")
     seed: int = seed_option(1234, "seed of sampled answers")
@@ -144,7 +168,9 @@ class Policy:
     def load(self):
         if self.model is None:
             self.tokenizer = load_tokenizer(self.path, rows=embedding_rows(self.path))
-            self.model = load_causal_lm(self.path, torch_dtype(self.options.dtype)).to(device()).eval()
+            dtype = torch_dtype(self.options.dtype)
+            model = load_causal_lm(self.path, dtype, attention=self.options.attn_implementation)
+            self.model = model.to(device()).eval()
             self.room = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
 
     def answer(self, prompts: Sequence[list[int]], temperature: float) -> Iterator[Answer]:
@@ -180,30 +206,41 @@ class Policy:
                 reply.ended.append(answer.ended)
         return replies
 
+    def ready(self) -> Callable[[tuple[int, Sequence[Question]]], list[Reply]]:
+        """Load; what it returns answers a batch, given with its number, which decides its random numbers."""
+        self.load()
+        return self.reply_to_batch
+
+    def reply_to_batch(self, batch: tuple[int, Sequence[Question]]) -> list[Reply]:
+        number, questions = batch
+        set_seed(self.options.seed + number)
+        return self.reply(questions)
+
 
 def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> dict[int | str, Reply]:
     """Every question's reply, from ``folder/NAME.jsonl`` as far as it is there; the rest is written to it.
 
-    The file has FastChat's ``model_answer`` form. Batches are the same whether or not a run was interrupted, and each
-    has a seed of its own, so the answers are too. Raises ``InputError`` where the file holds answers of other weights,
-    questions or settings.
+    The file has FastChat's ``model_answer`` form. Batches are the same whether or not a run was interrupted, however
+    many processes answer, and each has a seed of its own, so the answers are the same too. Raises ``InputError`` where
+    the file holds answers of other weights, questions or settings.
     """
     require_writable(folder)
     path = folder / f"{policy.name}.jsonl"
     bind(path, settings_of(policy, questions))
     cut_torn_line(path)
     done = dict(read_replies(path)) if path.exists() else {}
+    batches = enumerate(batched(questions, policy.options.generation_batch_size))
+    left = [(number, batch) for number, batch in batches if any(question.id not in done for question in batch)]
+    written = spread(policy.ready, left, processes_of(policy.options.num_processes))
     bar = tqdm(total=len(questions), desc=f"answers of {policy.name}", mininterval=1.0)
-    for number, batch in enumerate(batched(questions, policy.options.generation_batch_size)):
-        if any(question.id not in done for question in batch):
-            set_seed(policy.options.seed + number)
-            replies = policy.reply(batch)
-            fresh = {q.id: r for q, r in zip(batch, replies, strict=True) if q.id not in done}
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(answer_line(policy.name, id, reply) for id, reply in fresh.items())
-                file.flush()
-                os.fsync(file.fileno())
-            done |= fresh
+    bar.update(len(questions) - sum(len(batch) for _, batch in left))
+    for (_, batch), replies in zip(left, written, strict=True):
+        fresh = {q.id: r for q, r in zip(batch, replies, strict=True) if q.id not in done}
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(answer_line(policy.name, id, reply) for id, reply in fresh.items())
+            file.flush()
+            os.fsync(file.fileno())
+        done |= fresh
         bar.update(len(batch))
     bar.close()
     return {question.id: done[question.id] for question in questions}
@@ -261,6 +298,7 @@ def settings_of(policy: Policy, questions: Sequence[Question]) -> dict:
         "max_new_tokens": policy.options.max_new_tokens,
         "generation_batch_size": policy.options.generation_batch_size,
         "dtype": policy.options.dtype,
+        "attn_implementation": policy.options.attn_implementation,
         "seed": policy.options.seed,
     }
 
@@ -268,7 +306,8 @@ def settings_of(policy: Policy, questions: Sequence[Question]) -> dict:
 def bind(path: Path, settings: dict) -> None:
     """Tie an answer file to its settings, which stand in a ``.json`` beside it."""
     beside = path.with_suffix(".json")
-    before = read_json(beside) if beside.exists() else None
+    # Before there was a choice of attention it was sdpa.
+    before = {"attn_implementation": "sdpa", **read_json(beside)} if beside.exists() else None
     if before is None or not path.exists():
         write_json(beside, settings)
     elif different := [name for name in settings if before.get(name) != settings[name]]:

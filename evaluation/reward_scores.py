@@ -14,8 +14,8 @@ import torch
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
+from deepspeed_chat_tlcr.workers import processes_of
 from evaluation.policies import (
     Policy,
     PolicyOptions,
@@ -23,7 +23,6 @@ from evaluation.policies import (
     Reply,
     answer_all,
     answers_folder,
-    device,
     parse_models,
     prompt_text,
     torch_dtype,
@@ -31,7 +30,7 @@ from evaluation.policies import (
 from evaluation.prompts import PromptOptions, read_prompts
 from evaluation.report import refresh_report
 from evaluation.results import save_results
-from evaluation.scoring import DiscriminatorPath, response_example, sequence_scores, token_probs
+from evaluation.scoring import DiscriminatorPath, Judge, judged, response_example
 from evaluation.stats import ratio_interval
 from step3_ppo_tlcr.rewards import continuous_reward, fixed_reward
 
@@ -73,13 +72,18 @@ def answers_in_context(policy: Policy, questions: Sequence[Question], replies: M
     return Answered(rows)
 
 
+def said(path: str, labels: int, answered: Mapping[str, Answered], options: Options) -> dict[str, list]:
+    """What a reward model says of each answer, by the model that gave it."""
+    tokenizer = load_tokenizer(path)
+    examples = {name: texts.examples(tokenizer) for name, texts in answered.items()}
+    judge = Judge(path, labels, torch_dtype(options.dtype), options.attn_implementation)
+    return judged(judge, examples, options.scoring_batch_size, processes_of(options.num_processes))
+
+
 def token_sums(path: str, answered: Mapping[str, Answered], options: Options) -> dict[str, dict[str, np.ndarray]]:
     """Sums over each answer's tokens, EOS included, ``(N,)``, by model and reward (Eq. 7, Eq. 2)."""
-    tokenizer, model = load_tokenizer(path), load_token_classifier(path, 2, torch_dtype(options.dtype))
-    model = model.to(device()).eval()
     sums: dict[str, dict[str, np.ndarray]] = {}
-    for name, texts in answered.items():
-        found = token_probs(model, texts.examples(tokenizer), tokenizer.pad_token_id, options.scoring_batch_size)
+    for name, found in said(path, 2, answered, options).items():
         probs = [torch.tensor(one) for one in found]
         sums[name] = {
             DISCRETE: np.array([fixed_reward(one, torch.ones_like(one)).sum().item() for one in probs]),
@@ -90,13 +94,7 @@ def token_sums(path: str, answered: Mapping[str, Answered], options: Options) ->
 
 def sequence_sums(path: str, answered: Mapping[str, Answered], options: Options) -> dict[str, np.ndarray]:
     """The sequence reward of each answer, ``(N,)``, by model (Eq. 1)."""
-    tokenizer, model = load_tokenizer(path), load_token_classifier(path, 1, torch_dtype(options.dtype))
-    model, pad_id = model.to(device()).eval(), tokenizer.pad_token_id
-    size = options.scoring_batch_size
-    return {
-        name: np.array(sequence_scores(model, texts.examples(tokenizer), pad_id, size))
-        for name, texts in answered.items()
-    }
+    return {name: np.array(found) for name, found in said(path, 1, answered, options).items()}
 
 
 def summarise(sums: Mapping[str, np.ndarray], lengths: np.ndarray) -> dict:
@@ -136,6 +134,7 @@ def run(options: Options) -> None:
         "temperature": options.temperature,
         "discriminator": options.discriminator,
         "sequence_reward": options.sequence_reward,
+        "attn_implementation": options.attn_implementation,
         "rewards": list(next(iter(sums.values()))),
         "models": {
             name: {

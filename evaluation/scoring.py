@@ -1,16 +1,19 @@
 """What reward models say about texts: D of every response token, a sequence reward model's score."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.pictures import TokenScores, token_strings
 from deepspeed_chat_tlcr.records import Revision
-from deepspeed_chat_tlcr.tokenization import TokenizedExample, tokenize_response
+from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response
 from deepspeed_chat_tlcr.training import pad_examples
+from deepspeed_chat_tlcr.workers import spread
 from labeling.token_labels import label_revision
 from step2_discriminator.objectives import end_scores, positive_logit
 
@@ -31,11 +34,15 @@ def response_example(
     return example if ended else TokenizedExample(example.input_ids[:-1], example.response_start)
 
 
+def places_by_length(examples: Sequence[TokenizedExample], batch_size: int) -> list[list[int]]:
+    """The examples' places in batches of similar lengths, the longest first."""
+    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
+    return [order[begin : begin + batch_size] for begin in range(0, len(order), batch_size)]
+
+
 def batches(examples: Sequence[TokenizedExample], pad_id: int, batch_size: int) -> Iterator[tuple[list[int], dict]]:
     """Padded batches of similar lengths, each with its examples' places."""
-    order = sorted(range(len(examples)), key=lambda place: -len(examples[place].input_ids))
-    for begin in range(0, len(order), batch_size):
-        places = order[begin : begin + batch_size]
+    for places in places_by_length(examples, batch_size):
         yield places, pad_examples([examples[place] for place in places], pad_id)
 
 
@@ -67,6 +74,39 @@ def sequence_scores(
         for place, score in zip(places, end_scores(values, response).tolist(), strict=True):
             scores[place] = score if examples[place].response_ids else 0.0
     return scores
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A reward model of ``labels`` labels, loaded where it judges: D of each response token (2), or scores (1)."""
+
+    path: str
+    labels: int
+    dtype: torch.dtype
+    attention: str
+
+    def load(self) -> PreTrainedModel:
+        model = load_token_classifier(self.path, self.labels, self.dtype, attention=self.attention)
+        return model.to(get_accelerator().current_device_name()).eval()
+
+    def ready(self) -> Callable[[Sequence[TokenizedExample]], list]:
+        """Load; what it returns judges a batch."""
+        judge = token_probs if self.labels == 2 else sequence_scores
+        model, pad_id = self.load(), load_tokenizer(self.path).pad_token_id
+        return lambda batch: judge(model, batch, pad_id, len(batch))
+
+
+def judged(
+    judge: Judge, examples: Mapping[str, Sequence[TokenizedExample]], batch_size: int, processes: int
+) -> dict[str, list]:
+    """What ``judge`` says of each example, by the name it goes under; batches of similar lengths over ``processes``."""
+    places = [(name, batch) for name, found in examples.items() for batch in places_by_length(found, batch_size)]
+    batches = [[examples[name][place] for place in batch] for name, batch in places]
+    said: dict[str, list] = {name: [None] * len(found) for name, found in examples.items()}
+    for (name, batch), values in zip(places, spread(judge.ready, batches, processes), strict=True):
+        for place, value in zip(batch, values, strict=True):
+            said[name][place] = value
+    return said
 
 
 def heatmap(

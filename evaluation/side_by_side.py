@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import exits_cleanly
-from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.pictures import TokenScores
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation.policies import (
@@ -19,7 +18,6 @@ from evaluation.policies import (
     Question,
     answer_all,
     answers_folder,
-    device,
     parse_models,
     torch_dtype,
 )
@@ -27,7 +25,7 @@ from evaluation.prompts import PromptOptions, prompt_id, read_prompts
 from evaluation.report import refresh_report
 from evaluation.results import save_results
 from evaluation.reward_scores import Answered, answers_in_context
-from evaluation.scoring import DiscriminatorPath, as_record, heatmap
+from evaluation.scoring import DiscriminatorPath, Judge, as_record, heatmap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +59,7 @@ def coloured(answered: dict[str, Answered], options: Options) -> dict[str, list[
             for name, one in answered.items()
         }
     tokenizer = load_tokenizer(options.discriminator)
-    model = load_token_classifier(options.discriminator, 2, torch_dtype(options.dtype)).to(device()).eval()
+    model = Judge(options.discriminator, 2, torch_dtype(options.dtype), options.attn_implementation).load()
     drawn: dict[str, list[TokenScores]] = {}
     for name, one in answered.items():
         maps = [heatmap(tokenizer, model, example) for example in one.examples(tokenizer)]
@@ -95,7 +93,8 @@ def run(options: Options) -> None:
         for place, question in enumerate(shown)
     ]
     results = {"models": list(models), "discriminator": options.discriminator, "samples": samples}
-    save_results(options.out, "side_by_side", {**results, "temperature": options.temperature})
+    results |= {"temperature": options.temperature, "attn_implementation": options.attn_implementation}
+    save_results(options.out, "side_by_side", results)
 
 
 @exits_cleanly

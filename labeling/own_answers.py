@@ -9,22 +9,25 @@ SFT and PPO; answers to its eval split are only ever measured on.
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
+from itertools import chain
 from pathlib import Path
 
-import torch
+from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import DataOptions, option, parse, seed_option
+from deepspeed_chat_tlcr.arguments import AttentionName, DataOptions, option, parse, seed_option
 from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
-from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm, require_attention
 from deepspeed_chat_tlcr.records import Preference
+from deepspeed_chat_tlcr.runtime import TORCH_DTYPES
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from deepspeed_chat_tlcr.workers import processes_of, spread
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,12 @@ class Options(DataOptions):
     max_answer_seq_len: int = option(256, "longest answer, tokens")
     batch_size: int = option(64, "answers generated at once")
     seed: int = seed_option(1234, "seed of the sampled answers")
+    num_processes: int = option(
+        0, "processes that answer, each on a GPU of its own; 0: as many as there are GPUs, one on a CPU"
+    )
+    attn_implementation: AttentionName = option(
+        "sdpa", "what computes attention; sdpa: PyTorch's kernels, eager in a family that has none"
+    )
 
 
 def part_of_round(preferences: Sequence[Preference], count: int, round: int) -> list[Preference]:
@@ -49,14 +58,38 @@ def part_of_round(preferences: Sequence[Preference], count: int, round: int) -> 
     return [preferences[(begin + place) % len(preferences)] for place in range(count)]
 
 
+@dataclass(frozen=True)
+class Writer:
+    """What answers a batch of prompts, loaded where it does so: temperature 1, as in PPO."""
+
+    policy: str
+    device: str
+    attention: str
+    longest: int
+    seed: int
+
+    def ready(self) -> Callable[[tuple[int, Sequence[list[int]]]], list[str]]:
+        """Load; what it returns answers a batch of prompts, given with its number, which decides its random numbers."""
+        tokenizer = load_tokenizer(self.policy, rows=embedding_rows(self.policy))
+        dtype = TORCH_DTYPES[dtype_on(self.device)]
+        policy = load_causal_lm(self.policy, dtype, attention=self.attention).eval().to(self.device)
+
+        def written(batch: tuple[int, Sequence[list[int]]]) -> list[str]:
+            number, prompts = batch
+            set_seed((self.seed + number) % 2**32)
+            return [one.text for one in answers(policy, tokenizer, prompts, Decoding(self.longest), len(prompts))]
+
+        return written
+
+
+def dtype_on(device: str) -> str:
+    return "fp32" if device == "cpu" else "bf16"
+
+
 def own_answers(
-    policy: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    preferences: Sequence[Preference],
-    options: Options,
-    what: str,
+    tokenizer: PreTrainedTokenizerFast, preferences: Sequence[Preference], writer: Writer, options: Options, what: str
 ) -> list[Preference]:
-    """The preferences with a sampled answer (temperature 1, as in PPO) in the rejected response's place.
+    """The preferences with the policy's own answer in the rejected response's place.
 
     An answer that is empty, or the chosen response itself, is left out: there is nothing to revise.
     """
@@ -66,17 +99,20 @@ def own_answers(
         raise InputError(f"no {what} prompt is as short as --max_prompt_seq_len {options.max_prompt_seq_len} tokens")
     # By length, so that batches need little padding.
     kept.sort(key=lambda place: len(prompts[place]))
-    decoding = Decoding(options.max_answer_seq_len)
-    generated = answers(policy, tokenizer, [prompts[place] for place in kept], decoding, options.batch_size)
-    written = tqdm(generated, total=len(kept), desc=f"{what} answers", dynamic_ncols=True)
-    found = zip(kept, written, strict=True)
-    pairs = [Preference(preferences[at].prompt, preferences[at].chosen, answer.text) for at, answer in found]
+    places = [kept[begin : begin + options.batch_size] for begin in range(0, len(kept), options.batch_size)]
+    batches = [(number, [prompts[place] for place in batch]) for number, batch in enumerate(places)]
+    written = spread(writer.ready, batches, processes_of(options.num_processes))
+    written = tqdm(written, total=len(batches), desc=f"{what} answers, batches", dynamic_ncols=True)
+    found = zip(kept, chain.from_iterable(written), strict=True)
+    pairs = [Preference(preferences[at].prompt, preferences[at].chosen, answer) for at, answer in found]
     return [pair for pair in pairs if pair.rejected.strip() and pair.rejected != pair.chosen]
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
+    device = get_accelerator().device_name()
+    require_attention(options.attn_implementation, dtype_on(device))
     require_writable(options.output_dir)
     tokenizer = load_tokenizer(options.policy, rows=embedding_rows(options.policy))
     parts = {split: load_part(options, "reward", split, tokenizer) for split in ("train", "eval")}
@@ -84,12 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train": part_of_round(parts["train"], options.prompts, options.round),
         "eval": part_of_round(parts["eval"], options.eval_prompts, 1),
     }
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load_causal_lm(options.policy, torch.float32 if device.type == "cpu" else torch.bfloat16).eval().to(device)
-    set_seed(options.seed)
-    counts = {}
+    longest, counts = options.max_answer_seq_len, {}
     for split, preferences in chosen.items():
-        pairs = own_answers(policy, tokenizer, preferences, options, split)
+        seed = options.seed + (split == "eval") * 1_000_000  # other numbers than those of training prompts
+        writer = Writer(options.policy, device, options.attn_implementation, longest, seed)
+        pairs = own_answers(tokenizer, preferences, writer, options, split)
         lines = [
             json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False)
             for pair in pairs
@@ -97,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = "".join(line + "\n" for line in lines)
         (Path(options.output_dir) / f"{split}.jsonl").write_text(text, encoding="utf-8")
         counts[split] = {"prompts": len(preferences), "answers": len(pairs)}
-    write_json(Path(options.output_dir) / "results.json", {**counts, "policy": options.policy, "round": options.round})
+    made = {"policy": options.policy, "round": options.round, "attn_implementation": options.attn_implementation}
+    write_json(Path(options.output_dir) / "results.json", made | counts)
     print(", ".join(f"{split}: {found['answers']} answers" for split, found in counts.items()))
 
 

@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from deepspeed_chat_tlcr import runtime as runtimes
-from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
+from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, packs_of, tokens_at_once
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
@@ -32,7 +34,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions, DataOptions, RunOptions):
+class Options(TrainOptions, PackingOptions, DataOptions, RunOptions):
     """Step 1: supervised fine-tuning on the SFT part of the data."""
 
     sft_only_data_path: list[str] = option([], "further data sets that have only chosen responses")
@@ -70,6 +72,34 @@ def collate(tokenizer, loss_on_prompt: bool):
     return collated
 
 
+class SftTrainer(StageTrainer):
+    """The mean NLL of the counted tokens of all ranks and accumulated micro-batches."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.tokens_at_once:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = packed_nll(model, inputs, self.tokens_at_once)
+        if num_items_in_batch is None:
+            loss = loss / (inputs["labels"][:, 1:] != IGNORED).sum()
+        else:  # counted over all ranks, whose gradients are averaged
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+
+def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
+    """The summed NLL of a ``collate``d batch's labels, without padding and without logits of any other position."""
+    ids, counted = batch["input_ids"], batch["labels"] != IGNORED
+    ends = batch["attention_mask"].sum(1)
+    starts = (ends - counted.sum(1)).clamp(min=1)  # nothing says what a first token should be
+    spans = torch.stack([torch.zeros_like(ends), starts, ends], 1).tolist()
+
+    def nll(pack: Pack) -> torch.Tensor:
+        logits = forward_pack(model, pack, logits_to_keep=pack.chosen - 1, use_cache=False)[0]
+        return F.cross_entropy(logits.float(), pack.input_ids[0, pack.chosen], reduction="sum")
+
+    return torch.stack([nll(pack) for pack in packs_of(ids, [Row(*span) for span in spans], budget)]).sum()
+
+
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
@@ -101,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate, options.attn_implementation
     )
     fit_vocabulary(model, tokenizer)
-    trainer = StageTrainer(
+    trainer = SftTrainer(
         prepare_model(model, options),
         training_arguments(options, runtime, config),
         data_collator=collate(tokenizer, options.loss_on_prompt),
@@ -109,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         eval_dataset=examples["eval"],
         stage=options,
         train_lengths=[len(example.input_ids) for example in examples["train"]],
+        tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
     )
     results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
     if results:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 
 from deepspeed_chat_tlcr import runtime as runtimes
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
+from deepspeed_chat_tlcr.arguments import PackingOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import token_metrics
 from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
+from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
@@ -61,7 +62,7 @@ class ForkOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions, RevisionOptions, RunOptions, ForkOptions):
+class Options(TrainOptions, PackingOptions, RevisionOptions, RunOptions, ForkOptions):
     """Step 2: the token discriminator (--objective token), or a sequence reward model (--objective sequence)."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5}
@@ -156,11 +157,21 @@ def sequence_pairs(options: Options, tokenizer, split: str, revisions: dict[str,
     return text_pairs(texts, tokenizer, options.max_seq_len, split)
 
 
-class DiscriminatorTrainer(StageTrainer):
+class ClassifierTrainer(StageTrainer):
+    """Trains on pairs, whose rows alternate better, worse."""
+
+    def logits(self, model, inputs: dict[str, torch.Tensor], pairs: bool) -> torch.Tensor:
+        """``(B, T, K)``, without padding where ``--tokens_per_micro_batch`` says so: then of responses alone."""
+        if self.tokens_at_once:
+            return classify_packed(model, inputs, self.tokens_at_once, pairs)
+        return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+
+
+class DiscriminatorTrainer(ClassifierTrainer):
     """Eq. 6 on (modified, rejected) pairs. The chosen response is not forwarded: it has no loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+        logits = self.logits(model, inputs, pairs=model.training)  # held-out responses come one by one
         loss = token_loss(logits, inputs["targets"], inputs["response_mask"], self.stage.neutral_weight)
         return (loss, logits) if return_outputs else loss
 
@@ -177,11 +188,11 @@ class DiscriminatorTrainer(StageTrainer):
         return token_metrics(predictions.predictions[counted], predictions.label_ids[counted])
 
 
-class RewardModelTrainer(StageTrainer):
-    """Bradley-Terry on pairs; rows alternate better, worse."""
+class RewardModelTrainer(ClassifierTrainer):
+    """Bradley-Terry on pairs."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        values = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.squeeze(-1)
+        values = self.logits(model, inputs, pairs=True).squeeze(-1)
         scores = end_scores(values, inputs["response_mask"])
         if self.stage.score_positions == "end":
             loss = pair_loss(scores[::2], scores[1::2])
@@ -219,6 +230,11 @@ def collate(tokenizer):
 
 def require_meaning(options: Options) -> None:
     """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    if options.score_positions == "all" and options.tokens_per_micro_batch:
+        raise InputError(
+            "--score_positions all: averages over padding too, as DeepSpeed-Chat does, and --tokens_per_micro_batch "
+            "leaves none; keep one of them"
+        )
     if options.token_level:
         if options.pairs != "preferences" or options.score_positions != "end":
             raise InputError("--pairs and --score_positions are the sequence objective's; give --objective sequence")
@@ -295,6 +311,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         compute_metrics=trainer_class.measures,
         stage=options,
         train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
+        tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
     )
     facts = {"stage": f"step2_{objective}", "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)

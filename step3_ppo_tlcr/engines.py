@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,11 +20,11 @@ from deepspeed_chat_tlcr.errors import InputError, RunError, told
 from deepspeed_chat_tlcr.finite import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, head_of, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer, without_adapters
+from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, forward_packed, packable, packs_of
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
 from step3_ppo_tlcr.experience import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.objectives import counted
-from step3_ppo_tlcr.packing import Pack, forward_packed, packable
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, names_of, sequence_reward
 from step3_ppo_tlcr.rollout import hybrid_obstacle
 
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 def action_logits(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """Logits of every choice, ``(B, A, V)``; nothing is computed for the prompt's other positions."""
     if _packs(model, rollout):
-        return forward_packed(
-            rollout, lambda pack: _forward_pack(model, pack, logits_to_keep=pack.chosen - 1, use_cache=False)[0]
+        return _forward_packed(
+            rollout, lambda pack: forward_pack(model, pack, logits_to_keep=pack.chosen - 1, use_cache=False)[0]
         )
     outputs = _forward(model, rollout, logits_to_keep=rollout.actions + 1, use_cache=False)
     return before_actions(outputs.logits, rollout.actions)
@@ -45,7 +45,7 @@ def action_logits(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) ->
 def state_values(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """V of the state in which each action was chosen, ``(B, A)`` in fp32."""
     if _packs(model, rollout):
-        return forward_packed(rollout, lambda pack: _forward_pack(model, pack)[0, pack.chosen - 1, 0].float())
+        return _forward_packed(rollout, lambda pack: forward_pack(model, pack)[0, pack.chosen - 1, 0].float())
     values = _forward(model, rollout).logits.squeeze(-1).float()
     return before_actions(values, rollout.actions)
 
@@ -53,7 +53,7 @@ def state_values(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> 
 def positive_probs(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """D(a_t | x, a_<t) of each chosen token, ``(B, A)`` in fp32 (Eq. 7); one soft-max, not two."""
     if _packs(model, rollout):
-        logits = forward_packed(rollout, lambda pack: _forward_pack(model, pack)[0, pack.chosen])
+        logits = _forward_packed(rollout, lambda pack: forward_pack(model, pack)[0, pack.chosen])
     else:
         logits = at_actions(_forward(model, rollout).logits, rollout.actions)
     return logits.float().softmax(-1)[..., 1]
@@ -62,22 +62,21 @@ def positive_probs(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -
 def token_scores(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """A sequence reward model's value at each response token, ``(B, A)`` in fp32; the last one is the score."""
     if _packs(model, rollout):
-        return forward_packed(rollout, lambda pack: _forward_pack(model, pack)[0, pack.chosen, 0].float())
+        return _forward_packed(rollout, lambda pack: forward_pack(model, pack)[0, pack.chosen, 0].float())
     return at_actions(_forward(model, rollout).logits.squeeze(-1).float(), rollout.actions)
 
 
 def _packs(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> bool:
-    module = model.module if isinstance(model, DeepSpeedEngine) else model
-    parameters = inspect.signature(module.forward).parameters
-    return bool(rollout.tokens_at_once) and packable(module.config, parameters, rollout.input_ids.size(1))
+    return bool(rollout.tokens_at_once) and packable(model, rollout.input_ids.size(1))
 
 
-def _forward_pack(model: DeepSpeedEngine | PreTrainedModel, pack: Pack, **kwargs) -> torch.Tensor:
-    """``(1, T, …)`` logits of a pack, or those of ``logits_to_keep``."""
-    module = model.module if isinstance(model, DeepSpeedEngine) else model
-    flash = module.config._attn_implementation.startswith("flash")  # finds the rows' bounds in the positions
-    mask = None if flash else pack.mask(module.dtype)
-    return model(input_ids=pack.input_ids, position_ids=pack.position_ids, attention_mask=mask, **kwargs).logits
+def _forward_packed(rollout: Rollout, forward: Callable[[Pack], torch.Tensor]) -> torch.Tensor:
+    """What ``forward`` says of each pack's N actions, ``(N, …)``, as ``(B, A, …)``; 0 elsewhere. A collective."""
+    first = rollout.input_ids.size(1) - rollout.actions  # where responses start, behind prompts padded on the left
+    lengths, actions = torch.stack([rollout.attention_mask.sum(1), rollout.action_mask.sum(1)]).tolist()
+    rows = [Row(first + own - length, first, first + own) for length, own in zip(lengths, actions, strict=True)]
+    packs = packs_of(rollout.input_ids, rows, rollout.tokens_at_once, origin=first)
+    return forward_packed(packs, rollout.action_mask.shape, forward)
 
 
 def _forward(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout, **kwargs):

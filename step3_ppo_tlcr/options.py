@@ -3,7 +3,7 @@
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
-from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, Schedule, option
+from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, Schedule, option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding
 from deepspeed_chat_tlcr.models import require_attention
@@ -129,9 +129,6 @@ class PPOOptions:
     per_device_training_batch_size: int = option(
         16, "sequences per device and training micro-batch, at most --per_device_generation_batch_size"
     )
-    tokens_per_micro_batch: int = option(
-        0, "score and learn without padding: a micro-batch's rows in packs of at most so many tokens; 0: padded rows"
-    )
     ppo_epochs: int = option(1, "passes over each set of rollouts")
     num_train_epochs: int = option(1, "passes over the prompts")
     gradient_accumulation_steps: int = option(1, "micro-batches per optimiser step")
@@ -218,7 +215,9 @@ class ForkOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ModelOptions, PPOOptions, RolloutOptions, DataOptions, WatchOptions, RunOptions, ForkOptions):
+class Options(
+    ModelOptions, PPOOptions, PackingOptions, RolloutOptions, DataOptions, WatchOptions, RunOptions, ForkOptions
+):
     """Step 3: PPO with a continuous reward on every token."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"save_interval": 100}

@@ -224,6 +224,9 @@ def test_a_folder_with_blanks_is_one_word(tmp_path):
     assert words[words.index("--models") + 1 :][:2] == ["a=my model", "b=other"]
     assert words[words.index("--revisions") + 1 :][:2] == ["one", "two"]
     assert "--judge=a b" in words
+    assert not any(word.startswith(("--num_processes", "--attn_implementation")) for word in words)
+    words = run_script(run, NUM_GPUS="3", ATTENTION="eager").stdout.splitlines()
+    assert {"--num_processes=3", "--attn_implementation=eager"} <= set(words)
     (tmp_path / "conf").write_text("RUNS='a=x --base_url=http://h'\n")
     refused = run_script(tmp_path / "conf")
     assert refused.returncode == 2

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, launch
 
 from deepspeed_chat_tlcr.records import Preference, read_jsonl
 from evaluation.iterated import main as report
@@ -40,7 +40,23 @@ def test_own_answers_become_the_rejected_responses(tiny, tmp_path):
         assert record["rejected"] != known[record["prompt"], record["chosen"]]
     assert {r["prompt"] for r in own["eval"]} & reward_part == set()
     counts = json.loads((tmp_path / "results.json").read_text())
+    assert counts["attn_implementation"] == "sdpa"
     assert counts["train"] == {"prompts": 10, "answers": len(own["train"])}
+
+
+def test_two_processes_write_the_answers_of_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for number in (1, 2):
+        launch(
+            "labeling/own_answers.py",
+            *("--policy", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / str(number)),
+            *("--prompts", 10, "--eval_prompts", 3, "--max_answer_seq_len", 6, "--batch_size", 3),
+            *("--num_processes", number, "--attn_implementation", "eager"),
+        )
+    for name in ("train.jsonl", "eval.jsonl"):
+        written = [(tmp_path / number / name).read_bytes() for number in "12"]
+        assert written[0] == written[1]
+        assert written[0].count(b"\n") > 1
 
 
 def test_a_round_goes_on_from_the_one_before(tmp_path):

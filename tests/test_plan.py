@@ -65,12 +65,14 @@ PAPER = {
     "discriminator_zero_stage": 2,
     "discriminator_offload": False,
     "discriminator_gradient_checkpointing": True,
+    "discriminator_tokens_per_micro_batch": 1024,
     "sequence_batch_size": 16,
     "sequence_accumulation_steps": 1,
     "sequence_epochs": 2,
     "sequence_zero_stage": 2,
     "sequence_offload": False,
     "sequence_gradient_checkpointing": True,
+    "sequence_tokens_per_micro_batch": 0,
     "dpo_batch_size": 8,
     "dpo_accumulation_steps": 1,
     "dpo_epochs": 1,
@@ -360,6 +362,10 @@ def test_hours_by_hand():
     hours = {line.split()[0]: float(line.split()[1]) for line in report.splitlines() if line.startswith("  step")}
     assert 0.3 < hours["step3_ppo_tlcr"] < 3
     assert "US$" in report
+    # Where a pair's prompt is computed twice: of prompt + both answers only the answers are as many tokens.
+    padded = plan.hours_report(recipe(discriminator_tokens_per_micro_batch=0), shape, texts).split("step2_disc")[1]
+    saved = texts.prompt / (2 * texts.prompt + texts.chosen + texts.rejected)
+    assert hours["step2_discriminator"] == pytest.approx((1 - saved) * float(padded.split()[1]), abs=0.02)
     with pytest.raises(InputError, match="GPU_CARD=B7: known are A100, H100, H200"):
         recipe(gpu_card="B7")
     with pytest.raises(InputError, match="GPU_HOUR_USD=much"):

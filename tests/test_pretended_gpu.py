@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launch, write_jsonl
 from transformers import AutoModelForTokenClassification
 
 from deepspeed_chat_tlcr.metrics import read_metrics
@@ -24,13 +24,14 @@ PPO = (
     "--per_device_training_batch_size 4 --enable_test_mode --test_stop_step 2 "
 )
 SFT, DISC, STEP3 = "step1_sft/main.py", "step2_discriminator/main.py", "step3_ppo_tlcr/main.py"
+PACKED = "--tokens_per_micro_batch 64 "
 REVISIONS = "--revisions {tiny}/revisions.jsonl "
 RECIPE = "--dtype bf16 --actor_zero_stage 2 --critic_zero_stage 2 --reference_zero_stage 3 --reward_zero_stage 3 "
 FP16 = "--dtype fp16 --align_overflow --enable_ema --deepspeed_config {made}/overflow.json "
 RUNS = {  # name: program, options, ranks
-    "sft": (SFT, TRAIN + "--dtype bf16 --zero_stage 2 --gradient_checkpointing", 1),
-    "token": (DISC, TRAIN + REVISIONS + "--dtype bf16 --zero_stage 3 --lora_dim 2 --only_optimize_lora", 1),
-    "sequence": (DISC, TRAIN + "--objective sequence --dtype fp32 --zero_stage 0", 1),
+    "sft": (SFT, TRAIN + PACKED + "--dtype bf16 --zero_stage 2 --gradient_checkpointing", 1),
+    "token": (DISC, TRAIN + PACKED + REVISIONS + "--dtype bf16 --zero_stage 3 --lora_dim 2 --only_optimize_lora", 2),
+    "sequence": (DISC, TRAIN + PACKED + "--objective sequence --dtype fp32 --zero_stage 0", 1),
     "dpo": ("baselines/dpo/main.py", TRAIN + "--dtype bf16 --zero_stage 3 --offload", 1),
     "figa": ("baselines/figa/main.py", TRAIN + REVISIONS + "--dtype bf16", 1),
     "recipe": (
@@ -167,3 +168,17 @@ def test_ppo_on_a_pretended_gpu(tiny, made, tmp_path):
 def test_everything_on_a_pretended_gpu(tiny, made, tmp_path, name):
     on_gpu(tiny, made, tmp_path, [name])
     assert (tmp_path / name / "results.json").is_file()
+
+
+def test_evaluation_answers_and_judges_on_several_gpus(tiny, made, tmp_path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"instruction": f"Tell me of {n} cats."} for n in range(5)])
+    results = []
+    for processes in (1, 2):
+        launch(
+            "tests/pretended/gpu.py",
+            *("evaluation/reward_scores.py", "--models", f"a={tiny / 'model'}", "--prompts", prompts),
+            *("--discriminator", made / "disc", "--sequence_reward", made / "rm", "--max_answer_seq_len", 6),
+            *("--generation_batch_size", 2, "--num_processes", processes, "--out", tmp_path / str(processes)),
+        )
+        results.append(json.loads((tmp_path / str(processes) / "reward_scores" / "results.json").read_text()))
+    assert results[0] == results[1]

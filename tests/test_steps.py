@@ -211,6 +211,7 @@ def test_lora_saves_merged_models(tiny, trained, tmp_path):
 def test_all_steps_on_two_ranks(tiny, trained, tmp_path, stage, dtype):
     zero = ("--zero_stage", stage, "--per_device_train_batch_size", 2, "--dtype", dtype, "--deepspeed")
     zero = (*zero, "--gradient_checkpointing") if stage == 3 else zero
+    zero = (*zero, "--tokens_per_micro_batch", 64)  # not so on one rank: the losses are the same
     step1(tiny, tmp_path / "sft", *zero, ranks=2)
     step2(tiny, tmp_path / "disc", *zero, "--num_train_epochs", 4, ranks=2)
     actor = ("--actor_zero_stage", stage, "--critic_zero_stage", stage, "--dtype", dtype, "--deepspeed")
@@ -228,6 +229,13 @@ def test_all_steps_on_two_ranks(tiny, trained, tmp_path, stage, dtype):
         for name, whole in (("sft", 2), ("disc", 5)):  # full batches: an incomplete last one is filled up per rank
             one, two = (train_losses(folder / name) for folder in (trained, tmp_path))
             assert one[:whole] == pytest.approx(two[:whole], abs=1e-4)
+
+
+def test_a_reward_model_learns_the_same_without_padding(tiny, trained, tmp_path):
+    micro = ("--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--tokens_per_micro_batch", 64)
+    step2(tiny, tmp_path / "rm", *micro, "--objective", "sequence", "--revisions")
+    assert train_losses(tmp_path / "rm") == pytest.approx(train_losses(trained / "rm"), abs=1e-5)
+    assert results(tmp_path / "rm")["eval/loss"] == pytest.approx(results(trained / "rm")["eval/loss"], abs=1e-4)
 
 
 def test_a_killed_ppo_run_ends_where_the_uninterrupted_one_ends(tiny, trained, tmp_path):
@@ -351,6 +359,8 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
         (("--objective", "sequence"), "--pairs modified"),
         (("--objective", "token", "--pairs", "modified"), "--objective sequence"),
         (("--objective", "token", "--score_positions", "all"), "--objective sequence"),
+        (("--score_positions", "all", "--tokens_per_micro_batch", 512), "averages over padding too"),
+        (("--per_device_train_batch_size", 4, "--tokens_per_micro_batch", -1), "--tokens_per_micro_batch -1"),
         (("--objective", "sequence", "--pairs", "modified", "--neutral_weight", 0.5), "--neutral_weight"),
         (("--only_optimize_lora", "--per_device_train_batch_size", 4), "--lora_dim"),
         ((*no_lora, "decoder.layers."), "matches no linear layer"),

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Every figure and table of the paper for your own models, and one report of them: OUT/report.html.
 #
-# Hardware: what the models need to answer, one device; a CPU for small ones. Time: mostly the models' answers.
+# Hardware: what one model needs to answer, one device, or several that share the prompts; a CPU for small models.
+# Time: mostly the models' answers.
 # Launch:   bash training_scripts/evaluate.sh RUN        RUN: the OUTPUT folder of run_tiny.sh or run_7b.sh
 #           bash training_scripts/evaluate.sh CONFIG     CONFIG: a file that sets variables from the list below
 #           JUDGE=gpt-6-luna MT_BENCH_DIR=FastChat OPENAI_API_KEY=… bash training_scripts/evaluate.sh RUN
@@ -44,6 +45,8 @@ MT_BENCH_DIR=${MT_BENCH_DIR:-}       # a checkout of FastChat, or its llm_judge/
 JUDGE=${JUDGE:-}                     # the judging model, such as gpt-6-luna; unset: nothing is judged, nothing paid
 JUDGE_BASE_URL=${JUDGE_BASE_URL:-}   # its address; unset: OpenAI
 MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for all judged parts together
+NUM_GPUS=${NUM_GPUS:-}               # processes that answer and score, one per GPU; unset: all of CUDA_VISIBLE_DEVICES
+ATTENTION=${ATTENTION:-}             # another --attn_implementation than sdpa, such as flash_attention_2
 OUT=${OUT:-output/evaluation}
 
 # shellcheck source=training_scripts/setup.sh
@@ -82,4 +85,6 @@ one mt_bench_dir "$MT_BENCH_DIR"
 one judge "$JUDGE"
 one base_url "$JUDGE_BASE_URL"
 one max_cost_usd "$MAX_COST_USD"
+one num_processes "$NUM_GPUS"
+one attn_implementation "$ATTENTION"
 exec python3 "$project/evaluation/main.py" "${arguments[@]}" "$@"

@@ -57,6 +57,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${SFT_ZERO_STAGE:=2}"
 : "${SFT_OFFLOAD:=0}"                       # optimiser (ZeRO-3: parameters too) in host memory
 : "${SFT_GRADIENT_CHECKPOINTING:=1}"
+: "${SFT_TOKENS_PER_MICRO_BATCH:=0}"        # packs of so many tokens, unpadded; 0: padded, 2 % of the tokens at most
 : "${MAX_SEQ_LEN:=512}"                     # steps 1 and 2: tokens of prompt and response together
 
 # ---- step2.sh: the token-level discriminator (4.2) ----
@@ -68,6 +69,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${DISCRIMINATOR_ZERO_STAGE:=2}"
 : "${DISCRIMINATOR_OFFLOAD:=0}"
 : "${DISCRIMINATOR_GRADIENT_CHECKPOINTING:=1}"
+: "${DISCRIMINATOR_TOKENS_PER_MICRO_BATCH:=1024}" # packs of so many tokens, a pair's prompt in them once; 0: padded
 
 # ---- step2_sequence.sh: the sequence reward model of PPO_seq, PPO_synthetic and ReMax ----
 : "${SEQUENCE_PAIRS:=preferences}"          # preferences: chosen over rejected; modified: modified over rejected
@@ -80,6 +82,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${SEQUENCE_ZERO_STAGE:=2}"
 : "${SEQUENCE_OFFLOAD:=0}"
 : "${SEQUENCE_GRADIENT_CHECKPOINTING:=1}"
+: "${SEQUENCE_TOKENS_PER_MICRO_BATCH:=1024}" # as DISCRIMINATOR_TOKENS_PER_MICRO_BATCH
 
 # ---- dpo.sh (docs/methods.md says where these come from) ----
 : "${DPO_BATCH_SIZE:=8}"                    # pairs per GPU and micro-batch
@@ -209,15 +212,16 @@ show_command() {
   printf '%s\n' "$line"
 }
 
-# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs; nor a labelling
-# endpoint's address and key, whose model is an option of its own; nor how much it may cost, which grows as it goes on.
+# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs, nor how many
+# processes answer; nor a labelling endpoint's address and key, whose model is an option of its own; nor how much it may
+# cost, which grows as it goes on.
 settings_of() {
   while [[ $1 != *.py ]]; do shift; done
   local word shown words=() skip=''
   for word in "$@"; do
     case $skip$word in
       skip* | --yes | --batch) skip='' ;;
-      --base_url | --api_key_env | --max_cost_usd | --price | --max_failure_share) skip=skip ;;
+      --base_url | --api_key_env | --max_cost_usd | --price | --max_failure_share | --num_processes) skip=skip ;;
       *) words+=("$word") ;;
     esac
   done

@@ -41,7 +41,7 @@ is_measured() {
 # judged NAME DISCRIMINATOR: how well it judges the answers of this round that no discriminator learns from.
 judged() {
   run_stage "$1" is_measured python3 "${at}evaluation/discriminator.py" --discriminator "$2" --eval_share 1 \
-    --revisions "$round/held_out/labeling/revisions.jsonl" --max_seq_len "$MAX_SEQ_LEN" --out "$OUTPUT/$1"
+    --revisions "$round/held_out/labeling/revisions.jsonl" --max_seq_len "$MAX_SEQ_LEN" --out "$OUTPUT/$1" "${gpus[@]}"
 }
 # audited FOLDER: the statistics of its labels.
 audited() {
@@ -49,6 +49,8 @@ audited() {
     --tokenizer "$run/step1_sft" --output_dir "$1/audit"
 }
 
+gpus=()
+[[ -z $NUM_GPUS ]] || gpus=(--num_processes "$NUM_GPUS") # answers and judgements, on each GPU of this node
 audited "$run"
 labels=$REVISIONS actor=$run/step3_ppo_tlcr/actor judge=$run/step2_discriminator
 for ((number = 1; number <= ROUNDS; number++)); do
@@ -57,7 +59,7 @@ for ((number = 1; number <= ROUNDS; number++)); do
   run_stage answers has_results python3 "${at}labeling/own_answers.py" --policy "$actor" --round "$number" \
     --data_path "${data[@]}" --data_split "$DATA_SPLIT" --data_seed "$DATA_SEED" --prompts "$ROUND_PROMPTS" \
     --eval_prompts "$ROUND_EVAL_PROMPTS" --max_prompt_seq_len "$MAX_PROMPT_LEN" \
-    --max_answer_seq_len "$MAX_ANSWER_LEN" --seed "$SEED" --output_dir "$OUTPUT/answers"
+    --max_answer_seq_len "$MAX_ANSWER_LEN" --seed "$SEED" --output_dir "$OUTPUT/answers" "${gpus[@]}"
   DATA=$round/answers DATA_SPLIT=0,10,0 attended bash "$scripts/label.sh"
   OUTPUT=$round/held_out DATA=$round/answers DATA_SPLIT=0,10,0 attended bash "$scripts/label.sh" --split eval
   audited "$round"

@@ -30,6 +30,7 @@ command=(
   --seed "$SEED"
   --output_dir "$OUTPUT/step1_sft"
 )
+[[ $SFT_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$SFT_TOKENS_PER_MICRO_BATCH")
 switch --gradient_checkpointing "$SFT_GRADIENT_CHECKPOINTING"
 switch --offload "$SFT_OFFLOAD"
 

@@ -113,7 +113,8 @@ def page(items: Sequence[Item], shown: Mapping[str, list[str]], study: str, anno
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'"
     # Inside a script element only "<" could end the data.
     content = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
-    parts = {"POLICY": policy, "TITLE": escape(visible(options.question)), "STYLE": style, "SCRIPT": script, "DATA": content}
+    title = escape(visible(options.question))
+    parts = {"POLICY": policy, "TITLE": title, "STYLE": style, "SCRIPT": script, "DATA": content}
     template = (files / "vote.html").read_text("utf-8")
     return re.sub("|".join(parts), lambda found: parts[found[0]], template)
 

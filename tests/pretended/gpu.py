@@ -434,6 +434,7 @@ def main() -> None:
     """``python tests/pretended/gpu.py PROGRAM ARGUMENTS…``: any program of the project on it; PRETENDED_COUNTS=FILE
     writes ``counts()`` at its end."""
     import runpy
+    from multiprocessing import spawn
 
     install()
     sys.modules["gpu"] = sys.modules["__main__"]
@@ -447,8 +448,19 @@ def main() -> None:
     os._exit = counted
     sys.argv = sys.argv[1:]
     sys.path.insert(0, PROJECT)
+    # Processes that the program spawns come back here first.
+    prepared, os.environ["PRETENDED_PROGRAM"] = spawn.get_preparation_data, sys.argv[0]
+    spawn.get_preparation_data = lambda name: {
+        **{key: value for key, value in prepared(name).items() if key != "init_main_from_name"},
+        "init_main_from_path": __file__,
+    }
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    import runpy
+
+    install()
+    globals().update(runpy.run_path(os.environ["PRETENDED_PROGRAM"], run_name="__mp_main__"))

@@ -280,6 +280,8 @@ def hours_report(recipe: Recipe, shape: ModelShape, texts: Texts | str) -> str:
             examples, sequences = (sft, 1) if stage == "step1" else (reward, 2)
             steps = optimizer_steps(examples, training.batch_size, training.accumulation_steps, ranks, training.epochs)
             tokens = training.epochs * examples * sequences * min(prompt + answer, recipe.max_seq_len)
+            if getattr(recipe, f"{ALONE[stage]}_tokens_per_micro_batch", 0):  # step 2 computes shared prompts once
+                tokens -= training.epochs * examples * min(prompt, recipe.max_seq_len)
             seconds = duration.training(
                 card,
                 shape.causal_parameters,

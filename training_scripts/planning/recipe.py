@@ -62,12 +62,14 @@ class Recipe:
     discriminator_zero_stage: int
     discriminator_offload: bool
     discriminator_gradient_checkpointing: bool
+    discriminator_tokens_per_micro_batch: int
     sequence_batch_size: int
     sequence_accumulation_steps: int
     sequence_epochs: int
     sequence_zero_stage: int
     sequence_offload: bool
     sequence_gradient_checkpointing: bool
+    sequence_tokens_per_micro_batch: int
     dpo_batch_size: int
     dpo_accumulation_steps: int
     dpo_epochs: int
@@ -218,6 +220,6 @@ def _switch_or_auto(text: str) -> bool | None:
 
 
 _READERS = {str: str, int: int, float: float, bool: _switch, bool | None: _switch_or_auto}
-_MAY_BE_ZERO = ("decode_batch_size",)
+_MAY_BE_ZERO = ("decode_batch_size", "discriminator_tokens_per_micro_batch", "sequence_tokens_per_micro_batch")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}
 _EXPECTED[bool | None] = "1 (on), 0 (off) or auto"
