@@ -19,6 +19,7 @@ from labeling_helpers import fault_server
 from tokenizers import processors
 from transformers import GenerationConfig
 
+from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
@@ -323,8 +324,8 @@ def test_a_bench_that_does_not_fit_is_refused_before_a_model_loads(tmp_path, fil
     [("max_new_tokens", 0), ("generation_batch_size", 0), ("judge_max_tokens", 0), ("max_new_tokens", -1)],
 )
 def test_numbers_that_are_too_small_are_refused(name, value):
-    with pytest.raises(InputError, match=f"--{name} {value}: must be at least 1"):
-        mt_bench.Options(out="x", **{name: value})
+    with pytest.raises(InputError, match=f"--{name} {value}: must be from 1"):
+        parse(mt_bench.Options, ["--out", "x", f"--{name}={value}"])
 
 
 def test_fastchats_own_files_are_understood():

@@ -146,6 +146,7 @@ def test_every_planned_command_is_one_its_stage_understands(plan_7b):
     assert "--offload" in run("step3.sh", PLAN=1, PPO_OFFLOAD=1).stdout
     assert "--enable_ema" in run("step3.sh", PLAN=1, PPO_EMA=1).stdout
     assert "--offload" in run("step3.sh", PLAN=1, GPU_MEMORY_GB=40).stdout
+    assert (sft.tokens_per_micro_batch, discriminator.tokens_per_micro_batch) == (0, 1024)
     assert ppo.tokens_per_micro_batch == 2048
     assert ppo.actor_gradient_checkpointing
     assert ppo.critic_gradient_checkpointing
@@ -230,6 +231,7 @@ def test_run_tiny_differs_only_in_its_variables(plan_7b):
             "--critic_gradient_checkpointing",
             "--offload",
             "--whiten_advantages",
+            "--tokens_per_micro_batch",
         }
         options = options_of(stage, tiny[stage])
         assert (options.seed, options.output_dir) == (1, f"output/tiny-seed1/{stage}")
