@@ -276,8 +276,8 @@ def bad_at(monkeypatch, steps: range) -> None:
     """A loss that is not a number at some steps."""
     compute = StageTrainer.compute_loss
 
-    def spoilt(self, model, inputs, **kwargs):
-        loss = compute(self, model, inputs, **kwargs)
+    def spoilt(self, model, inputs, *args, **kwargs):
+        loss = compute(self, model, inputs, *args, **kwargs)
         bad = self.model.training and self.state.global_step + 1 in steps
         return loss * torch.nan if bad else loss
 
@@ -305,8 +305,8 @@ def test_an_update_uses_its_finite_micro_batches_only(stage, tmp_path, monkeypat
     def train(folder: str, factor: float) -> dict[str, torch.Tensor]:
         calls = itertools.count()
 
-        def spoilt(self, model, inputs, **kwargs):
-            loss = compute(self, model, inputs, **kwargs)
+        def spoilt(self, model, inputs, *args, **kwargs):
+            loss = compute(self, model, inputs, *args, **kwargs)
             # Weighed down to zero, the loss gives the gradients that leaving it out is to give.
             again = getattr(self, "only_steps", False)
             return loss * factor if self.model.training and not again and next(calls) in bad else loss
