@@ -13,14 +13,23 @@ import torch
 from conftest import ROOT, preferences, write_jsonl
 from test_families import FAMILIES, LLAMA_LIKE, SIZES
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from deepspeed_chat_tlcr import duration, memory, plan
@@ -166,7 +175,22 @@ VARIANTS = {
     "phi-norms": PhiConfig(**SIZES, intermediate_size=32, qk_layernorm=True, num_key_value_heads=1, vocab_size=96),
     "gpt_neox-tied": GPTNeoXConfig(**SIZES, intermediate_size=32, attention_bias=False, tie_word_embeddings=True),
 }
-CONFIGS = VARIANTS | {name: kind(vocab_size=96, **sizes) for name, (kind, sizes, _) in FAMILIES.items()}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "vocab_size": 96}
+ODD_HEADS = LLAMA_LIKE | {"head_dim": 12, "vocab_size": 96}
+UNTRAINED = {  # families whose stages are not tried here
+    "gemma2": Gemma2Config(**ODD_HEADS),
+    "gemma3_text": Gemma3TextConfig(**ODD_HEADS),
+    "phi3": Phi3Config(**LLAMA_LIKE, vocab_size=96, pad_token_id=0),
+    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=5, num_experts_per_tok=2, vocab_size=96),
+    "qwen2_moe": Qwen2MoeConfig(**LLAMA_LIKE, **EXPERTS, shared_expert_intermediate_size=40),
+    "qwen3_moe": Qwen3MoeConfig(**ODD_HEADS | EXPERTS, mlp_only_layers=[1]),
+    "falcon": FalconConfig(**SIZES, vocab_size=96),
+    "falcon-new": FalconConfig(**SIZES, vocab_size=96, new_decoder_architecture=True, num_kv_heads=1),
+    "falcon-rw": FalconConfig(
+        **SIZES, vocab_size=96, bias=True, alibi=True, multi_query=False, parallel_attn=False, ffn_hidden_size=40
+    ),
+}
+CONFIGS = VARIANTS | UNTRAINED | {name: kind(vocab_size=96, **sizes) for name, (kind, sizes, _) in FAMILIES.items()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -175,19 +199,59 @@ def test_counts_of_a_local_config_are_transformers_own(tmp_path, name):
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         real = AutoModelForCausalLM.from_config(config)
-        classifier = AutoModelForTokenClassification.from_config(copy.deepcopy(config))  # of 2 labels
     shape = shape_of(str(tmp_path))
     assert shape.causal_parameters == real.num_parameters()
-    assert shape.classifier_parameters(2) == classifier.num_parameters()
+    if name != "gemma3_text":  # has no token classifier
+        with torch.device("meta"):
+            classifier = AutoModelForTokenClassification.from_config(copy.deepcopy(config))  # of 2 labels
+        assert shape.classifier_parameters(2) == classifier.num_parameters()
     blocks = max((m for m in real.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     assert shape.layer_parameters == sum(parameter.numel() for parameter in blocks[0].parameters())
 
 
-def test_unknown_model_asks_for_its_config(tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoConfig.for_model("olmo2", **LLAMA_LIKE, vocab_size=96),
+        AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=3, vocab_size=96),
+        # As on the hub: the text's sizes are within, those that are Gemma's defaults are left out, images have a model.
+        Gemma3Config(text_config={"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 96}),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_families_are_counted_by_transformers(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_diff_dict() | {"model_type": config.model_type}))
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(config)
+    shape = shape_of(str(tmp_path))
+    assert shape.causal_parameters == real.num_parameters()
+    assert (shape.hidden, shape.layers) == (16, config.get_text_config().num_hidden_layers)
+
+
+def test_what_a_token_does_not_pass_of_experts():
+    """Mixtral-8x7B, by its makers 46.7 and 12.9 billion parameters; and by hand."""
+    mixtral = KNOWN_MODELS["mixtral-8x7b"]
+    assert mixtral.causal_parameters == 46_702_792_704
+    assert mixtral.causal_parameters - mixtral.idle_parameters == pytest.approx(12.9e9, rel=0.005)
+    # Three of five experts of three 4 x 10 matrices idle in each of three blocks, of which one has a single MLP.
+    small = dataclasses.replace(SMALL, experts=5, experts_used=2, dense_blocks=1, dense_width=6)
+    assert small.idle_parameters == 2 * 3 * 120
+    # 120 more for each of four experts and 20 for the router; the third block has 3 x 4 x 6 = 72 for all of them.
+    assert small.backbone_parameters == SMALL.backbone_parameters + 2 * 500 - (120 - 72)
+
+
+def test_unknown_model_asks_for_its_config(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="MODEL_CONFIG=PATH"):
         shape_of("someone/mystery-9b")
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    with pytest.raises(InputError, match="transformers makes no language model of this 'mystery' config"):
+        shape_of("someone/mystery-9b", str(tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text('{"hidden_size": 16}')
+    with pytest.raises(InputError, match="has no 'model_type'"):
+        shape_of("someone/mystery-9b", str(tmp_path / "config.json"))
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(InputError, match="not for 'mamba'"):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="counted by transformers, and transformers is missing"):
         shape_of("someone/mystery-9b", str(tmp_path / "config.json"))
     with pytest.raises(InputError, match="no such file"):
         shape_of("someone/mystery-9b", str(tmp_path / "absent.json"))
