@@ -43,6 +43,7 @@ PROMPTS=${PROMPTS:-}                 # AlpacaEval's instructions, or your own
 MT_BENCH_DIR=${MT_BENCH_DIR:-}       # a checkout of FastChat, or its llm_judge/data
 JUDGE=${JUDGE:-}                     # the judging model, such as gpt-6-luna; unset: nothing is judged, nothing paid
 JUDGE_BASE_URL=${JUDGE_BASE_URL:-}   # its address; unset: OpenAI
+ATTENTION=${ATTENTION:-sdpa}         # what computes attention, as in recipe.sh
 MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for all judged parts together
 OUT=${OUT:-output/evaluation}
 
@@ -82,4 +83,5 @@ one mt_bench_dir "$MT_BENCH_DIR"
 one judge "$JUDGE"
 one base_url "$JUDGE_BASE_URL"
 one max_cost_usd "$MAX_COST_USD"
+[[ $ATTENTION == sdpa ]] || one attn_implementation "$ATTENTION"
 exec python3 "$project/evaluation/main.py" "${arguments[@]}" "$@"

@@ -30,6 +30,7 @@ command=(
   --seed "$SEED"
   --output_dir "$OUTPUT/step1_sft"
 )
+attend
 switch --gradient_checkpointing "$SFT_GRADIENT_CHECKPOINTING"
 switch --offload "$SFT_OFFLOAD"
 

@@ -34,6 +34,7 @@ command=(
   --output_dir "$OUTPUT/step2_discriminator"
 )
 [[ -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
+attend
 switch --gradient_checkpointing "$DISCRIMINATOR_GRADIENT_CHECKPOINTING"
 switch --offload "$DISCRIMINATOR_OFFLOAD"
 

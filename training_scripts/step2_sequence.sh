@@ -35,6 +35,7 @@ command=(
 )
 [[ $SEQUENCE_PAIRS != modified ]] || command+=(--revisions "${revisions[@]}")
 [[ $SEQUENCE_PAIRS != modified || -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
+attend
 switch --gradient_checkpointing "$SEQUENCE_GRADIENT_CHECKPOINTING"
 switch --offload "$SEQUENCE_OFFLOAD"
 
