@@ -32,7 +32,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from deepspeed_chat_tlcr import duration, memory, plan
+from deepspeed_chat_tlcr import duration, hours, memory, plan
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.model_shapes import KNOWN_MODELS, ModelShape, shape_of
 from deepspeed_chat_tlcr.recipe import Recipe
@@ -98,6 +98,8 @@ PAPER = {
     "decode_batch_size": 0,
     "ppo_batch_size": 16,
     "ppo_accumulation_steps": 1,
+    "ppo_tokens_per_micro_batch": 2048,
+    "ppo_save_interval": 50,
     "prompt_epochs": 1,
     "max_prompt_len": 256,
     "max_answer_len": 256,
@@ -398,35 +400,94 @@ def test_paper_recipe_fits_and_by_how_much():
     assert needs["step3_ppo_tlcr"].host["offloaded"] == pytest.approx(18 * both)
 
 
-def test_hours_by_hand():
-    """Twice 312e12 x 0.45 operations are two seconds; a token reads 2 bytes a parameter at 0.6 of 2.039e12 a second."""
-    card = duration.CARDS["A100"]
-    second = int(312e12 * 0.45)
-    assert duration.computing(card, second // 2, 1, 2) == pytest.approx(2)
-    assert duration.training(card, second // 2, 8, 4, False, False, 1) == pytest.approx(6)
-    assert duration.decoding(card, 7_000_000_000, 256) == pytest.approx(256 * 14e9 / (0.6 * 2.039e12))
-    step = duration.ppo_step(
-        card,
-        1_000_000_000,
-        sequences=1,
-        prompt_tokens=60,
-        answer_tokens=10.2,
-        longest_answer=0,
-        checkpointing=True,
-        offload=True,
-        with_critic=True,
+def test_the_model_of_time_by_hand():
+    """A card of 100 operations and 10 bytes a second, of which half and all are reached."""
+    card = duration.Card(100, 10, link=7, host=5, utilisation=0.5, share=1)
+    assert duration.kernel(card, 100, 10) == 2  # two seconds of arithmetic, one of memory
+    assert duration.kernel(card, 100, 40) == 4
+    assert duration.computing(card, 25, 3, 4) == 2 * 25 * 3 * 4 / 50
+    # Two answers: 2 x 2 x 10 operations, 20 bytes of weights and 5 of cache; the memory takes longer.
+    assert duration.decoding(card, 10, 8, rows=2, cache=5) == 8 * 2.5
+    assert duration.decoding(card, 10, 8, rows=2, launches=10**6) == 8 * 16  # the host takes longer
+    # Three quarters of 28 bytes, at 0.7 of 7 bytes a second.
+    assert duration.exchange(card, 28, 4) == pytest.approx(21 / 4.9)
+    assert duration.exchange(card, 28, 1) == 0
+    assert duration.exchange(duration.CARDS["A100"], 25e9, 2, nodes=2) == pytest.approx(0.5 / 0.7)
+    assert duration.adam(card, 10, 4, 1, offload=False) == 28 * 10 / 4 / 10
+    assert duration.adam(card, 2e9, 16, 2, offload=True) == pytest.approx(0.22)
+    # Gradients and parameters, of 2 x 7 bytes each; ZeRO-3 gathers them in each of three passes.
+    assert duration.zero(card, 7, 2, 3, 4, 1, 2) == pytest.approx(duration.exchange(card, 28, 4))
+    assert duration.zero(card, 7, 3, 3, 4, 1, 2) == pytest.approx(duration.exchange(card, 56, 4))
+
+
+def test_hours_of_the_paper_recipe_by_hand():
+    """6.74e9 parameters, and attention to 2,048 or 240 tokens; 162.5 + 77.5 tokens, 140.4e12 operations a second."""
+    shape, rate = KNOWN_MODELS["llama-2-7b"], 312e12 * 0.45
+    seconds = plan.stage_seconds(recipe(ppo_offload=False), shape, plan.find_texts(recipe()))
+    sft, disc, ppo = seconds.values()
+    attention = 2 * 32 * 4096
+    assert sft["learning"] == pytest.approx(2 * 22_410 * 240 * 8 * (6.7384e9 + attention * 240) / rate / 8, rel=1e-3)
+    # The pair's prompt once, both answers: 162.5 + 2 x 77.5; no output layer.
+    assert disc["learning"] == pytest.approx(2 * 44_821 * 317.5 * 8 * (6.6073e9 + attention * 240) / rate / 8, rel=1e-3)
+    step = {part: each / 351 for part, each in ppo.items()}
+    assert step["scoring"] == pytest.approx(3 * 2 * 16 * 240 * (6.7384e9 + attention * 2048) / rate, rel=1e-3)
+    assert step["learning"] == pytest.approx(2 * 4 * 2 * 16 * 240 * (6.7384e9 + attention * 2048) / rate, rel=1e-3)
+    # 13.48 GB of weights and half a MiB for each of 16 x (162 + 128) tokens.
+    read = 2 * 6.7384e9 + 2**19 * 16 * 290
+    assert step["decoding"] == pytest.approx(256 * read / (2.039e12 * 0.68), rel=0.01)
+    assert sum(each for part, each in step.items() if part != "files") == pytest.approx(7.4, rel=0.15)
+    # Eight checkpoints of actor and critic, 14 bytes a parameter; four models read and written.
+    assert ppo["files"] == pytest.approx((8 * 14 + 3 * 2) * (6.7384e9 + 6.6073e9) / 1e9, rel=1e-3)
+
+
+def test_what_changes_the_hours():
+    shape = KNOWN_MODELS["llama-2-7b"]
+
+    def step(model=shape, **changes):
+        return hours.ppo_step(recipe(**changes), model, 160, 80, offload=False)
+
+    usual = step()
+    padded = step(ppo_tokens_per_micro_batch=0)
+    assert usual["scoring"] < 0.65 * padded["scoring"]
+    # Under ZeRO-3 no CUDA graph decodes: 1,770 launches a token, and 7/8 of the parameters come over the links.
+    gathered = 2 * 6.7384e9 * 7 / 8 / (300e9 * 0.7)
+    expected = 256 * (1770 * duration.LAUNCH + gathered)
+    assert step(actor_zero_stage=3)["decoding"] == pytest.approx(expected, rel=0.01)
+    # Four sets' prompts decoded together read the weights once for all.
+    together = step(generation_batches=4)
+    assert together["decoding"] < 0.5 * usual["decoding"]
+    # ReMax: two answers to a prompt, no critic.
+    remax = step(algo="remax")
+    assert remax["decoding"] == 2 * usual["decoding"]
+    assert (remax["scoring"], remax["learning"]) == (usual["scoring"], pytest.approx(usual["learning"] / 2))
+    assert step(num_gpus="1")["between GPUs"] == 0
+    assert hours.ppo_step(recipe(), shape, 160, 80, offload=True)["Adam on the host"] == pytest.approx(
+        0.44 * 6.7384, rel=1e-3
     )
-    # 70.2 tokens of 2e9 operations at 140.4e12 a second: 1 ms a pass; 3 passes score, 2 x 4 learn.
-    assert list(step.values()) == pytest.approx([0, 0.003, 0.008, 0.44])
+    # A token passes 12.9 of Mixtral's 46.7 billion parameters, and 16 of them read all.
+    mixtral = KNOWN_MODELS["mixtral-8x7b"]
+    assert step(mixtral)["learning"] / usual["learning"] == pytest.approx(12.9 / 6.74, rel=0.05)  # with attention
+    assert step(mixtral)["decoding"] / usual["decoding"] > 5
+    files = [hours.ppo_saving(recipe(ppo_save_interval=every), shape, 351) for every in (50, 0)]
+    assert files[0] == pytest.approx((8 * 14 + 6) / (14 + 6) * files[1])
+
+
+def test_hours_are_told_with_their_uncertainty_and_price():
     shape, texts = KNOWN_MODELS["llama-2-7b"], plan.find_texts(recipe())
     report = plan.hours_report(recipe(gpu_hour_usd="2"), shape, texts)
-    hours = {line.split()[0]: float(line.split()[1]) for line in report.splitlines() if line.startswith("  step")}
-    assert 0.3 < hours["step3_ppo_tlcr"] < 3
-    assert "US$" in report
+    rows = {words[0]: words[1:] for line in report.splitlines() if (words := line.split())}
+    whole = float(rows["together"][0])
+    assert [float(end) for end in rows["together"][1].split("-")] == pytest.approx([whole / 1.5, whole * 1.5], rel=0.01)
+    assert float(rows["together"][2]) == pytest.approx(whole * 8 * 2, abs=1)
+    assert whole == pytest.approx(sum(float(rows[name][0]) for name in rows if name.startswith("step")), abs=0.02)
+    for expected in ("within a factor of 1.5, at US$ 2 per GPU hour", "a step of step3_ppo_tlcr: ", "files at 1 GB/s"):
+        assert expected in report
+    assert "(GPU_HOUR_USD=… adds US$)" in plan.hours_report(recipe(), shape, texts)
     with pytest.raises(InputError, match="GPU_CARD=B7: known are A100, H100, H200"):
         recipe(gpu_card="B7")
-    with pytest.raises(InputError, match="GPU_HOUR_USD=much"):
-        plan.hours_report(recipe(gpu_hour_usd="much"), shape, texts)
+    for price in ("much", "-1", "nan"):
+        with pytest.raises(InputError, match=f"GPU_HOUR_USD={price}: expected a number"):
+            plan.hours_report(recipe(gpu_hour_usd=price), shape, texts)
 
 
 def test_step_3_offloads_where_it_would_not_fit_otherwise():
