@@ -57,7 +57,8 @@ def by_phase(done: dict[str, int]) -> dict[str, dict[str, float]]:
     """Sums of a step's ``done`` (tests/pretended/gpu.py: counts) by phase; a card's column is in seconds."""
     names = {"kernel": "kernels", "launch": "launches", "wait": "waits"}
     phases: dict[str, dict[str, float]] = {}
-    tables = {int(key.split(";")[2]) for key in done if key.split(";")[1] == "token"}
+    keys = [key.split(";") for key in done]
+    tables = {int(a) for phase, kind, a, _ in keys if kind == "token" and not phase.endswith("backward")}
     for key, count in done.items():
         phase, kind, a, b = key.split(";")
         sums = phases.setdefault(phase or "between", dict.fromkeys(COLUMNS, 0.0))
@@ -99,8 +100,9 @@ COLUMNS = (
 def report(phases: dict[str, dict[str, float]]) -> str:
     rows = []
     for phase, sums in phases.items():
-        # Decoding's calls are replayed by graphs, which look their tokens up; what stands behind an end is padding.
-        share = f"{1 - sums['real'] / sums['computed']:.1%}" if sums["computed"] else ""
+        # Replayed graphs look tokens up without a call of the model: what of those is padding is not known here.
+        called = 0 < sums["computed"] == sums["looked up"]
+        share = f"{1 - sums['real'] / sums['computed']:.1%}" if called else ""
         whole = (f"{sums[name]:,.0f}" for name in ("launches", "waits", "kernels", "looked up"))
         sizes = (f"{sums[name] / 1e6:,.1f}" for name in ("host", "link"))
         cards = (f"{1e3 * sums[card]:,.1f}" for card in duration.CARDS)
