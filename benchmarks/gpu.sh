@@ -15,16 +15,24 @@ failed=0
 
 python3 benchmarks/gpu_inputs.py "$OUT" "$SIZE" >"$OUT/inputs.log" 2>&1 || { cat "$OUT/inputs.log"; exit 1; }
 
+# The card, versions and lines of this run; of a whole one a copy stays in benchmarks/results.
+summary=$OUT/summary.txt
+# shellcheck disable=SC2086 # PYTHON may be a program with an argument
+$PYTHON benchmarks/gpu_inputs.py --machine >"$summary" 2>"$OUT/machine.log" || { cat "$OUT/machine.log"; exit 1; }
+cat "$summary"
+told() { tee -a "$summary"; }
+
 # check NAME PROGRAM OPTIONS…: run it; passes where it ends with status 0 and has written its results.
 check() {
   local name=$1 begun=$SECONDS
   shift
-  # shellcheck disable=SC2086 # PYTHON may be a program with an argument
+  # shellcheck disable=SC2086
   if $PYTHON "$@" --data_path "$OUT/data.jsonl" --data_output_path "$OUT/cache" --output_dir "$OUT/$name" --resume never \
     >"$OUT/$name.log" 2>&1 && [[ -f $OUT/$name/results.json ]]; then
-    echo "pass  $name ($((SECONDS - begun)) s)  $(python3 benchmarks/gpu_inputs.py --figures "$OUT/$name")"
+    echo "pass  $name ($((SECONDS - begun)) s)  $(python3 benchmarks/gpu_inputs.py --figures "$OUT/$name")" | told
   else
-    echo "FAIL  $name: $OUT/$name.log"
+    echo "FAIL  $name: $OUT/$name.log" | told
+    echo "      $PYTHON $*" | told
     failed=1
   fi
 }
@@ -48,5 +56,6 @@ ppo ppo-eager --eager_decoding
 ppo ppo-padded --tokens_per_micro_batch 0
 ppo ppo-fp16 --dtype fp16 --align_overflow
 for rollout in hf continuous hybrid; do ppo "ppo-$rollout" --rollout "$rollout"; done
+[[ $SIZE != full ]] || cp "$summary" "benchmarks/results/gpu_$(date +%F).txt"
 [[ $failed == 0 ]] && echo "all passed; logs and metrics in $OUT"
 exit "$failed"

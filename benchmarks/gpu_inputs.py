@@ -1,6 +1,7 @@
 """For gpu.sh: a Llama of random weights with its tokenizer, preference data and revisions; or a run's figures.
 
-python benchmarks/gpu_inputs.py FOLDER full|tiny; python benchmarks/gpu_inputs.py --figures RUN
+python benchmarks/gpu_inputs.py FOLDER full|tiny; python benchmarks/gpu_inputs.py --figures RUN;
+python benchmarks/gpu_inputs.py --machine: the card and the versions
 """
 
 import json
@@ -61,8 +62,20 @@ def figures(run: Path) -> str:
     return "  ".join(f"{name} {results[name]:.3g}" for name in SHOWN if name in results)
 
 
+def machine() -> str:
+    """The card and the versions; fails where there is no card."""
+    import deepspeed
+    import torch
+    import transformers
+
+    versions = (f"{package.__name__} {package.__version__}" for package in (torch, deepspeed, transformers))
+    return ", ".join([torch.cuda.get_device_name(), f"CUDA {torch.version.cuda}", *versions])
+
+
 if __name__ == "__main__":
-    if sys.argv[1] == "--figures":
+    if sys.argv[1] == "--machine":
+        print(machine())
+    elif sys.argv[1] == "--figures":
         print(figures(Path(sys.argv[2])))
     else:
         make(Path(sys.argv[1]), sys.argv[2])

@@ -13,18 +13,27 @@ import torch
 from conftest import ROOT, preferences, write_jsonl
 from test_families import FAMILIES, LLAMA_LIKE, SIZES
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
+    Phi3Config,
     PhiConfig,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from deepspeed_chat_tlcr.errors import InputError
-from training_scripts.planning import duration, memory, plan
+from training_scripts.planning import duration, hours, memory, plan
 from training_scripts.planning.model_shapes import KNOWN_MODELS, ModelShape, shape_of
 from training_scripts.planning.recipe import Recipe
 
@@ -91,6 +100,8 @@ PAPER = {
     "decode_batch_size": 0,
     "ppo_batch_size": 16,
     "ppo_accumulation_steps": 1,
+    "ppo_tokens_per_micro_batch": 2048,
+    "ppo_save_interval": 50,
     "prompt_epochs": 1,
     "max_prompt_len": 256,
     "max_answer_len": 256,
@@ -169,7 +180,22 @@ VARIANTS = {
     "phi-norms": PhiConfig(**SIZES, intermediate_size=32, qk_layernorm=True, num_key_value_heads=1, vocab_size=96),
     "gpt_neox-tied": GPTNeoXConfig(**SIZES, intermediate_size=32, attention_bias=False, tie_word_embeddings=True),
 }
-CONFIGS = VARIANTS | {name: kind(vocab_size=96, **sizes) for name, (kind, sizes, _) in FAMILIES.items()}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts": 5, "num_experts_per_tok": 2, "vocab_size": 96}
+ODD_HEADS = LLAMA_LIKE | {"head_dim": 12, "vocab_size": 96}
+UNTRAINED = {  # families whose stages are not tried here
+    "gemma2": Gemma2Config(**ODD_HEADS),
+    "gemma3_text": Gemma3TextConfig(**ODD_HEADS),
+    "phi3": Phi3Config(**LLAMA_LIKE, vocab_size=96, pad_token_id=0),
+    "mixtral": MixtralConfig(**LLAMA_LIKE, num_local_experts=5, num_experts_per_tok=2, vocab_size=96),
+    "qwen2_moe": Qwen2MoeConfig(**LLAMA_LIKE, **EXPERTS, shared_expert_intermediate_size=40),
+    "qwen3_moe": Qwen3MoeConfig(**ODD_HEADS | EXPERTS, mlp_only_layers=[1]),
+    "falcon": FalconConfig(**SIZES, vocab_size=96),
+    "falcon-new": FalconConfig(**SIZES, vocab_size=96, new_decoder_architecture=True, num_kv_heads=1),
+    "falcon-rw": FalconConfig(
+        **SIZES, vocab_size=96, bias=True, alibi=True, multi_query=False, parallel_attn=False, ffn_hidden_size=40
+    ),
+}
+CONFIGS = VARIANTS | UNTRAINED | {name: kind(vocab_size=96, **sizes) for name, (kind, sizes, _) in FAMILIES.items()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -178,19 +204,59 @@ def test_counts_of_a_local_config_are_transformers_own(tmp_path, name):
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         real = AutoModelForCausalLM.from_config(config)
-        classifier = AutoModelForTokenClassification.from_config(copy.deepcopy(config))  # of 2 labels
     shape = shape_of(str(tmp_path))
     assert shape.causal_parameters == real.num_parameters()
-    assert shape.classifier_parameters(2) == classifier.num_parameters()
+    if name != "gemma3_text":  # has no token classifier
+        with torch.device("meta"):
+            classifier = AutoModelForTokenClassification.from_config(copy.deepcopy(config))  # of 2 labels
+        assert shape.classifier_parameters(2) == classifier.num_parameters()
     blocks = max((m for m in real.modules() if isinstance(m, torch.nn.ModuleList)), key=len)
     assert shape.layer_parameters == sum(parameter.numel() for parameter in blocks[0].parameters())
 
 
-def test_unknown_model_asks_for_its_config(tmp_path):
+@pytest.mark.parametrize(
+    "config",
+    [
+        AutoConfig.for_model("olmo2", **LLAMA_LIKE, vocab_size=96),
+        AutoConfig.for_model("mamba", hidden_size=16, num_hidden_layers=3, vocab_size=96),
+        # As on the hub: the text's sizes are within, those that are Gemma's defaults are left out, images have a model.
+        Gemma3Config(text_config={"hidden_size": 16, "num_hidden_layers": 2, "vocab_size": 96}),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_other_families_are_counted_by_transformers(tmp_path, config):
+    (tmp_path / "config.json").write_text(json.dumps(config.to_diff_dict() | {"model_type": config.model_type}))
+    with torch.device("meta"):
+        real = AutoModelForCausalLM.from_config(config)
+    shape = shape_of(str(tmp_path))
+    assert shape.causal_parameters == real.num_parameters()
+    assert (shape.hidden, shape.layers) == (16, config.get_text_config().num_hidden_layers)
+
+
+def test_what_a_token_does_not_pass_of_experts():
+    """Mixtral-8x7B, by its makers 46.7 and 12.9 billion parameters; and by hand."""
+    mixtral = KNOWN_MODELS["mixtral-8x7b"]
+    assert mixtral.causal_parameters == 46_702_792_704
+    assert mixtral.causal_parameters - mixtral.idle_parameters == pytest.approx(12.9e9, rel=0.005)
+    # Three of five experts of three 4 x 10 matrices idle in each of three blocks, of which one has a single MLP.
+    small = dataclasses.replace(SMALL, experts=5, experts_used=2, dense_blocks=1, dense_width=6)
+    assert small.idle_parameters == 2 * 3 * 120
+    # 120 more for each of four experts and 20 for the router; the third block has 3 x 4 x 6 = 72 for all of them.
+    assert small.backbone_parameters == SMALL.backbone_parameters + 2 * 500 - (120 - 72)
+
+
+def test_unknown_model_asks_for_its_config(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="MODEL_CONFIG=PATH"):
         shape_of("someone/mystery-9b")
+    (tmp_path / "config.json").write_text('{"model_type": "mystery"}')
+    with pytest.raises(InputError, match="transformers makes no language model of this 'mystery' config"):
+        shape_of("someone/mystery-9b", str(tmp_path / "config.json"))
+    (tmp_path / "config.json").write_text('{"hidden_size": 16}')
+    with pytest.raises(InputError, match="has no 'model_type'"):
+        shape_of("someone/mystery-9b", str(tmp_path / "config.json"))
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(InputError, match="not for 'mamba'"):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="counted by transformers, and transformers is missing"):
         shape_of("someone/mystery-9b", str(tmp_path / "config.json"))
     with pytest.raises(InputError, match="no such file"):
         shape_of("someone/mystery-9b", str(tmp_path / "absent.json"))
@@ -337,39 +403,100 @@ def test_paper_recipe_fits_and_by_how_much():
     assert needs["step3_ppo_tlcr"].host["offloaded"] == pytest.approx(18 * both)
 
 
-def test_hours_by_hand():
-    """Twice 312e12 x 0.45 operations are two seconds; a token reads 2 bytes a parameter at 0.6 of 2.039e12 a second."""
-    card = duration.CARDS["A100"]
-    second = int(312e12 * 0.45)
-    assert duration.computing(card, second // 2, 1, 2) == pytest.approx(2)
-    assert duration.training(card, second // 2, 8, 4, False, False, 1) == pytest.approx(6)
-    assert duration.decoding(card, 7_000_000_000, 256) == pytest.approx(256 * 14e9 / (0.6 * 2.039e12))
-    step = duration.ppo_step(
-        card,
-        1_000_000_000,
-        sequences=1,
-        prompt_tokens=60,
-        answer_tokens=10.2,
-        longest_answer=0,
-        checkpointing=True,
-        offload=True,
-        with_critic=True,
+def test_the_model_of_time_by_hand():
+    """A card of 100 operations and 10 bytes a second, of which half and all are reached."""
+    card = duration.Card(100, 10, link=7, host=5, utilisation=0.5, share=1)
+    assert duration.kernel(card, 100, 10) == 2  # two seconds of arithmetic, one of memory
+    assert duration.kernel(card, 100, 40) == 4
+    assert duration.computing(card, 25, 3, 4) == 2 * 25 * 3 * 4 / 50
+    # Two answers: 2 x 2 x 10 operations, 20 bytes of weights and 5 of cache; the memory takes longer.
+    assert duration.decoding(card, 10, 8, rows=2, cache=5) == 8 * 2.5
+    assert duration.decoding(card, 10, 8, rows=2, launches=10**6) == 8 * 16  # the host takes longer
+    # Three quarters of 28 bytes, at 0.7 of 7 bytes a second.
+    assert duration.exchange(card, 28, 4) == pytest.approx(21 / 4.9)
+    assert duration.exchange(card, 28, 1) == 0
+    assert duration.exchange(duration.CARDS["A100"], 25e9, 2, nodes=2) == pytest.approx(0.5 / 0.7)
+    assert duration.adam(card, 10, 4, 1, offload=False) == 28 * 10 / 4 / 10
+    assert duration.adam(card, 2e9, 16, 2, offload=True) == pytest.approx(0.22)
+    # Gradients and parameters, of 2 x 7 bytes each; ZeRO-3 gathers them in each of three passes.
+    assert duration.zero(card, 7, 2, 3, 4, 1, 2) == pytest.approx(duration.exchange(card, 28, 4))
+    assert duration.zero(card, 7, 3, 3, 4, 1, 2) == pytest.approx(duration.exchange(card, 56, 4))
+
+
+def test_hours_of_the_paper_recipe_by_hand():
+    """6.74e9 parameters, and attention to 2,048 or 240 tokens; 162.5 + 77.5 tokens, 140.4e12 operations a second."""
+    shape, rate = KNOWN_MODELS["llama-2-7b"], 312e12 * 0.45
+    seconds = plan.stage_seconds(recipe(ppo_offload=False), shape, plan.find_texts(recipe()))
+    sft, disc, ppo = seconds.values()
+    attention = 2 * 32 * 4096
+    assert sft["learning"] == pytest.approx(2 * 22_410 * 240 * 8 * (6.7384e9 + attention * 240) / rate / 8, rel=1e-3)
+    # The pair's prompt once, both answers: 162.5 + 2 x 77.5; no output layer.
+    assert disc["learning"] == pytest.approx(2 * 44_821 * 317.5 * 8 * (6.6073e9 + attention * 240) / rate / 8, rel=1e-3)
+    step = {part: each / 351 for part, each in ppo.items()}
+    assert step["scoring"] == pytest.approx(3 * 2 * 16 * 240 * (6.7384e9 + attention * 2048) / rate, rel=1e-3)
+    assert step["learning"] == pytest.approx(2 * 4 * 2 * 16 * 240 * (6.7384e9 + attention * 2048) / rate, rel=1e-3)
+    # 13.48 GB of weights and half a MiB for each of 16 x (162 + 128) tokens.
+    read = 2 * 6.7384e9 + 2**19 * 16 * 290
+    assert step["decoding"] == pytest.approx(256 * read / (2.039e12 * 0.68), rel=0.01)
+    assert sum(each for part, each in step.items() if part != "files") == pytest.approx(7.4, rel=0.15)
+    # Eight checkpoints of actor and critic, 14 bytes a parameter; four models read and written.
+    assert ppo["files"] == pytest.approx((8 * 14 + 3 * 2) * (6.7384e9 + 6.6073e9) / 1e9, rel=1e-3)
+
+
+def test_what_changes_the_hours():
+    shape = KNOWN_MODELS["llama-2-7b"]
+
+    def step(model=shape, **changes):
+        return hours.ppo_step(recipe(**changes), model, 160, 80, offload=False)
+
+    usual = step()
+    padded = step(ppo_tokens_per_micro_batch=0)
+    assert usual["scoring"] < 0.65 * padded["scoring"]
+    # Under ZeRO-3 no CUDA graph decodes: 1,770 launches a token, and 7/8 of the parameters come over the links.
+    gathered = 2 * 6.7384e9 * 7 / 8 / (300e9 * 0.7)
+    expected = 256 * (1770 * duration.LAUNCH + gathered)
+    assert step(actor_zero_stage=3)["decoding"] == pytest.approx(expected, rel=0.01)
+    # Four sets' prompts decoded together read the weights once for all.
+    together = step(generation_batches=4)
+    assert together["decoding"] < 0.5 * usual["decoding"]
+    # ReMax: two answers to a prompt, no critic.
+    remax = step(algo="remax")
+    assert remax["decoding"] == 2 * usual["decoding"]
+    assert (remax["scoring"], remax["learning"]) == (usual["scoring"], pytest.approx(usual["learning"] / 2))
+    assert step(num_gpus="1")["between GPUs"] == 0
+    assert hours.ppo_step(recipe(), shape, 160, 80, offload=True)["Adam on the host"] == pytest.approx(
+        0.44 * 6.7384, rel=1e-3
     )
-    # 70.2 tokens of 2e9 operations at 140.4e12 a second: 1 ms a pass; 3 passes score, 2 x 4 learn.
-    assert list(step.values()) == pytest.approx([0, 0.003, 0.008, 0.44])
+    # A token passes 12.9 of Mixtral's 46.7 billion parameters, and 16 of them read all.
+    mixtral = KNOWN_MODELS["mixtral-8x7b"]
+    assert step(mixtral)["learning"] / usual["learning"] == pytest.approx(12.9 / 6.74, rel=0.05)  # with attention
+    assert step(mixtral)["decoding"] / usual["decoding"] > 5
+    files = [hours.ppo_saving(recipe(ppo_save_interval=every), shape, 351) for every in (50, 0)]
+    assert files[0] == pytest.approx((8 * 14 + 6) / (14 + 6) * files[1])
+
+
+def test_hours_are_told_with_their_uncertainty_and_price():
     shape, texts = KNOWN_MODELS["llama-2-7b"], plan.find_texts(recipe())
     report = plan.hours_report(recipe(gpu_hour_usd="2"), shape, texts)
-    hours = {line.split()[0]: float(line.split()[1]) for line in report.splitlines() if line.startswith("  step")}
-    assert 0.3 < hours["step3_ppo_tlcr"] < 3
-    assert "US$" in report
+    rows = {words[0]: words[1:] for line in report.splitlines() if (words := line.split())}
+    whole = float(rows["together"][0])
+    assert [float(end) for end in rows["together"][1].split("-")] == pytest.approx([whole / 1.5, whole * 1.5], rel=0.01)
+    assert float(rows["together"][2]) == pytest.approx(whole * 8 * 2, abs=1)
+    assert whole == pytest.approx(sum(float(rows[name][0]) for name in rows if name.startswith("step")), abs=0.02)
+    for expected in ("within a factor of 1.5, at US$ 2 per GPU hour", "a step of step3_ppo_tlcr: ", "files at 1 GB/s"):
+        assert expected in report
+    assert "(GPU_HOUR_USD=… adds US$)" in plan.hours_report(recipe(), shape, texts)
     # Where a pair's prompt is computed twice: of prompt + both answers only the answers are as many tokens.
-    padded = plan.hours_report(recipe(discriminator_tokens_per_micro_batch=0), shape, texts).split("step2_disc")[1]
+    plain = plan.stage_seconds(recipe(discriminator_tokens_per_micro_batch=0), shape, texts)
+    packed = plan.stage_seconds(recipe(), shape, texts)
     saved = texts.prompt / (2 * texts.prompt + texts.chosen + texts.rejected)
-    assert hours["step2_discriminator"] == pytest.approx((1 - saved) * float(padded.split()[1]), abs=0.02)
+    learning = [each["step2_discriminator"]["learning"] for each in (packed, plain)]
+    assert learning[0] == pytest.approx((1 - saved) * learning[1], rel=0.15)
     with pytest.raises(InputError, match="GPU_CARD=B7: known are A100, H100, H200"):
         recipe(gpu_card="B7")
-    with pytest.raises(InputError, match="GPU_HOUR_USD=much"):
-        plan.hours_report(recipe(gpu_hour_usd="much"), shape, texts)
+    for price in ("much", "-1", "nan"):
+        with pytest.raises(InputError, match=f"GPU_HOUR_USD={price}: expected a number"):
+            plan.hours_report(recipe(gpu_hour_usd=price), shape, texts)
 
 
 def test_step_3_offloads_where_it_would_not_fit_otherwise():

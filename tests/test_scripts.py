@@ -204,6 +204,14 @@ def test_variables_positional_arguments_and_further_options():
     ]
 
 
+def test_attention_is_one_variable():
+    for script, folder in (("step1.sh", "step1_sft"), ("step3.sh", "step3_ppo_tlcr")):
+        for name in ("sdpa", "flash_attention_2"):
+            words = commands(run(script, PLAN=1, ATTENTION=name).stdout)[folder]
+            assert ("--attn_implementation" in words) == (name != "sdpa")
+            assert options_of(folder, words).attn_implementation == name
+
+
 def test_a_switch_is_on_or_off():
     done = run("step1.sh", PLAN=1, SFT_OFFLOAD="yes")
     assert done.returncode == 2

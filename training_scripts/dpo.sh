@@ -30,6 +30,7 @@ command=(
   --seed "$SEED"
   --output_dir "$OUTPUT/dpo"
 )
+attend
 switch --gradient_checkpointing "$DPO_GRADIENT_CHECKPOINTING"
 switch --offload "$DPO_OFFLOAD"
 

@@ -44,6 +44,7 @@ PROMPTS=${PROMPTS:-}                 # AlpacaEval's instructions, or your own
 MT_BENCH_DIR=${MT_BENCH_DIR:-}       # a checkout of FastChat, or its llm_judge/data
 JUDGE=${JUDGE:-}                     # the judging model, such as gpt-6-luna; unset: nothing is judged, nothing paid
 JUDGE_BASE_URL=${JUDGE_BASE_URL:-}   # its address; unset: OpenAI
+ATTENTION=${ATTENTION:-sdpa}         # what computes attention, as in recipe.sh
 MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for all judged parts together
 NUM_GPUS=${NUM_GPUS:-}               # processes that answer and score, one per GPU; unset: all of CUDA_VISIBLE_DEVICES
 ATTENTION=${ATTENTION:-}             # another --attn_implementation than sdpa, such as flash_attention_2
@@ -86,5 +87,5 @@ one judge "$JUDGE"
 one base_url "$JUDGE_BASE_URL"
 one max_cost_usd "$MAX_COST_USD"
 one num_processes "$NUM_GPUS"
-one attn_implementation "$ATTENTION"
+[[ $ATTENTION == sdpa ]] || one attn_implementation "$ATTENTION"
 exec python3 "$project/evaluation/main.py" "${arguments[@]}" "$@"

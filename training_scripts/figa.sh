@@ -30,6 +30,7 @@ command=(
   --output_dir "$OUTPUT/figa"
 )
 [[ -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
+attend
 switch --gradient_checkpointing "$FIGA_GRADIENT_CHECKPOINTING"
 switch --offload "$FIGA_OFFLOAD"
 

@@ -24,6 +24,8 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${SEED:=1234}"                           # seed of initialisation, shuffling and sampling
 : "${DTYPE:=bf16}"                          # bf16, fp16, fp32 or auto
 
+: "${ATTENTION:=sdpa}"                       # what computes attention: sdpa, flash_attention_2, flash_attention_3, …
+
 : "${STAGES:=step1 label step2 step3}"       # the run's stages, by their scripts' names (run_method.sh sets it)
 
 # ---- the machine ----
@@ -168,6 +170,11 @@ prepare() {
       exit 2
     }
   done
+}
+
+# attend: adds ATTENTION to the array `command`; sdpa is every program's own.
+attend() {
+  [[ $ATTENTION == sdpa ]] || command+=(--attn_implementation "$ATTENTION")
 }
 
 # The first NUM_GPUS of CUDA_VISIBLE_DEVICES, all where NUM_GPUS is empty.

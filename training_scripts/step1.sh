@@ -31,6 +31,7 @@ command=(
   --output_dir "$OUTPUT/step1_sft"
 )
 [[ $SFT_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$SFT_TOKENS_PER_MICRO_BATCH")
+attend
 switch --gradient_checkpointing "$SFT_GRADIENT_CHECKPOINTING"
 switch --offload "$SFT_OFFLOAD"
 

@@ -35,6 +35,7 @@ command=(
 )
 [[ -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
 [[ $DISCRIMINATOR_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$DISCRIMINATOR_TOKENS_PER_MICRO_BATCH")
+attend
 switch --gradient_checkpointing "$DISCRIMINATOR_GRADIENT_CHECKPOINTING"
 switch --offload "$DISCRIMINATOR_OFFLOAD"
 

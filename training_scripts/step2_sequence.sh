@@ -36,6 +36,7 @@ command=(
 [[ $SEQUENCE_PAIRS != modified ]] || command+=(--revisions "${revisions[@]}")
 [[ $SEQUENCE_PAIRS != modified || -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
 [[ $SEQUENCE_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$SEQUENCE_TOKENS_PER_MICRO_BATCH")
+attend
 switch --gradient_checkpointing "$SEQUENCE_GRADIENT_CHECKPOINTING"
 switch --offload "$SEQUENCE_OFFLOAD"
 

@@ -48,6 +48,7 @@ command=(
 [[ $DECODE_BATCH_SIZE == 0 ]] || command+=(--decode_batch_size "$DECODE_BATCH_SIZE")
 [[ $PPO_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$PPO_TOKENS_PER_MICRO_BATCH")
 [[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
+attend
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --critic_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --offload "$PPO_OFFLOAD"

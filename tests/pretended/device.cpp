@@ -11,6 +11,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
 
 using at::Tensor;
 using c10::Device;
@@ -111,10 +112,34 @@ std::mutex lock;
 std::map<std::string, int64_t> launched;
 PyObject* listener = nullptr;  // told of every synchronisation
 
+// What the device does, by the phase that Python has named and, in backward passes (threads of their own), that: one
+// number for each different (phase, kind, a, b). Kernels: a floating-point operations, b bytes read and written. Copies
+// between host and device: b bytes. Tokens: rows looked up in a table of a rows.
+using Done = std::tuple<std::string, std::string, int64_t, int64_t>;
+std::map<Done, int64_t> done;
+std::string phase;
+const auto main_thread = std::this_thread::get_id();
+
+void account(const char* kind, int64_t a, int64_t b, int64_t times = 1) {
+  std::lock_guard<std::mutex> guard(lock);
+  const bool backward = std::this_thread::get_id() != main_thread;
+  done[{backward ? phase + " backward" : phase, kind, a, b}] += times;
+}
+
+struct Work {
+  int64_t flops = 0, bytes = 0, tokens = 0, table = 0;
+
+  void account_kernel() const {
+    account("kernel", flops, bytes);
+    if (tokens) account("token", table, 0, tokens);
+  }
+};
+
 struct Recorded {
   c10::OperatorHandle op;
   torch::jit::Stack inputs;      // on the host's side
   std::vector<Tensor> results;   // of a capture, made anew by each replay
+  Work work;
 };
 
 struct Graph {
@@ -124,12 +149,14 @@ struct Graph {
 Graph* capturing = nullptr;
 
 void launch(const std::string& name) {
+  account("launch", 0, 0);
   std::lock_guard<std::mutex> guard(lock);
   launched[name]++;
 }
 
 void synchronise(const std::string& why) {
   TORCH_CHECK(!capturing, "pretended CUDA: operation not permitted when stream is capturing (", why, ")");
+  account("wait", 0, 0);
   if (!listener) return;
   py::gil_scoped_acquire gil;
   py::object(py::reinterpret_borrow<py::object>(listener))(why);
@@ -151,6 +178,7 @@ void Graph::replay() {
   for (auto& call : calls) {
     torch::jit::Stack stack = call.inputs;
     run_on_host(call.op, &stack);
+    call.work.account_kernel();
     size_t next = 0;
     for (const IValue& value : stack)
       visit(value, [&](const Tensor& fresh) {
@@ -168,6 +196,8 @@ const Names without_kernel = {"view", "as_strided", "_reshape_alias", "unfold", 
 const Names waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "unique_consecutive", "is_nonzero"};
 // CUDA's kernels take one number from the host, besides the pointwise ones, which are known by their tag.
 const Names number_from_host = {"fill_", "masked_fill_", "masked_fill", "where", "result_type", "add", "sub", "mul", "div", "lerp_", "lerp"};
+// They read or write as many rows of their first argument as there are indices, not all of it.
+const Names looking_up = {"index", "index_select", "gather", "index_put_", "_index_put_impl_", "index_copy_", "scatter_", "scatter_add_"};
 const Names indexing = {"index", "index_put", "index_put_", "_index_put_impl_"};
 
 class Call {
@@ -191,13 +221,17 @@ class Call {
     if (name_ == "copy_" && of_host_) {
       bool to_host = std::none_of(seen_.begin(), seen_.end(), [&](const auto& one) { return one.second.host.is_same((*stack_)[first].toTensor()); });
       TORCH_CHECK(!capturing, "pretended CUDA: a copy between host and device while a stream is capturing");
+      account("host", 0, int64_t((*stack_)[first].toTensor().nbytes()));
       if (to_host) synchronise("copy to the host"); else launch("copy from the host");
     }
-    torch::jit::Stack inputs;
-    if (capturing) inputs.assign(stack_->begin() + first, stack_->end());
+    torch::jit::Stack inputs(stack_->begin() + first, stack_->end());
     run_on_host(op_, stack_);
     const size_t results = stack_->size() - op_.schema().returns().size();
-    if (capturing && !without_kernel.count(name_)) record(std::move(inputs), results);
+    if (!without_kernel.count(name_)) {
+      const Work work = work_of(inputs, results);
+      if (capturing) record(std::move(inputs), results, work);
+      work.account_kernel();
+    }
     follow_resizes();
     for (size_t i = results; i < stack_->size(); i++) (*stack_)[i] = to_device((*stack_)[i]);
   }
@@ -282,10 +316,34 @@ class Call {
     return over(other_side(tensor.storage(), *target_), tensor, DispatchKey::CUDA);
   }
 
-  void record(torch::jit::Stack inputs, size_t first_result) {
+  // Products of matrices are 2 m k n operations, all else is only its bytes.
+  Work work_of(const torch::jit::Stack& inputs, size_t first_result) const {
+    Work work;
+    std::vector<Tensor> tensors;
+    const bool looks_up = looking_up.count(name_);
+    size_t place = 0;
+    const Tensor* table = looks_up && inputs[0].isTensor() ? &inputs[0].toTensor() : nullptr;
+    auto add = [&](const Tensor& tensor) {
+      if (table && tensor.is_alias_of(*table)) return;
+      // What is broadcast is read once.
+      if (tensor.has_storage()) work.bytes += std::min<int64_t>(tensor.numel() * tensor.itemsize(), tensor.storage().nbytes());
+    };
+    for (const IValue& input : inputs) visit(input, [&](const Tensor& tensor) { tensors.push_back(tensor); });
+    for (const Tensor& tensor : tensors) add(tensor);
+    for (size_t i = first_result; i < stack_->size(); i++) visit((*stack_)[i], [&](const Tensor& tensor) { add(tensor); if (looks_up) add(tensor); });
+    if (name_ == "mm" || name_ == "bmm" || name_ == "mv") place = 1;
+    if (name_ == "addmm" || name_ == "baddbmm" || name_ == "addmv") place = 2;
+    if (place && tensors.size() > place)
+      work.flops = 2 * tensors[place - 1].numel() * (tensors[place].dim() > 1 ? tensors[place].size(-1) : 1);
+    // What an embedding is, below.
+    if (name_ == "index_select" && tensors[0].dim() == 2 && tensors[0].is_floating_point()) work.table = tensors[0].size(0), work.tokens = tensors[1].numel();
+    return work;
+  }
+
+  void record(torch::jit::Stack inputs, size_t first_result, const Work& work) {
     std::vector<Tensor> results;
     for (size_t i = first_result; i < stack_->size(); i++) visit((*stack_)[i], [&](const Tensor& tensor) { results.push_back(tensor); });
-    capturing->calls.push_back({op_, std::move(inputs), std::move(results)});
+    capturing->calls.push_back({op_, std::move(inputs), std::move(results), work});
   }
 
   const c10::OperatorHandle& op_;
@@ -317,12 +375,14 @@ Tensor& set_whole(Tensor& self, c10::Storage source) {
 // Products of 16-bit matrices in fp32, which only CUDA has.
 Tensor& product(const Tensor& a, const Tensor& b, at::ScalarType dtype, Tensor& out) {
   launch("mm");
+  Work{2 * a.numel() * b.size(-1), int64_t(a.nbytes() + b.nbytes() + out.nbytes())}.account_kernel();
   host_view(out).copy_(host_view(a).to(dtype).matmul(host_view(b).to(dtype)));
   return out;
 }
 
 Tensor& sum_and_product(const Tensor& c, const Tensor& a, const Tensor& b, at::ScalarType dtype, const at::Scalar& beta, const at::Scalar& alpha, Tensor& out) {
   launch("addmm");
+  Work{2 * a.numel() * b.size(-1), int64_t(c.nbytes() + a.nbytes() + b.nbytes() + out.nbytes())}.account_kernel();
   host_view(out).copy_(host_view(c).to(dtype) * beta + host_view(a).to(dtype).matmul(host_view(b).to(dtype)) * alpha);
   return out;
 }
@@ -346,6 +406,9 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("launched", [] { std::lock_guard<std::mutex> guard(lock); return launched; });
+  m.def("done", [] { std::lock_guard<std::mutex> guard(lock); return done; });
+  m.def("account", [](const std::string& kind, int64_t a, int64_t b, int64_t times) { account(kind.c_str(), a, b, times); });
+  m.def("name_phase", [](const std::string& name) { std::lock_guard<std::mutex> guard(lock); phase = name; });
   m.def("listen", [](py::object f) { Py_XDECREF(listener); listener = f.release().ptr(); });
   m.def("host_view", &host_view);
   m.def("generator", [] { return generator(); });

@@ -3,7 +3,7 @@
 ``install()`` before torch is imported; from then on ``cuda:0`` and its neighbours exist, and DeepSpeed trains there.
 A tensor there is an ordinary one whose memory is the host's. Operators that mix it with host tensors raise, and so do
 ``.numpy()``, collectives of host tensors, and whatever a CUDA graph cannot hold. ``counts()`` says how many kernels
-were launched and who made the host wait.
+were launched, who made the host wait, and what the device had to do by step 3's phases.
 
 It cannot show: time, memory, numbers that only CUDA's kernels give, races between streams, or kernels of their own
 (flash attention, DeepSpeed's inference kernels).
@@ -94,8 +94,13 @@ def asker() -> str:
 
 
 def counts() -> dict:
-    """Since the start: ``launches`` by operator, ``waits`` and ``collectives`` by what and where."""
-    return {"launches": device.launched(), "waits": dict(waits), "collectives": dict(collectives)}
+    """Since the start: ``launches`` by operator, ``waits`` and ``collectives`` by what and where, ``done`` by phase.
+
+    A key of ``done`` is phase;kind;a;b (device.cpp): kernel;operations;bytes, host;0;bytes copied, link;0;bytes of a
+    collective, token;rows of the table;0, computed;0;0 and real;0;0 tokens of the models' calls, launch;0;0, wait;0;0.
+    """
+    done = {";".join(map(str, key)): count for key, count in device.done().items()}
+    return {"launches": device.launched(), "waits": dict(waits), "collectives": dict(collectives), "done": done}
 
 
 def counted_since(before: dict) -> dict:
@@ -343,8 +348,11 @@ def _collectives(torch) -> None:
             if averaged(opts):
                 whole.div_(self.size())
 
-        def _done(self, what, outputs):
+        def _done(self, what, outputs, moved=None):
+            """``moved``: the tensors that every rank's part is of; a sum for all goes around twice."""
             collectives[f"{what} @ {asker()}"] += 1
+            if outputs and self.size() > 1:
+                device.account("link", 0, sum(t.nbytes for t in moved or outputs) * (1 + (what == "all_reduce")), 1)
             return Done(outputs)
 
         def allreduce(self, tensors, opts=None):
@@ -366,7 +374,7 @@ def _collectives(torch) -> None:
 
         def allgather(self, outputs, inputs, opts=None):
             self.gloo.allgather(hosts(outputs), hosts(inputs)).wait()
-            return self._done("all_gather", outputs)
+            return self._done("all_gather", outputs, outputs[0])
 
         def _allgather_base(self, output, tensor, opts=None):
             parts = list(hosts(output).view(self.size(), -1))
@@ -384,7 +392,7 @@ def _collectives(torch) -> None:
             whole = hosts(tensor).clone()
             self._sum(whole, opts)
             hosts(output).view(-1).copy_(whole.view(self.size(), -1)[self.rank()])
-            return self._done("reduce_scatter", [output])
+            return self._done("reduce_scatter", [output], [tensor])
 
         reduce_scatter_single = _reduce_scatter_base
 
@@ -430,6 +438,39 @@ def _deepspeed() -> None:
     real_accelerator.ds_accelerator = accelerator
 
 
+def _phases() -> None:
+    """Name step 3's phases as its trainer times them, and count the tokens of every call of a model."""
+    from transformers import PreTrainedModel
+
+    from step3_ppo_tlcr.trainer import Trainer
+
+    timed, call, within = Trainer._timed, PreTrainedModel.__call__, []
+
+    @contextlib.contextmanager
+    def named(self, phase):
+        device.name_phase(phase)
+        with timed(self, phase):
+            yield
+        device.name_phase("")
+
+    def counted(self, *args, **kwargs):
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is None or within:  # a model within another
+            return call(self, *args, **kwargs)
+        real = ids.numel()
+        if mask is not None and mask.shape == ids.shape:  # else there is no padding, or its rows are packed
+            real = int(device.host_view(mask).sum())
+        device.account("computed", 0, 0, ids.numel())
+        device.account("real", 0, 0, real)
+        within.append(self)
+        try:
+            return call(self, *args, **kwargs)
+        finally:
+            within.pop()
+
+    Trainer._timed, PreTrainedModel.__call__ = named, counted
+
+
 def main() -> None:
     """``python tests/pretended/gpu.py PROGRAM ARGUMENTS…``: any program of the project on it; PRETENDED_COUNTS=FILE
     writes ``counts()`` at its end."""
@@ -454,6 +495,8 @@ def main() -> None:
         **{key: value for key, value in prepared(name).items() if key != "init_main_from_name"},
         "init_main_from_path": __file__,
     }
+    if file:
+        _phases()
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 

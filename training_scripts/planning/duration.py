@@ -1,8 +1,11 @@
-"""How long a stage takes on a named card, as formulas: seconds from parameters, tokens and the card's figures.
+"""How long work takes on a named card: the one model of time, of PLAN's hours and of benchmarks/counts.py.
 
-A forward pass costs 2 P floating-point operations a token, a backward pass 4 P, recomputed activations 2 P more. Large
-products reach ``UTILISATION`` of what the maker states. A decoded token reads all weights once, at ``BANDWIDTH_SHARE``
-of the stated bandwidth. None of it has been measured on such a card: take it within a factor of 1.5.
+The card computes at ``utilisation`` of the operations that its maker states, or reads and writes its memory at
+``share`` of the stated bandwidth, whichever takes longer, while the host launches what comes next. A forward pass costs
+2 P operations a token and 4 L a S more for the attention of L blocks, a wide, to S tokens; a backward pass twice that,
+recomputed activations once more. A decoded token reads all weights, and the keys and values before it, once.
+
+On a CPU its ratios were checked (docs/speed.md); on such a card nothing has been measured: within ``UNCERTAINTY``.
 """
 
 from dataclasses import dataclass
@@ -10,58 +13,95 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Card:
-    """The maker's data sheet: dense 16-bit operations and bytes of memory a second."""
+    """The maker's data sheet, a second: dense 16-bit operations; bytes of its memory, to the node's other GPUs (each
+    way) and to host memory (each way). ``utilisation`` and ``share``: what is reached of the first two."""
 
     flops: float
     bandwidth: float
+    link: float
+    host: float
+    # 45 %: usual for the training of such models. 0.68: gpt-fast decodes Llama-2-7B at 1,397 GB/s of an A100's 2,039
+    # (its README's table, 16 bit).
+    utilisation: float = 0.45
+    share: float = 0.68
 
 
 CARDS = {
-    "A100": Card(312e12, 2.039e12),  # NVIDIA A100 80GB SXM data sheet, 2021
-    "H100": Card(989e12, 3.35e12),  # NVIDIA H100 SXM data sheet, 2023
-    "H200": Card(989e12, 4.8e12),  # NVIDIA H200 SXM data sheet, 2024
+    # NVIDIA's data sheets: A100 80GB SXM (2021; NVLink 600 GB/s and PCIe 4 64 GB/s, both ways together),
+    "A100": Card(312e12, 2.039e12, 300e9, 32e9),
+    # H100 SXM (2023; 900 and PCIe 5 128 GB/s),
+    "H100": Card(989e12, 3.35e12, 450e9, 64e9),
+    # H200 SXM (2024).
+    "H200": Card(989e12, 4.8e12, 450e9, 64e9),
 }
-UTILISATION = 0.45
-BANDWIDTH_SHARE = 0.6
+NETWORK = 25e9
+"""Bytes a second of each GPU's own adapter between nodes, 200 Gb/s, as a DGX A100 has."""
+LINK_SHARE = 0.7
+"""What collectives and copies reach of a link."""
+LAUNCH = 16e-6
+"""Seconds that the host needs to start an operator of PyTorch; all that a replayed CUDA graph holds starts as one."""
+WAIT = 20e-6
+"""Seconds from the end of what the host waits for to its next launch."""
+KERNEL = 2e-6
+"""Seconds that the smallest kernel takes."""
+OPERATORS = (54, 42)
+"""Launches of an eager decoding step: of a block, and beside the blocks (counted, Llama)."""
 HOST_ADAM = 0.22
 """Seconds that a node's processors take for Adam on a billion offloaded parameters, transfers included."""
+GPU_ADAM = 28
+"""Bytes that Adam reads and writes of a parameter: it, two moments, 16-bit copy and gradient."""
+PADDING = 0.44
+"""Share of a batch's tokens that is padding, on HH-RLHF's lengths in batches of 16 as they come."""
+FILES = 1e9
+"""Bytes a second that a node's disk reads and writes."""
 UNCERTAINTY = 1.5
 
 
-def computing(card: Card, parameters: int, tokens: float, passes: int) -> float:
+def kernel(card: Card, operations: float, size: float) -> float:
+    """Seconds of a kernel that reads and writes ``size`` bytes."""
+    return max(operations / (card.flops * card.utilisation), size / (card.bandwidth * card.share))
+
+
+def elapsed(device: float, launches: float, waits: float = 0) -> float:
+    """Seconds of work that keeps the card busy for ``device`` and the host for its launches, at the same time."""
+    return max(device, launches * LAUNCH) + waits * WAIT
+
+
+def exchange(card: Card, size: float, ranks: int, nodes: int = 1) -> float:
+    """Seconds until ``size`` bytes, spread over the ranks, are on each of them, or a sum of so many is spread."""
+    speed = card.link if nodes == 1 else min(card.link, NETWORK)
+    return size * (ranks - 1) / ranks / (speed * LINK_SHARE)
+
+
+def computing(card: Card, parameters: float, tokens: float, passes: int) -> float:
     """Seconds of ``tokens`` on one GPU; ``passes``: 1 forward, 3 forward and backward, 4 with recomputation."""
-    return 2 * parameters * tokens * passes / (card.flops * UTILISATION)
+    return kernel(card, 2 * parameters * tokens * passes, 0)
 
 
-def training(card: Card, parameters: int, tokens: float, ranks: int, checkpointing: bool, offload: bool, steps: int):
-    """Seconds of a stage that trains one model on ``tokens`` in all, in ``steps`` updates."""
-    learning = computing(card, parameters, tokens / ranks, 4 if checkpointing else 3)
-    return learning + steps * HOST_ADAM * parameters / 1e9 * offload
+def attending(layers: int, width: int, seen: float) -> float:
+    """Attention's 4 L a S operations a token as parameters, of which each costs two; ``seen``: S tokens."""
+    return 2 * layers * width * seen
 
 
-def decoding(card: Card, parameters: int, answer_tokens: int, size: int = 2) -> float:
-    """Seconds until the longest of a batch's answers is written, one reading of the weights a token."""
-    return answer_tokens * parameters * size / (card.bandwidth * BANDWIDTH_SHARE)
+def decoding(
+    card: Card, parameters: float, answer_tokens: int, size: int = 2, rows: int = 1, cache: float = 0, launches: int = 1
+) -> float:
+    """Seconds until the longest of ``rows`` answers is written: one reading of weights and ``cache`` bytes a token."""
+    device = kernel(card, 2 * parameters * rows, parameters * size + cache)
+    return answer_tokens * elapsed(device, launches)
 
 
-def ppo_step(
-    card: Card,
-    parameters: int,
-    *,
-    sequences: int,
-    prompt_tokens: float,
-    answer_tokens: float,
-    longest_answer: int,
-    checkpointing: bool,
-    offload: bool,
-    with_critic: bool,
-    size: int = 2,
-) -> dict[str, float]:
-    """Seconds of each part of one update on ``sequences`` answers a GPU, all models of equally many parameters."""
-    tokens, trained = sequences * (prompt_tokens + answer_tokens), 2 if with_critic else 1
-    return {
-        "decoding": decoding(card, parameters, longest_answer, size),
-        "scoring": computing(card, parameters, tokens, 2 + with_critic),
-        "learning": trained * computing(card, parameters, tokens, 4 if checkpointing else 3),
-        "Adam on the host": trained * HOST_ADAM * parameters / 1e9 * offload,
-    }
+def adam(card: Card, parameters: float, ranks: int, nodes: int, offload: bool) -> float:
+    """Seconds of one optimiser step; on the host, a node's processors have its ranks' share."""
+    return HOST_ADAM * parameters / 1e9 / nodes if offload else kernel(card, 0, GPU_ADAM * parameters / ranks)
+
+
+def zero(card: Card, parameters: float, stage: int, passes: int, ranks: int, nodes: int, size: int) -> float:
+    """Seconds of an update's exchanges: gradients summed and parameters gathered once, under ZeRO-3 in each pass."""
+    gathers = passes if stage == 3 else 1
+    return exchange(card, (1 + gathers) * parameters * size, ranks, nodes)
+
+
+def files(size: float) -> float:
+    """Seconds of reading or writing ``size`` bytes."""
+    return size / FILES

@@ -79,16 +79,16 @@ def model_states(
 def layer_activations(shape: ModelShape, tokens: int, size: int = 2) -> int:
     """Bytes that autograd keeps for one token in one block, in a sequence of ``tokens``.
 
-    Llama: the inputs of both norms and their outputs (4 h), q and the attention's output (2 a), k and v, and four
-    tensors of the gated MLP, in ``size`` bytes; both norms' fp32 copies (8 h), and where q and k have norms theirs. OPT
-    and its kind: eight tensors of width h (Phi has one norm less) and those of the MLP. Bloom's attention also keeps
-    a token's scores, and an fp32 copy of them.
+    Llama: the inputs of both norms and their outputs (4 h; Gemma-2 has four norms), q and the attention's output (2 a),
+    k and v, and four tensors of the gated MLP (of each expert that a token passes), in ``size`` bytes; both norms' fp32
+    copies (8 h), and where q and k have norms theirs. OPT and its kind: eight tensors of width h (Phi has one norm
+    less) and those of the MLP. Bloom's attention also keeps a token's scores, and an fp32 copy of them.
     """
-    h, i, attention, kv = shape.hidden, shape.intermediate, shape.heads * shape.head_size, shape.kv_size
-    mlp = size * shape.mlp_kept * i
+    h, attention, kv = shape.hidden, shape.heads * shape.head_size, shape.kv_size
+    mlp = size * shape.mlp_kept * (shape.experts_used * shape.intermediate + shape.shared_expert)
     if shape.gated:
-        norms = 8 * h + shape.qk_norm * (attention + kv) * (size + 4)
-        return size * (4 * h + 2 * attention + 2 * kv) + mlp + norms
+        norms = 4 * shape.norms * h + shape.qk_norm * (attention + kv) * (size + 4)
+        return size * (2 * shape.norms * h + 2 * attention + 2 * kv) + mlp + norms
     return size * (6 + shape.norms) * h + mlp + shape.scores_kept * shape.heads * tokens * (size + 4)
 
 

@@ -19,7 +19,8 @@ from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from labeling.prompt import TEMPLATE
-from training_scripts.planning import duration, memory
+from training_scripts.planning import duration, hours, memory
+from training_scripts.planning.hours import ALONE, CLASSIFIERS, optimizer_steps
 from training_scripts.planning.memory import GIB, Need
 from training_scripts.planning.model_shapes import ModelShape, shape_of
 from training_scripts.planning.recipe import Recipe
@@ -66,11 +67,6 @@ def label_price(recipe: Recipe) -> Price | None:
     return price_of(recipe.label_model, recipe.label_base_url or None)
 
 
-def optimizer_steps(examples: int, per_device: int, accumulation: int, ranks: int, epochs: int) -> int:
-    """Optimiser steps of a stage whose last, smaller batch of an epoch is trained on too."""
-    return epochs * math.ceil(examples / (per_device * accumulation * ranks))
-
-
 def find_texts(recipe: Recipe) -> Texts | str:
     """The data's size, or a sentence that says why it is not known."""
     paths = recipe.data.split()
@@ -91,10 +87,6 @@ def find_texts(recipe: Recipe) -> Texts | str:
     return Texts(sum(known), *HH_CHARACTERS, exact=False)
 
 
-ALONE = {"step1": "sft", "step2": "discriminator", "step2_sequence": "sequence", "dpo": "dpo", "figa": "figa"}
-"""Stages that train one model, and the prefix of their variables."""
-
-
 def offloads_ppo(recipe: Recipe, shape: ModelShape) -> bool:
     """Whether step 3 keeps its optimisers in host memory: as PPO_OFFLOAD says, or where it does not fit otherwise."""
     if recipe.ppo_offload is not None:
@@ -108,12 +100,11 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
     offload_ppo = "step3" in recipe.folders() and offloads_ppo(recipe, shape)
     ranks, nodes, size = recipe.world_size, len(recipe.hosts()), recipe.bytes_per_parameter
     shared = {"ranks": ranks, "nodes": nodes, "size": size}
-    classifiers = {"step2": 2, "step2_sequence": 1}
     needs = {}
     for stage, folder in recipe.folders().items():
         if stage in ALONE:
             training = recipe.training(ALONE[stage])
-            labels = classifiers.get(stage)
+            labels = CLASSIFIERS.get(stage)
             needs[folder] = memory.trained_alone(
                 shape,
                 shape.classifier_parameters(labels) if labels else shape.causal_parameters,
@@ -262,60 +253,74 @@ def steps_report(recipe: Recipe, texts: Texts | str) -> str:
     )
 
 
+def stage_seconds(recipe: Recipe, shape: ModelShape, texts: Texts) -> dict[str, dict[str, float]]:
+    """Seconds of each stage that trains, by part."""
+    sft, reward, rl = part_sizes(texts.records, recipe.data_split)
+    prompt, answer = _mean_tokens(texts)
+    seconds = {}
+    for stage, folder in recipe.folders().items():
+        if stage in ALONE:
+            training, examples = recipe.training(ALONE[stage]), sft if stage == "step1" else reward
+            seconds[folder] = hours.trained_alone(recipe, shape, stage, training, examples, prompt, answer)
+        elif stage == "step3":
+            sizes = recipe.ppo_batch_size, recipe.ppo_accumulation_steps, recipe.world_size, recipe.prompt_epochs
+            steps = optimizer_steps(rl, *sizes)
+            step = hours.ppo_step(recipe, shape, prompt, answer, offloads_ppo(recipe, shape))
+            seconds[folder] = {part: steps * each for part, each in step.items()}
+            seconds[folder]["files"] = hours.ppo_saving(recipe, shape, steps)
+    return seconds
+
+
 def hours_report(recipe: Recipe, shape: ModelShape, texts: Texts | str) -> str:
-    """Hours of each stage that trains and where step 3's go, from duration.py; US$ where GPU_HOUR_USD is set."""
+    """Hours of each stage that trains, US$ where GPU_HOUR_USD is set, and where the time goes."""
     if isinstance(texts, str):
         return f"Hours: {texts}"
     try:
         price = float(recipe.gpu_hour_usd or 0)
     except ValueError:
-        raise InputError(f"GPU_HOUR_USD={recipe.gpu_hour_usd}: expected a number") from None
-    card, ranks = duration.CARDS[recipe.gpu_card], recipe.world_size
-    sft, reward, rl = part_sizes(texts.records, recipe.data_split)
-    prompt, answer = texts.prompt / BYTES_PER_TOKEN, (texts.chosen + texts.rejected) / 2 / BYTES_PER_TOKEN
-    rows, note = [], ""
-    for stage, folder in recipe.folders().items():
-        if stage in ALONE:
-            training = recipe.training(ALONE[stage])
-            examples, sequences = (sft, 1) if stage == "step1" else (reward, 2)
-            steps = optimizer_steps(examples, training.batch_size, training.accumulation_steps, ranks, training.epochs)
-            tokens = training.epochs * examples * sequences * min(prompt + answer, recipe.max_seq_len)
-            if getattr(recipe, f"{ALONE[stage]}_tokens_per_micro_batch", 0):  # step 2 computes shared prompts once
-                tokens -= training.epochs * examples * min(prompt, recipe.max_seq_len)
-            seconds = duration.training(
-                card,
-                shape.causal_parameters,
-                tokens,
-                ranks,
-                training.gradient_checkpointing,
-                training.offload,
-                steps,
-            )
-        elif stage == "step3":
-            micro_batch, accumulation = recipe.ppo_batch_size, recipe.ppo_accumulation_steps
-            steps = optimizer_steps(rl, micro_batch, accumulation, ranks, recipe.prompt_epochs)
-            parts = duration.ppo_step(
-                card,
-                shape.causal_parameters,
-                sequences=micro_batch * accumulation,
-                prompt_tokens=min(prompt, recipe.max_prompt_len),
-                answer_tokens=min(answer, recipe.max_answer_len),
-                longest_answer=recipe.max_answer_len,
-                checkpointing=recipe.ppo_gradient_checkpointing,
-                offload=offloads_ppo(recipe, shape),
-                with_critic=recipe.with_critic,
-                size=recipe.bytes_per_parameter,
-            )
-            seconds = steps * sum(parts.values())
-            note = "\n  a step of step 3: " + ", ".join(f"{name} {part:.1f} s" for name, part in parts.items() if part)
-        else:
-            continue
-        dollars = f"{seconds / 3600 * ranks * price:,.0f}" if price else "-"
-        rows.append((folder, f"{seconds / 3600:.2f}", dollars))
-    return (
-        f"Hours on {ranks} x {recipe.gpu_card}, by arithmetic, within a factor of {duration.UNCERTAINTY:g}; "
-        "loading, saving and evaluation not counted\n" + table(("stage", "hours", "US$"), rows) + note
+        price = -1.0
+    if not 0 <= price < math.inf:
+        raise InputError(f"GPU_HOUR_USD={recipe.gpu_hour_usd}: expected a number of US$, such as 2.5")
+    card = duration.CARDS[recipe.gpu_card]
+    seconds, ranks, factor = stage_seconds(recipe, shape, texts), recipe.world_size, duration.UNCERTAINTY
+    order = ("decoding", "scoring", "learning", "between GPUs", "Adam", "Adam on the host", "files")
+    columns = [part for part in order if any(part in parts for parts in seconds.values())]
+    rows = []
+    for folder, parts in [*seconds.items(), ("together", _sums(seconds.values()))]:
+        whole = sum(parts.values()) / 3600
+        dollars = [f"{whole * ranks * price:,.0f}"] if price else []
+        minutes = (f"{parts[part] / 60:.1f}" if part in parts else "" for part in columns)
+        rows.append((folder, f"{whole:.2f}", f"{whole / factor:.2f}-{whole * factor:.2f}", *dollars, *minutes))
+    priced = f", at US$ {price:g} per GPU hour" if price else " (GPU_HOUR_USD=… adds US$)"
+    header = ("stage", "hours", "between", *(["US$"] if price else []), *columns)
+    notes = []
+    if (folder := recipe.folders().get("step3")) in seconds:
+        step = hours.ppo_step(recipe, shape, *_mean_tokens(texts), offloads_ppo(recipe, shape))
+        parts = ", ".join(f"{name} {part:.2f}" for name, part in step.items())
+        notes.append(f"a step of {folder}: {sum(step.values()):.1f} s ({parts})")
+    notes.append(
+        f"by arithmetic, not measured: {card.utilisation:.0%} of the card's operations, {card.share:.0%} of its "
+        f"bandwidth; files at {duration.FILES / 1e9:g} GB/s;\n  "
+        "evaluation and starting up are not counted; duration.py has the figures and where they come from"
     )
+    return (
+        f"Hours on {ranks} x {recipe.gpu_card}, within a factor of {factor:g}{priced}; minutes by part\n"
+        + table(header, rows)
+        + "".join(f"\n  {note}" for note in notes)
+    )
+
+
+def _mean_tokens(texts: Texts) -> tuple[float, float]:
+    """Of a prompt and of an answer."""
+    return texts.prompt / BYTES_PER_TOKEN, (texts.chosen + texts.rejected) / 2 / BYTES_PER_TOKEN
+
+
+def _sums(many: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for one in many:
+        for name, value in one.items():
+            total[name] = total.get(name, 0) + value
+    return total
 
 
 def memory_report(recipe: Recipe, shape: ModelShape) -> str:
@@ -347,8 +352,9 @@ def disk_report(recipe: Recipe, shape: ModelShape) -> str:
     needs = disk_needs(recipe, shape)
     rows = [(stage, gib(need.model), gib(need.checkpoints)) for stage, need in needs.items()]
     total = ("the most at a time", gib(most_disk(needs.values())), "")
-    return f"Disk under {recipe.output} (checkpoints go when their stage is finished)\n" + table(
-        ("GiB", "models", "checkpoints"), [*rows, total]
+    return (
+        f"Disk under {recipe.output}, in GiB (2^30 bytes) as df -h; checkpoints go when their stage is finished\n"
+        + table(("GiB", "models", "checkpoints"), [*rows, total])
     )
 
 

@@ -88,6 +88,8 @@ class Recipe:
     decode_batch_size: int
     ppo_batch_size: int
     ppo_accumulation_steps: int
+    ppo_tokens_per_micro_batch: int
+    ppo_save_interval: int
     prompt_epochs: int
     max_prompt_len: int
     max_answer_len: int
@@ -220,6 +222,7 @@ def _switch_or_auto(text: str) -> bool | None:
 
 
 _READERS = {str: str, int: int, float: float, bool: _switch, bool | None: _switch_or_auto}
-_MAY_BE_ZERO = ("decode_batch_size", "discriminator_tokens_per_micro_batch", "sequence_tokens_per_micro_batch")
+_MAY_BE_ZERO = ("decode_batch_size", "ppo_save_interval", "ppo_tokens_per_micro_batch")
+_MAY_BE_ZERO += ("discriminator_tokens_per_micro_batch", "sequence_tokens_per_micro_batch")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}
 _EXPECTED[bool | None] = "1 (on), 0 (off) or auto"
