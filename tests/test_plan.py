@@ -439,8 +439,8 @@ def test_hours_of_the_paper_recipe_by_hand():
     read = 2 * 6.7384e9 + 2**19 * 16 * 290
     assert step["decoding"] == pytest.approx(256 * read / (2.039e12 * 0.68), rel=0.01)
     assert sum(each for part, each in step.items() if part != "files") == pytest.approx(7.4, rel=0.15)
-    # Eight checkpoints of actor and critic, 14 bytes a parameter; four models read and written.
-    assert ppo["files"] == pytest.approx((8 * 14 + 3 * 2) * (6.7384e9 + 6.6073e9) / 1e9, rel=1e-3)
+    # Eight checkpoints of actor and critic, 12 bytes a parameter; four models read and written.
+    assert ppo["files"] == pytest.approx((8 * 12 + 3 * 2) * (6.7384e9 + 6.6073e9) / 1e9, rel=1e-3)
 
 
 def test_what_changes_the_hours():
@@ -472,7 +472,7 @@ def test_what_changes_the_hours():
     assert step(mixtral)["learning"] / usual["learning"] == pytest.approx(12.9 / 6.74, rel=0.05)  # with attention
     assert step(mixtral)["decoding"] / usual["decoding"] > 5
     files = [hours.ppo_saving(recipe(ppo_save_interval=every), shape, 351) for every in (50, 0)]
-    assert files[0] == pytest.approx((8 * 14 + 6) / (14 + 6) * files[1])
+    assert files[0] == pytest.approx((8 * 12 + 6) / (12 + 6) * files[1])
 
 
 def test_hours_are_told_with_their_uncertainty_and_price():

@@ -20,7 +20,7 @@ def optimizer_steps(examples: int, per_device: int, accumulation: int, ranks: in
 def saving(parameters: int, checkpoints: int, models: int, size: int) -> float:
     """Seconds of reading ``models`` models, and of writing checkpoints and the trained parameters."""
     saved = memory.saved_model(parameters, size)
-    return duration.files(checkpoints * memory.saved_training_state(parameters, size) + (models + 1) * saved)
+    return duration.files(checkpoints * memory.saved_training_state(parameters) + (models + 1) * saved)
 
 
 def trained_alone(
