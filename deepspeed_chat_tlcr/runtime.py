@@ -201,13 +201,17 @@ def keep_memory_small() -> None:
 
 
 class Preemption:
-    """SIGTERM, which clusters send before they take a machine away: noted, and heeded between steps by all ranks."""
+    """SIGTERM, which clusters send before they take a machine away, and Ctrl-C: noted, and heeded between steps by all
+    ranks. Ctrl-C a second time ends the process at once."""
 
     def __init__(self):
         self.asked = self.heeded = False  # heeded: set by who has saved and stopped
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.asked = True
 
     def agreed(self, device: torch.device) -> bool:
