@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
@@ -263,6 +263,21 @@ def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -
         if reason and getattr(options, entry.name) != default_of(options_class, entry):
             print(f"warning: --{entry.name} has no effect: {reason}", file=sys.stderr)
     return options
+
+
+def run_command(
+    commands: Mapping[str, Callable[[list[str]], None]], about: str | None, argv: Sequence[str] | None = None
+) -> None:
+    """Call the command that the first word names with the others. Raises ``InputError`` for an unknown one."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    known = ", ".join(commands)
+    if name in ("-h", "--help"):
+        print(f"usage: {Path(sys.argv[0]).name} {{{known}}} … (each with --help)\n\n{about}")
+        return
+    if name not in commands:
+        given = f"unknown command {name!r}" if name else "no command given"
+        raise InputError(f"{given}; known are {known} (each with --help)")
+    commands[name](rest)
 
 
 @dataclass(frozen=True)
