@@ -14,6 +14,7 @@ from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOption
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.hub import finish, require_repository
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, packs_of, tokens_at_once
 from deepspeed_chat_tlcr.records import Preference
@@ -104,9 +105,10 @@ def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tens
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
+    require_repository(options)
     runtime = runtimes.start(options.precision, options.seed)
     if is_finished(options, runtime):
-        runtime.finish()
+        finish(options, runtime)
         return
     if runtime.is_main:
         announce(options, options.output_dir)
@@ -144,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
     if results:
         runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")
-    runtime.finish()
+    finish(options, runtime)
 
 
 if __name__ == "__main__":

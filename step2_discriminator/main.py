@@ -16,6 +16,7 @@ from deepspeed_chat_tlcr.arguments import PackingOptions, RunOptions, TrainOptio
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.hub import finish, require_repository
 from deepspeed_chat_tlcr.metrics import token_metrics
 from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
 from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
@@ -230,6 +231,8 @@ def collate(tokenizer):
 
 def require_meaning(options: Options) -> None:
     """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    if options.do_eval and options.push_to_hub:
+        raise InputError("--push_to_hub: --do_eval saves no model that could be uploaded; leave one of them out")
     if options.score_positions == "all" and options.tokens_per_micro_batch:
         raise InputError(
             "--score_positions all: averages over padding too, as DeepSpeed-Chat does, and --tokens_per_micro_batch "
@@ -252,6 +255,7 @@ def require_meaning(options: Options) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
+    require_repository(options)
     token_level = options.token_level
     if token_level and options.save_format == "deepspeed_chat":
         raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
@@ -261,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     revisions = load_revisions(options, tokenizer) if token_level or options.pairs == "modified" else None
     runtime = runtimes.start(options.precision, options.seed)
     if is_finished(options, runtime):
-        runtime.finish()
+        finish(options, runtime)
         return
     if runtime.is_main:
         announce(options, options.output_dir)
@@ -318,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if results:
         measure = "edited_accuracy" if token_level else "pair_accuracy"
         runtime.say(f"{objective} reward: held-out {measure} {results[f'eval/{measure}']:.4f}")
-    runtime.finish()
+    finish(options, runtime)
 
 
 if __name__ == "__main__":

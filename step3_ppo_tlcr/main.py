@@ -18,6 +18,7 @@ from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import announce, parse
 from deepspeed_chat_tlcr.checkpoints import Checkpoints, fingerprint, is_finished, same_command
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.hub import finish, require_repository
 from deepspeed_chat_tlcr.metrics import read_metrics, require_trackers
 from deepspeed_chat_tlcr.models import embedding_rows, label_count, require_positions
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
@@ -167,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(options)
     require_trackers(options.report_to)
     require_writable(options.output_dir)
+    require_repository(options)
     specs = reward_specs(options)
     require_rewards(specs)
     longest = options.max_prompt_seq_len + options.max_answer_seq_len
@@ -174,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_positions(path, longest, "--max_prompt_seq_len + --max_answer_seq_len")
     runtime = runtimes.start(options.precision, options.seed)
     if is_finished(options, runtime):
-        runtime.finish()
+        finish(options, runtime)
         return
     preemption = Preemption()
     if runtime.is_main:
@@ -224,20 +226,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         runtime.finish()
         return
 
-    run.save_models()
+    if runtime.is_main and not metrics:  # killed while it saved the models, after the last step
+        metrics = read_metrics(Path(options.output_dir) / "metrics.jsonl")[-1]
+    last = {k: v for k, v in metrics.items() if k != "step" and v is not None and math.isfinite(v)}
+    seconds = round(time.monotonic() - begun, 1)
+    results = {"stage": options.algo, "steps": step, "seconds": seconds, "prompts": len(prompts), **last}
+    run.save_models(results)
     if runtime.is_main:
-        if not metrics:  # killed while it saved the models, after the last step
-            metrics = read_metrics(Path(options.output_dir) / "metrics.jsonl")[-1]
-        last = {k: v for k, v in metrics.items() if k != "step" and v is not None and math.isfinite(v)}
-        seconds = round(time.monotonic() - begun, 1)
-        write_json(
-            Path(options.output_dir) / "results.json",
-            {"stage": options.algo, "steps": step, "seconds": seconds, "prompts": len(prompts), **last},
-        )
+        write_json(Path(options.output_dir) / "results.json", results)
         run.log.close()
     run.checkpoints.remove()
     runtime.say(f"{options.algo.upper()}: {step} steps; models saved in {options.output_dir}")
-    runtime.finish()
+    finish(options, runtime)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.hub import finish, require_repository
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import require_writable
@@ -123,9 +124,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     options = parse_args(argv)
     require_writable(options.output_dir)
+    require_repository(options)
     runtime = runtimes.start(options.precision, options.seed)
     if is_finished(options, runtime):
-        runtime.finish()
+        finish(options, runtime)
         return
     if runtime.is_main:
         announce(options, options.output_dir)
@@ -163,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if results:
         accuracy = results["eval/rewards/accuracies"]
         runtime.say(f"DPO: held-out pair accuracy {accuracy:.4f}; saved in {options.output_dir}")
-    runtime.finish()
+    finish(options, runtime)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.hub import finish, require_repository
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
@@ -122,11 +123,12 @@ class FigaTrainer(StageTrainer):
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
     require_writable(options.output_dir)
+    require_repository(options)
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     revisions = load_revisions(options, tokenizer)
     runtime = runtimes.start(options.precision, options.seed)
     if is_finished(options, runtime):
-        runtime.finish()
+        finish(options, runtime)
         return
     if runtime.is_main:
         announce(options, options.output_dir)
@@ -159,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"FIGA: held-out NLL of added tokens {results['eval/added_nll']:.4f}, of removed ones "
             f"{results['eval/removed_nll']:.4f}; saved in {options.output_dir}"
         )
-    runtime.finish()
+    finish(options, runtime)
 
 
 if __name__ == "__main__":
