@@ -89,7 +89,10 @@ def start(dtype: str, seed: int) -> Runtime:
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:
         transformers.logging.set_verbosity_error()
-    elif resolved == "bf16" and accelerator.device_name() == "cpu" and not cpu_multiplies_bf16():
+    else:
+        print(f"{torch.distributed.get_world_size()} rank(s), {accelerator.device_name()}, {resolved}", flush=True)
+    on_cpu = accelerator.device_name() == "cpu"
+    if torch.distributed.get_rank() == 0 and resolved == "bf16" and on_cpu and not cpu_multiplies_bf16():
         print("warning: this CPU has no bf16 instructions: --dtype fp32 will be many times faster", flush=True)
     return Runtime(
         rank=torch.distributed.get_rank(),
