@@ -32,8 +32,10 @@ from deepspeed_chat_tlcr.packing import tokens_at_once
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
 from deepspeed_chat_tlcr.training import pad_examples, prepare_model, stage_config, training_arguments
-from step2_discriminator.main import DiscriminatorTrainer, Options, collate, parse_args, token_pairs
+from step2_discriminator.examples import collate, token_pairs
+from step2_discriminator.options import Options, parse_args
 from step2_discriminator.revisions import load_revisions
+from step2_discriminator.train import DiscriminatorTrainer
 
 RELEASED_LENGTH = 512
 

@@ -26,9 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClas
 import deepspeed_chat_tlcr.models  # noqa: F401 (registers OPT's token classifier)
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from step3_ppo_tlcr.main import build, parse_args, reward_specs, sets_by_step
-from step3_ppo_tlcr.options import check
+from step3_ppo_tlcr.options import check, parse_args
 from step3_ppo_tlcr.prompts import load_prompts, require_a_set, set_size
+from step3_ppo_tlcr.run import sets_by_step
+from step3_ppo_tlcr.train import build, reward_specs
 
 SHAPES = {
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},

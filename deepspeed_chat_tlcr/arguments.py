@@ -356,15 +356,21 @@ class _HelpFormatter(argparse.HelpFormatter):
         return action.help if silent else f"{action.help} (default: {default})"  # which no format sign is in
 
 
-def announce(options: Any, folder: str | Path) -> None:
-    """Print the resolved options and save them as ``run_options.json`` before a model loads (rank 0 calls this)."""
-    settings = asdict(options)
-    shown = "options: " + " ".join(f"{key}={value}" for key, value in settings.items())
+def announce(options: Any) -> None:
+    """Print the resolved options (rank 0 calls this)."""
+    shown = "options: " + " ".join(f"{key}={value}" for key, value in asdict(options).items())
     print(textwrap.fill(shown, 120, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False), flush=True)
+
+
+def record(options: Any, folder: str | Path) -> None:
+    """Save the resolved options as ``run_options.json``; results of an earlier command, which this one replaces, go.
+
+    Rank 0 calls this when all that can be refused has been looked at.
+    """
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "results.json").unlink(missing_ok=True)  # of another command: its models are about to go
-        (folder / "run_options.json").write_text(json.dumps(settings, indent=1) + "\n")
+        (folder / "results.json").unlink(missing_ok=True)
+        (folder / "run_options.json").write_text(json.dumps(asdict(options), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--output_dir {folder}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{folder}: cannot be written ({error.strerror})") from None

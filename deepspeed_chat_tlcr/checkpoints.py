@@ -240,22 +240,36 @@ OTHER_DATA = "warning: the data is not what this run began with; it goes on at t
 def is_finished(options: Any, runtime: Runtime) -> bool:
     """Whether this very command has been carried out already, so that a job started again destroys nothing. Says so.
 
-    A collective, asked before ``announce``: the first rank looks, which may have the only disk with the results.
+    A collective: the first rank looks, which may have the only disk with the results. Raises ``InputError`` for an
+    output folder that holds a model which this command did not make, unless ``--resume never``.
     """
-    finished = torch.tensor(float(runtime.is_main and _has_finished(options)), device=runtime.device)
-    torch.distributed.broadcast(finished, src=0)
-    if finished:
+    found: list[Any] = [None]
+    if runtime.is_main and options.resume != "never":
+        try:
+            found[0] = _has_finished(options, Path(options.output_dir))
+        except InputError as error:
+            found[0] = str(error)
+    torch.distributed.broadcast_object_list(found, device=runtime.device)
+    if isinstance(found[0], str):
+        raise InputError(found[0])
+    if found[0]:
         where = Path(options.output_dir) / "results.json"
         runtime.say(f"finished already: {where}; --resume never makes it anew")
-    return bool(finished)
+    return bool(found[0])
 
 
-def _has_finished(options: Any) -> bool:
-    folder = Path(options.output_dir)
-    if options.resume == "never" or not (folder / "results.json").is_file():
+def _has_finished(options: Any, folder: Path) -> bool:
+    done, remedy = folder / "results.json", "choose another folder, or --resume never to replace it"
+    if not (folder / "run_options.json").is_file():
+        others = [name for name in ("results.json", "config.json", "actor/config.json") if (folder / name).is_file()]
+        if others:
+            raise InputError(f"--output_dir {folder}: {others[0]} in it is not of this program; {remedy}")
         return False
-    try:
-        before = read_json(folder / "run_options.json")
-    except (OSError, ValueError):
+    if not done.is_file():
         return False
-    return not _differing(before, options)
+    saved = read_json(folder / "run_options.json")
+    changed = _differing(saved, options) if isinstance(saved, dict) else ["all"]
+    if changed:
+        shown = ", ".join(f"--{name}" for name in changed)
+        raise InputError(f"--output_dir {folder}: holds the result of another command (other: {shown}); {remedy}")
+    return True

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-EXIT_INPUT, EXIT_RUN = 2, 1
+EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED = 2, 1, 130
 
 
 class InputError(ValueError):
@@ -37,6 +37,10 @@ def exits_cleanly(main: Callable) -> Callable:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_INPUT)
+        except KeyboardInterrupt:
+            print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(EXIT_INTERRUPTED)
         except RunError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             # At once: exit handlers would wait for ranks that are waiting for this one.

@@ -38,13 +38,12 @@ def require_repository(options: Any) -> None:
         raise InputError(f"--push_to_hub {name}: the Hub at {constants.ENDPOINT} refuses it: {_told(error)}") from None
 
 
-def finish(options: Any, runtime: Runtime) -> None:
-    """Leave the process group, then upload what a finished stage has saved: no rank waits for an upload.
+def upload(options: Any, runtime: Runtime) -> None:
+    """Upload what a finished stage has saved, nothing where it was stopped before its end.
 
-    Nothing is uploaded where the stage was stopped before its end. The actor of step 3 becomes the repository's own
+    Called when the ranks have left their group: none waits for an upload. The actor of step 3 becomes the repository's own
     model, critic and actor_ema folders in it. Raises ``RunError`` where it fails; the same command tries it again.
     """
-    runtime.finish()
     folder, name = Path(options.output_dir), options.push_to_hub
     if not (name and runtime.is_main and (folder / "results.json").is_file()):
         return

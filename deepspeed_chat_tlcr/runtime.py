@@ -89,10 +89,7 @@ def start(dtype: str, seed: int) -> Runtime:
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:
         transformers.logging.set_verbosity_error()
-    else:
-        print(f"{torch.distributed.get_world_size()} rank(s), {accelerator.device_name()}, {resolved}", flush=True)
-    on_cpu = accelerator.device_name() == "cpu"
-    if torch.distributed.get_rank() == 0 and resolved == "bf16" and on_cpu and not cpu_multiplies_bf16():
+    elif resolved == "bf16" and accelerator.device_name() == "cpu" and not cpu_multiplies_bf16():
         print("warning: this CPU has no bf16 instructions: --dtype fp32 will be many times faster", flush=True)
     return Runtime(
         rank=torch.distributed.get_rank(),
@@ -204,13 +201,17 @@ def keep_memory_small() -> None:
 
 
 class Preemption:
-    """SIGTERM, which clusters send before they take a machine away: noted, and heeded between steps by all ranks."""
+    """SIGTERM, which clusters send before they take a machine away, and Ctrl-C: noted, and heeded between steps by all
+    ranks. Ctrl-C a second time ends the process at once."""
 
     def __init__(self):
         self.asked = self.heeded = False  # heeded: set by who has saved and stopped
         signal.signal(signal.SIGTERM, self._note)
+        signal.signal(signal.SIGINT, self._note)
 
     def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         self.asked = True
 
     def agreed(self, device: torch.device) -> bool:

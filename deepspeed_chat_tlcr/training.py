@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions
+from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, record
 from deepspeed_chat_tlcr.checkpoints import (
     OTHER_DATA,
     SETTINGS,
@@ -34,7 +34,7 @@ from deepspeed_chat_tlcr.checkpoints import (
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.faults import FaultTolerant, SaveAfterEvaluation, StopOnRequest
-from deepspeed_chat_tlcr.metrics import MetricsLog, require_trackers
+from deepspeed_chat_tlcr.metrics import MetricsLog
 from deepspeed_chat_tlcr.model_card import Card
 from deepspeed_chat_tlcr.models import require_attention, require_positions
 from deepspeed_chat_tlcr.optim import Rates, add_lora, make_optimizer
@@ -207,9 +207,8 @@ class _Bar(ProgressCallback):
 def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     """The DeepSpeed config of a stage that trains one model.
 
-    Raises ``InputError`` for a tracker, attention kernels or positions that are not there, before anything loads.
+    Raises ``InputError`` for attention kernels or positions that are not there, before anything loads.
     """
-    require_trackers(options.report_to)
     require_attention(options.attn_implementation, runtime.dtype)
     require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
     return build_config(
@@ -292,6 +291,7 @@ def evaluate_only(trainer: StageTrainer, results: dict[str, Any]) -> dict[str, A
     measured = trainer.evaluate()
     results = {**results, **{key.replace("eval_", "eval/", 1): value for key, value in measured.items()}}
     if trainer.is_world_process_zero():
+        record(trainer.stage, trainer.stage.output_dir)
         write_json(Path(trainer.stage.output_dir) / "results.json", results)
     torch.distributed.barrier()
     return results
@@ -335,6 +335,7 @@ def run(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_Bar(options.print_loss))
     if trainer.is_world_process_zero():
+        record(options, options.output_dir)
         log = MetricsLog(
             options.output_dir, resume_step, options.tensorboard_folder, options.report_to, settings=asdict(options)
         )
@@ -345,7 +346,7 @@ def run(
     if stop.stopped:
         if trainer.is_world_process_zero():
             at = f"after step {trainer.state.global_step} of {trainer.state.max_steps}"
-            print(f"stopped by SIGTERM {at}, all saved; resume with {same_command(options)}", flush=True)
+            print(f"stopped {at}, all saved; resume with {same_command(options)}", flush=True)
         return None
     measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
     results = {

@@ -30,7 +30,7 @@ from evaluation.scoring import DiscriminatorPath, Judge, as_record, judged, revi
 from labeling.audit import read_error_spans
 from labeling.audit_statistics import Span, SpanAgreement, is_marked, visible_tokens
 from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, WHOLE, label_revision
-from step2_discriminator.main import token_pairs
+from step2_discriminator.examples import token_pairs
 from step2_discriminator.revisions import hold_out
 
 BINS = 10

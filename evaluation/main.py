@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import announce, option, parse
+from deepspeed_chat_tlcr.arguments import announce, option, parse, record
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.models import label_count
@@ -139,7 +139,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ready:
         lacks = "; ".join(f"{step.name} needs {', '.join(missing(step, options))}" for step in STEPS)
         raise InputError(f"nothing to evaluate: {lacks}")
-    announce(replace(options, base_url=options.base_url and without_secrets(options.base_url)), options.out)
+    shown = replace(options, base_url=options.base_url and without_secrets(options.base_url))
+    announce(shown)
+    record(shown, options.out)
     lacking: dict[str, Shortfall | None] = {}
     for step in STEPS:
         if step not in ready:

@@ -3,152 +3,26 @@
 deepspeed step1_sft/main.py --model_name_or_path MODEL --data_path DATA --output_dir OUTPUT
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
+from deepspeed_chat_tlcr.errors import exits_cleanly
+from step1_sft.options import Options, parse_args
 
-from deepspeed_chat_tlcr import runtime as runtimes
-from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, TrainOptions, announce, option, parse
-from deepspeed_chat_tlcr.checkpoints import is_finished
-from deepspeed_chat_tlcr.data.preferences import load_preferences
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.hub import finish, require_repository
-from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
-from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, packs_of, tokens_at_once
-from deepspeed_chat_tlcr.records import Preference
-from deepspeed_chat_tlcr.saving import require_writable
-from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
-from deepspeed_chat_tlcr.training import (
-    StageTrainer,
-    pad_examples,
-    prepare_model,
-    require_batch,
-    run,
-    stage_config,
-    training_arguments,
-)
-
-IGNORED = -100
-"""The label that transformers' language-model loss skips."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions, PackingOptions, DataOptions, RunOptions):
-    """Step 1: supervised fine-tuning on the SFT part of the data."""
-
-    sft_only_data_path: list[str] = option([], "further data sets that have only chosen responses")
-    loss_on_prompt: bool = option(False, "train on the prompt's tokens too, as DeepSpeed-Chat does")
-    num_inner_step: int = option(
-        1, "in RLHF-TLCR's script of step 1", "no program of that fork knows it either", least=0
-    )
-
-
-def parse_args(argv: Sequence[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
-def tokenize_chosen(
-    preferences: Iterable[Preference], tokenizer, max_length: int, what: str
-) -> tuple[list[TokenizedExample], str]:
-    """Chosen responses as examples, and one sentence on what was dropped or cut. Raises ``InputError`` if none fit."""
-    whole = [tokenize_response(tokenizer, record.prompt, record.chosen) for record in preferences]
-    kept = [example for example in (truncate(example, max_length) for example in whole) if example is not None]
-    if not kept:
-        raise InputError(f"no {what} prompt is shorter than --max_seq_len {max_length} tokens")
-    cut = sum(len(example.input_ids) > max_length > example.response_start for example in whole)
-    return kept, f"{what}: {len(kept)} responses, {len(whole) - len(kept)} dropped (prompt too long), {cut} cut"
-
-
-def collate(tokenizer, loss_on_prompt: bool):
-    """Batches of a causal language model: labels are the tokens that count, the rest is ignored."""
-
-    def collated(examples: list[TokenizedExample]) -> dict[str, torch.Tensor]:
-        batch = pad_examples(examples, tokenizer.pad_token_id)
-        counted = batch["attention_mask" if loss_on_prompt else "response_mask"]
-        labels = batch["input_ids"].masked_fill(counted == 0, IGNORED)
-        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
-
-    return collated
-
-
-class SftTrainer(StageTrainer):
-    """The mean NLL of the counted tokens of all ranks and accumulated micro-batches."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not self.tokens_at_once:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = packed_nll(model, inputs, self.tokens_at_once)
-        if num_items_in_batch is None:
-            loss = loss / (inputs["labels"][:, 1:] != IGNORED).sum()
-        else:  # counted over all ranks, whose gradients are averaged
-            loss = loss / num_items_in_batch * self.accelerator.num_processes
-        return (loss, {}) if return_outputs else loss
-
-
-def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
-    """The summed NLL of a ``collate``d batch's labels, without padding and without logits of any other position."""
-    ids, counted = batch["input_ids"], batch["labels"] != IGNORED
-    ends = batch["attention_mask"].sum(1)
-    starts = (ends - counted.sum(1)).clamp(min=1)  # nothing says what a first token should be
-    spans = torch.stack([torch.zeros_like(ends), starts, ends], 1).tolist()
-
-    def nll(pack: Pack) -> torch.Tensor:
-        logits = forward_pack(model, pack, logits_to_keep=pack.chosen - 1, use_cache=False)[0]
-        return F.cross_entropy(logits.float(), pack.input_ids[0, pack.chosen], reduction="sum")
-
-    return torch.stack([nll(pack) for pack in packs_of(ids, [Row(*span) for span in spans], budget)]).sum()
+__all__ = ["Options", "main", "parse_args"]
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
-    require_writable(options.output_dir)
-    require_repository(options)
-    runtime = runtimes.start(options.precision, options.seed)
-    if is_finished(options, runtime):
-        finish(options, runtime)
-        return
-    if runtime.is_main:
-        announce(options, options.output_dir)
-    config = stage_config(options, runtime)
+    # PyTorch and DeepSpeed take seconds to import: --help and a wrong flag do without.
+    from deepspeed_chat_tlcr.stages import run_stage
+    from step1_sft.sft import train
 
-    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
-    examples = {}
-    for split in ("train", "eval"):
-        seed, cache = options.data_seed, options.data_output_path
-        records = list(
-            load_preferences(options.data_path, "sft", split, options.data_split, seed, False, tokenizer, cache)
-        )
-        if options.sft_only_data_path:
-            records += load_preferences(
-                options.sft_only_data_path, "all", split, "10,0,0", seed, False, tokenizer, cache
-            )
-        examples[split], summary = tokenize_chosen(records, tokenizer, options.max_seq_len, split)
-        runtime.say(summary)
-    require_batch(options, runtime, len(examples["train"]))
-
-    model = load_causal_lm(
-        options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate, options.attn_implementation
-    )
-    fit_vocabulary(model, tokenizer)
-    trainer = SftTrainer(
-        prepare_model(model, options),
-        training_arguments(options, runtime, config),
-        data_collator=collate(tokenizer, options.loss_on_prompt),
-        train_dataset=examples["train"],
-        eval_dataset=examples["eval"],
-        stage=options,
-        train_lengths=[len(example.input_ids) for example in examples["train"]],
-        tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
-    )
-    results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
-    if results:
-        runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")
-    finish(options, runtime)
+    run_stage(options, train, [options.model_name_or_path])
 
 
 if __name__ == "__main__":
     main()
-    runtimes.leave()
+    from deepspeed_chat_tlcr.runtime import leave
+
+    leave()

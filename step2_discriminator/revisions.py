@@ -2,36 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.arguments import DataOptions, option
+from deepspeed_chat_tlcr.arguments import DataOptions
 from deepspeed_chat_tlcr.data.preferences import part_of_prompts
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import Revision, read_revisions
-
-
-@dataclass(frozen=True, kw_only=True)
-class RevisionOptions(DataOptions):
-    """revisions"""
-
-    revisions: list[str] = option(
-        [],
-        "revisions.jsonl files of labeling/main.py",
-        flags=("--modification_train_data_path",),
-        better="text, so that one labelling serves every tokenizer; no pickles",
-    )
-    eval_revisions: list[str] = option(
-        [],
-        "held-out revisions; unset: --eval_share of the prompts is held out",
-        flags=("--modification_eval_data_path",),
-        better="may be left out",
-    )
-    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash", below=1)
-    allow_foreign_revisions: bool = option(False, "accept revisions of prompts from the SFT or RL part of the data")
+from step2_discriminator.options import RevisionOptions
 
 
 def load_revisions(options: RevisionOptions, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Revision]]:

@@ -22,7 +22,6 @@ from deepspeed_chat_tlcr.models import freeze_head_bias, head_of, label_count, l
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer, without_adapters
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, forward_packed, packable, packs_of
 from deepspeed_chat_tlcr.runtime import Runtime
-from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
 from step3_ppo_tlcr.experience import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.objectives import counted
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, names_of, sequence_reward
@@ -221,7 +220,6 @@ class RewardSum:
             labels = {REWARDS[spec.name].labels for spec in specs if spec.path == path}
             if len(labels) > 1:
                 raise InputError(f"--reward: {path!r} cannot be both a discriminator and a sequence reward model")
-            require_same_tokenizer(tokenizer, load_tokenizer(path, options.new_eos), "reward model")
             config = frozen_config(options, runtime, options.reward_zero_stage, options.offload_reward_model)
             model = load_token_classifier(
                 path, labels.pop(), runtime.torch_dtype, config, 0.0, attention=options.attn_implementation

@@ -1,12 +1,11 @@
 """The options of step 3: DeepSpeed-Chat's, those of its forks RLHF-TLCR and ReMax, and this project's own."""
 
-from dataclasses import MISSING, dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, Schedule, option
+from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, Schedule, option, parse
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.generation import Decoding
-from deepspeed_chat_tlcr.models import require_attention
 
 ZeroStage = Literal[0, 1, 2, 3]
 Penalty = Literal["kl", "k3", "full_kl", "kl_onestep", "full_kl_onestep"]
@@ -312,14 +311,9 @@ class Options(
             and not self.whiten_advantages
         )
 
-    def decoding(self) -> Decoding:
-        """How the policy samples."""
-        return Decoding(self.max_answer_seq_len, self.temperature, self.top_p, self.top_k, self.min_answer_seq_len)
-
 
 def check(options: Options) -> None:
     """Refuse options that cannot work together, before anything loads. Raises ``InputError``."""
-    require_attention(options.attn_implementation, options.precision)
     _check_sizes(options)
     _check_rewards(options)
     if options.min_answer_seq_len > options.max_answer_seq_len:
@@ -375,3 +369,13 @@ def _check_sizes(options: Options) -> None:
             f"--per_device_training_batch_size {training}) are neither a multiple nor a divisor of "
             f"--gradient_accumulation_steps {options.gradient_accumulation_steps}"
         )
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    options = parse(Options, argv)
+    # A generation batch is cut into training micro-batches: larger ones than itself there are none, as in
+    # DeepSpeed-Chat, whose default of 16 goes with any size of generation batch.
+    training = min(options.per_device_training_batch_size, options.per_device_generation_batch_size)
+    options = replace(options, per_device_training_batch_size=training)
+    check(options)
+    return options

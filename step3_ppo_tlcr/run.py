@@ -1,21 +1,25 @@
 """What a run of step 3 keeps: metrics, answers, checkpoints, models, and the line in the terminal."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from deepspeed_chat_tlcr.arguments import record
 from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, Checkpoints, changed_settings
 from deepspeed_chat_tlcr.errors import RunError
 from deepspeed_chat_tlcr.finite import weights_are_finite
 from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines
 from deepspeed_chat_tlcr.model_card import Card
-from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import save_model
+from step3_ppo_tlcr.faults import TooManyFaults
+from step3_ppo_tlcr.heldout import HeldOut
 from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.prompts import prompt_sets
 from step3_ppo_tlcr.trainer import Trainer
 
 
@@ -44,6 +48,17 @@ def answer_lines(step: int, trainer: Trainer) -> Iterator[dict]:
             answer = trainer.tokenizer.decode(ids)[len(prompt) :]
             reward = float((experience.rewards[row] * rollout.action_mask[row]).sum())
             yield {"step": step, "prompt": prompt, "answer": answer, "reward": reward}
+
+
+def sets_by_step(
+    prompts: Sequence[list[int]], options: Options, runtime: Runtime
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """``(step, this rank's prompts)`` of all epochs, steps from 1."""
+    step = 0
+    for epoch in range(options.num_train_epochs):
+        for chosen in prompt_sets(prompts, options, runtime, epoch):
+            step += 1
+            yield step, chosen
 
 
 def step_to_continue(checkpoints: Checkpoints, options: Options, prompts: str, runtime: Runtime) -> int:
@@ -85,6 +100,7 @@ class Run:
         self.log = None
         if runtime.is_main:
             settings = asdict(options)
+            record(options, self.folder)
             self.log = MetricsLog(
                 self.folder, self.done, options.tensorboard_folder, options.report_to, settings=settings
             )
@@ -109,6 +125,50 @@ class Run:
         if self.options.print_answers and step % self.options.print_answers_interval == 0:
             shown = next(answer_lines(step, self.trainer), None)
             bar.write(shown["prompt"] + shown["answer"] if shown else "")
+
+    def steps(
+        self,
+        held_out: HeldOut | None,
+        sets: Iterator[tuple[int, list[list[int]]]],
+        last_step: int,
+        preemption: Preemption,
+        bar: tqdm,
+        save_interval: int,
+    ) -> tuple[dict[str, float], int]:
+        """All steps that are still to be made, a checkpoint every ``save_interval`` of them and at the last one.
+
+        Returns that one's metrics and number. Ends early on request (then a checkpoint is saved and
+        ``preemption.heeded``), where ReMax passes ``--target_kl``, and with ``RunError`` after too many faults.
+        """
+        options, trainer, metrics, step = self.options, self.trainer, {}, self.done
+        for number, chosen in sets:
+            if number <= self.done:
+                continue
+            if number > last_step:
+                break
+            step = number
+            try:
+                metrics = trainer.step(chosen)
+            except TooManyFaults:
+                self.give_up(step)
+            if held_out and (step % options.eval_interval == 0 or step == last_step):
+                metrics |= held_out.measure(step)
+            self.write(step, last_step, metrics, bar)
+            bar.update()
+            limit = options.target_kl if options.algo == "remax" and options.target_kl else math.inf
+            measured = "eval/policy/kl_per_token" if held_out else "policy/kl_per_token"
+            ended = step == last_step or metrics.get(measured, 0) > limit
+            stopping = step < last_step and preemption.agreed(trainer.device)
+            # Also before the models are saved: whatever happens meanwhile, nothing has to be trained again.
+            if stopping or ended or step % save_interval == 0:
+                self.save(step)
+            if ended and step < last_step:
+                self.runtime.say(f"step {step}: {measured} is above --target_kl {options.target_kl}; the run ends here")
+                break
+            if stopping:
+                preemption.heeded = True
+                break
+        return metrics, step
 
     def save_models(self, results: dict[str, Any]) -> None:
         """The trained models as Hugging Face folders; a collective. ``results``: what results.json will hold."""

@@ -14,6 +14,7 @@ from deepspeed.runtime.rollout import RolloutEngine, SamplingConfig
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.finite import align_overflow
+from deepspeed_chat_tlcr.generation import Decoding
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.averages import Averages, RunningScale
 from step3_ppo_tlcr.ema import WeightAverage
@@ -52,7 +53,10 @@ class Trainer(ABC):
         pretraining: Pretraining | None = None,
     ):
         self.options, self.models, self.rollouts, self.tokenizer = options, models, rollouts, tokenizer
-        self.decoding, self.on_policy = options.decoding(), options.on_policy
+        self.decoding = Decoding(
+            options.max_answer_seq_len, options.temperature, options.top_p, options.top_k, options.min_answer_seq_len
+        )
+        self.on_policy = options.on_policy
         # The KL is between whole distributions: cut as the policy's is, a token outside the reference's own nucleus
         # would have an infinite KL; and cut on one side only, the KL of an unchanged policy would not be 0.
         self.whole = replace(self.decoding, top_p=1.0, top_k=0)

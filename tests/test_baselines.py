@@ -14,7 +14,7 @@ import baselines.figa.main as figa
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.runtime import Runtime
-from step2_discriminator.main import text_pairs
+from step2_discriminator.examples import text_pairs
 
 ONE_RANK = Runtime(0, 1, torch.device("cpu"), "fp32")
 

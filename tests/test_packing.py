@@ -15,8 +15,8 @@ from deepspeed_chat_tlcr.models import dropout_names
 from deepspeed_chat_tlcr.packing import Row, classify_packed, fill, packs_of, tokens_at_once
 from deepspeed_chat_tlcr.tokenization import TokenizedExample
 from deepspeed_chat_tlcr.training import pad_examples
-from step1_sft.main import collate as collate_sft
-from step1_sft.main import packed_nll
+from step1_sft.sft import collate as collate_sft
+from step1_sft.sft import packed_nll
 from step2_discriminator.objectives import end_scores, pair_loss, token_loss
 from step3_ppo_tlcr.engines import action_logits, positive_probs, state_values
 from step3_ppo_tlcr.experience import Rollout

@@ -768,7 +768,7 @@ def test_run_tiny_end_to_end(tmp_path):
     said = {
         "step1_sft": "SFT: held-out loss",
         "labeling": "estimate:",
-        "step2_discriminator": "held-out edited_accuracy",
+        "step2_discriminator": "held-out edited tokens accuracy",
         "step3_ppo_tlcr": "reward/token",
         "evaluation": "report:",
     }

@@ -9,8 +9,8 @@ from conftest import byte_level_tokenizer
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines, auroc, read_metrics, token_metrics
 from deepspeed_chat_tlcr.records import Preference, Revision
-from step1_sft.main import tokenize_chosen
-from step2_discriminator.main import text_pairs, token_pairs
+from step1_sft.sft import tokenize_chosen
+from step2_discriminator.examples import text_pairs, token_pairs
 from step2_discriminator.revisions import hold_out
 
 TEXT = "Human: hello there Assistant: I do like you a lot"

@@ -4,166 +4,25 @@ deepspeed baselines/figa/main.py --model_name_or_path SFT --revisions revisions.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-from deepspeed_chat_tlcr import runtime as runtimes
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, announce, option, parse
-from deepspeed_chat_tlcr.checkpoints import is_finished
+from baselines.figa.options import Options, parse_args
 from deepspeed_chat_tlcr.errors import exits_cleanly
-from deepspeed_chat_tlcr.hub import finish, require_repository
-from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
-from deepspeed_chat_tlcr.saving import require_writable
-from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from deepspeed_chat_tlcr.training import (
-    StageTrainer,
-    prepare_model,
-    require_batch,
-    run,
-    stage_config,
-    training_arguments,
-)
-from deepspeed_chat_tlcr.turns import end_ids
-from step2_discriminator.main import collate, token_pairs
-from step2_discriminator.revisions import RevisionOptions, load_revisions
 
-
-@dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions, RevisionOptions, RunOptions):
-    """FIGA: fine-tuning on what revisions added (likelier) and removed (less likely); start from the SFT model."""
-
-    DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "num_train_epochs": 5}
-
-    added_weight: float = option(1.0, "weight of added and substituted tokens of the modified response, and of its EOS")
-    removed_weight: float = option(
-        -0.5, "weight of deleted and substituted tokens of the rejected response", least=-1e9
-    )
-    removed_nll_limit: float = option(0.6, "removed tokens count only while their NLL is at most this, in nats")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> Options:
-    return parse(Options, argv)
-
-
-def is_weighted(targets: torch.Tensor, response_mask: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Which tokens FIGA looks at: ``(added, removed)``, booleans ``(B, T)``.
-
-    All arguments are ``(B, T)``; rows alternate modified, rejected. ``targets``: 1 positive, 0 negative, 0.5 neutral;
-    ``ends``: tokens that are EOS. The EOS of a modified response counts as added, that of a rejected one never counts.
-    """
-    counted = response_mask.bool()
-    is_modified = (torch.arange(len(targets), device=targets.device) % 2 == 0).unsqueeze(1)
-    added = counted & is_modified & ((targets == 1) | ends)
-    removed = counted & ~is_modified & (targets == 0) & ~ends
-    return added, removed
-
-
-def figa_loss(
-    nll: torch.Tensor, added: torch.Tensor, removed: torch.Tensor, weights: tuple[float, float], nll_limit: float
-) -> torch.Tensor:
-    """sum(weight * NLL) / number of tokens that count, over the whole batch; 0 where none does.
-
-    ``nll`` ``(B, T)``, any value where neither mask is set. A removed token that is already unlikely
-    (NLL > ``nll_limit``) is left alone; that decision has no gradient.
-    """
-    kept = removed & (nll.detach() <= nll_limit)
-    total = weights[0] * nll[added].sum() + weights[1] * nll[kept].sum()
-    return total / (added.sum() + kept.sum()).clamp(min=1)
-
-
-def chosen_nll(logits: torch.Tensor, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """NLL of the tokens marked in ``wanted``, in fp32, else 0; ``(B, T, V)`` logits and ``(B, T)`` ids to ``(B, T)``.
-
-    A token's own logits stand one position before it, so the first token has none. Only wanted rows become fp32.
-    """
-    wanted = wanted[:, 1:]
-    nll = torch.zeros(input_ids.shape, device=logits.device)
-    values = F.cross_entropy(logits[:, :-1][wanted].float(), input_ids[:, 1:][wanted], reduction="none")
-    nll[:, 1:] = nll[:, 1:].masked_scatter(wanted, values)
-    return nll
-
-
-class FigaTrainer(StageTrainer):
-    """Weighted likelihood on (modified, rejected) pairs; rows alternate."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids = inputs["input_ids"]
-        logits = model(input_ids=ids, attention_mask=inputs["attention_mask"]).logits
-        ends = torch.isin(ids, torch.tensor(end_ids(self.processing_class), device=ids.device))
-        added, removed = is_weighted(inputs["targets"], inputs["response_mask"], ends)
-        nll = chosen_nll(logits, ids, added | removed)
-        weights = (self.stage.added_weight, self.stage.removed_weight)
-        loss = figa_loss(nll, added, removed, weights, self.stage.removed_nll_limit)
-        return (loss, (nll, added, removed)) if return_outputs else loss
-
-    @torch.no_grad()
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        loss, (nll, added, removed) = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-        sums = [((nll * mask).sum(1), mask.sum(1)) for mask in (added, removed)]
-        # One row a pair: NLL and number of the modified response's added tokens, then of the rejected one's removed.
-        (added_nll, added_count), (removed_nll, removed_count) = sums
-        table = torch.stack([added_nll[::2], added_count[::2], removed_nll[1::2], removed_count[1::2]], dim=1)
-        return loss, table, torch.ones(len(table), device=table.device)
-
-    @staticmethod
-    def measures(predictions) -> dict[str, float]:
-        """Mean NLL, in nats per token, of held-out added tokens (is to fall) and removed ones (is to rise)."""
-        added, added_count, removed, removed_count = predictions.predictions.sum(0)
-        return {
-            "added_nll": float(added / np.maximum(added_count, 1)),
-            "removed_nll": float(removed / np.maximum(removed_count, 1)),
-        }
+__all__ = ["Options", "main", "parse_args"]
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse_args(argv)
-    require_writable(options.output_dir)
-    require_repository(options)
-    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
-    revisions = load_revisions(options, tokenizer)
-    runtime = runtimes.start(options.precision, options.seed)
-    if is_finished(options, runtime):
-        finish(options, runtime)
-        return
-    if runtime.is_main:
-        announce(options, options.output_dir)
-    config = stage_config(options, runtime)
+    # PyTorch and DeepSpeed take seconds to import: --help and a wrong flag do without.
+    from baselines.figa.train import train
+    from deepspeed_chat_tlcr.stages import run_stage
 
-    pairs = {}
-    for split in ("train", "eval"):
-        pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split, soft=False)
-        runtime.say(summary)
-    require_batch(options, runtime, len(pairs["train"]))
-
-    model = load_causal_lm(
-        options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate, options.attn_implementation
-    )
-    fit_vocabulary(model, tokenizer)
-    trainer = FigaTrainer(
-        prepare_model(model, options),
-        training_arguments(options, runtime, config),
-        data_collator=collate(tokenizer),
-        train_dataset=pairs["train"],
-        eval_dataset=pairs["eval"],
-        compute_metrics=FigaTrainer.measures,
-        processing_class=tokenizer,
-        stage=options,
-        train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
-    )
-    results = run(trainer, tokenizer, {"stage": "figa", "train_pairs": len(pairs["train"])})
-    if results:
-        runtime.say(
-            f"FIGA: held-out NLL of added tokens {results['eval/added_nll']:.4f}, of removed ones "
-            f"{results['eval/removed_nll']:.4f}; saved in {options.output_dir}"
-        )
-    finish(options, runtime)
+    run_stage(options, train, [options.model_name_or_path])
 
 
 if __name__ == "__main__":
     main()
-    runtimes.leave()
+    from deepspeed_chat_tlcr.runtime import leave
+
+    leave()

@@ -1,0 +1,47 @@
+"""The frame of every training stage: look, take the folder, join the ranks, say what is done, leave together."""
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TypeVar
+
+from deepspeed_chat_tlcr import runtime as runtimes
+from deepspeed_chat_tlcr.arguments import announce
+from deepspeed_chat_tlcr.checkpoints import is_finished
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.hub import require_repository, upload
+from deepspeed_chat_tlcr.locking import lock
+from deepspeed_chat_tlcr.metrics import require_trackers
+from deepspeed_chat_tlcr.runtime import Runtime
+
+Options = TypeVar("Options")
+
+
+def run_stage(options: Options, train: Callable[[Options, Runtime], None], inputs: Iterable[str | None] = ()) -> None:
+    """``train(options, runtime)`` on every rank, unless this very command is finished already.
+
+    ``inputs``: the models that the stage begins with. Raises ``InputError``, before anything loads, for an output
+    folder that is one of them, that another run is writing, or that holds what is not this command's.
+    """
+    refuse_inputs(options.output_dir, inputs)
+    require_trackers(options.report_to)
+    require_repository(options)
+    runtimes.adopt_launcher()
+    with lock(options.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        runtime = runtimes.start(options.precision, options.seed)
+        runtime.say(f"{runtime.world_size} process(es), {runtime.device.type}, {runtime.dtype}")
+        if not is_finished(options, runtime):
+            if runtime.is_main:
+                announce(options)
+            train(options, runtime)
+        runtime.finish()
+        upload(options, runtime)
+
+
+def refuse_inputs(output_dir: str, inputs: Iterable[str | None]) -> None:
+    """Raise ``InputError`` where a stage would write into a folder that it reads."""
+    output = Path(output_dir).resolve()
+    for path in filter(None, inputs):
+        if Path(path).resolve() == output:
+            raise InputError(f"--output_dir {output_dir}: is the model that the stage begins with; choose another")

@@ -1,0 +1,117 @@
+"""Step 1, supervised fine-tuning: the policy learns to answer like the chosen responses."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+
+from deepspeed_chat_tlcr.data.preferences import load_preferences
+from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
+from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, packs_of, tokens_at_once
+from deepspeed_chat_tlcr.records import Preference
+from deepspeed_chat_tlcr.runtime import Runtime
+from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer, tokenize_response, truncate
+from deepspeed_chat_tlcr.training import (
+    StageTrainer,
+    pad_examples,
+    prepare_model,
+    require_batch,
+    run,
+    stage_config,
+    training_arguments,
+)
+from step1_sft.options import Options
+
+IGNORED = -100
+"""The label that transformers' language-model loss skips."""
+
+
+def tokenize_chosen(
+    preferences: Iterable[Preference], tokenizer, max_length: int, what: str
+) -> tuple[list[TokenizedExample], str]:
+    """Chosen responses as examples, and one sentence on what was dropped or cut. Raises ``InputError`` if none fit."""
+    whole = [tokenize_response(tokenizer, record.prompt, record.chosen) for record in preferences]
+    kept = [example for example in (truncate(example, max_length) for example in whole) if example is not None]
+    if not kept:
+        raise InputError(f"no {what} prompt is shorter than --max_seq_len {max_length} tokens")
+    cut = sum(len(example.input_ids) > max_length > example.response_start for example in whole)
+    return kept, f"{what}: {len(kept)} responses, {len(whole) - len(kept)} dropped (prompt too long), {cut} cut"
+
+
+def collate(tokenizer, loss_on_prompt: bool):
+    """Batches of a causal language model: labels are the tokens that count, the rest is ignored."""
+
+    def collated(examples: list[TokenizedExample]) -> dict[str, torch.Tensor]:
+        batch = pad_examples(examples, tokenizer.pad_token_id)
+        counted = batch["attention_mask" if loss_on_prompt else "response_mask"]
+        labels = batch["input_ids"].masked_fill(counted == 0, IGNORED)
+        return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+
+    return collated
+
+
+class SftTrainer(StageTrainer):
+    """The mean NLL of the counted tokens of all ranks and accumulated micro-batches."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not self.tokens_at_once:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = packed_nll(model, inputs, self.tokens_at_once)
+        if num_items_in_batch is None:
+            loss = loss / (inputs["labels"][:, 1:] != IGNORED).sum()
+        else:  # counted over all ranks, whose gradients are averaged
+            loss = loss / num_items_in_batch * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+
+def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
+    """The summed NLL of a ``collate``d batch's labels, without padding and without logits of any other position."""
+    ids, counted = batch["input_ids"], batch["labels"] != IGNORED
+    ends = batch["attention_mask"].sum(1)
+    starts = (ends - counted.sum(1)).clamp(min=1)  # nothing says what a first token should be
+    spans = torch.stack([torch.zeros_like(ends), starts, ends], 1).tolist()
+
+    def nll(pack: Pack) -> torch.Tensor:
+        logits = forward_pack(model, pack, logits_to_keep=pack.chosen - 1, use_cache=False)[0]
+        return F.cross_entropy(logits.float(), pack.input_ids[0, pack.chosen], reduction="sum")
+
+    return torch.stack([nll(pack) for pack in packs_of(ids, [Row(*span) for span in spans], budget)]).sum()
+
+
+def train(options: Options, runtime: Runtime) -> None:
+    """Steps 1's work on every rank: read, tokenise, train, save."""
+    config = stage_config(options, runtime)
+
+    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
+    examples = {}
+    for split in ("train", "eval"):
+        seed, cache = options.data_seed, options.data_output_path
+        records = list(
+            load_preferences(options.data_path, "sft", split, options.data_split, seed, False, tokenizer, cache)
+        )
+        if options.sft_only_data_path:
+            records += load_preferences(
+                options.sft_only_data_path, "all", split, "10,0,0", seed, False, tokenizer, cache
+            )
+        examples[split], summary = tokenize_chosen(records, tokenizer, options.max_seq_len, split)
+        runtime.say(summary)
+    require_batch(options, runtime, len(examples["train"]))
+
+    model = load_causal_lm(
+        options.model_name_or_path, runtime.torch_dtype, config, options.dropout_rate, options.attn_implementation
+    )
+    fit_vocabulary(model, tokenizer)
+    trainer = SftTrainer(
+        prepare_model(model, options),
+        training_arguments(options, runtime, config),
+        data_collator=collate(tokenizer, options.loss_on_prompt),
+        train_dataset=examples["train"],
+        eval_dataset=examples["eval"],
+        stage=options,
+        train_lengths=[len(example.input_ids) for example in examples["train"]],
+        tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
+    )
+    results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
+    if results:
+        runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")

@@ -1,0 +1,109 @@
+"""The options of step 2, and those of every stage that learns from revisions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, TrainOptions, option, parse
+from deepspeed_chat_tlcr.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevisionOptions(DataOptions):
+    """revisions"""
+
+    revisions: list[str] = option(
+        [],
+        "revisions.jsonl files of labeling/main.py",
+        flags=("--modification_train_data_path",),
+        better="text, so that one labelling serves every tokenizer; no pickles",
+    )
+    eval_revisions: list[str] = option(
+        [],
+        "held-out revisions; unset: --eval_share of the prompts is held out",
+        flags=("--modification_eval_data_path",),
+        better="may be left out",
+    )
+    eval_share: float = option(0.05, "share of prompts held out for evaluation, chosen by hash", below=1)
+    allow_foreign_revisions: bool = option(False, "accept revisions of prompts from the SFT or RL part of the data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkOptions:
+    """flags of the RLHF-TLCR fork's step 2"""
+
+    discriminate_reward: bool = option(False, "the fork's spelling of --objective token", compatibility=True)
+    uni_discriminator_head: bool = option(False, "one head", "the discriminator has one head, as with this flag")
+    holistic_reward: bool = option(
+        False, "a sequence reward too", "train it by itself and sum both in step 3: --reward tlcr:PATH sequence:PATH"
+    )
+    token_level_reward: bool = option(False, "sums of token scores", "the fork's trial, not in the paper")
+    reward_aggregate_top_k: float = option(
+        1.0, "share of tokens in them", "the fork's trial, not in the paper", least=-1e9
+    )
+    bidirectional_reward: bool = option(False, "no causal mask on top", "the fork's trial, not in the paper")
+    bidirectional_layer_num: int = option(1, "layers of it", "the fork's trial, not in the paper", least=0)
+    custom_template: bool = option(False, "data with a template", "masks come from lengths, whatever the template")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(TrainOptions, PackingOptions, RevisionOptions, RunOptions, ForkOptions):
+    """Step 2: the token discriminator (--objective token), or a sequence reward model (--objective sequence)."""
+
+    DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5}
+
+    objective: Literal["auto", "token", "sequence"] = option(
+        "auto",
+        "token: D per token (Eq. 6); sequence: Bradley-Terry; auto: token with --revisions or --discriminate_reward, "
+        "else sequence, which is what DeepSpeed-Chat's command line means",
+    )
+    neutral_weight: float = option(1.0, "weight of unedited tokens in the token loss")
+    pairs: Literal["preferences", "modified"] = option(
+        "preferences", "pairs of the sequence objective: chosen or modified (PPO_synthetic) over rejected"
+    )
+    score_positions: Literal["end", "all"] = option(
+        "end", "sequence loss at the last token, or averaged from the first difference on as DeepSpeed-Chat does"
+    )
+    eval_interval: int = option(0, "optimiser steps between evaluations; 0: at the end of each epoch")
+    eval_iters: int = option(100, "batches per evaluation when --eval_interval is set")
+    do_eval: bool = option(False, "evaluate --model_name_or_path on the held-out data and train nothing")
+    num_padding_at_beginning: int = option(
+        1, "OPT's padding", "masks come from lengths, padding is never counted", least=0
+    )
+
+    @property
+    def token_level(self) -> bool:
+        """Whether the objective is the token discriminator's."""
+        if self.objective == "auto":
+            return self.discriminate_reward or (bool(self.revisions) and self.pairs == "preferences")
+        return self.objective == "token"
+
+
+def check(options: Options) -> None:
+    """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    if options.do_eval and options.push_to_hub:
+        raise InputError("--push_to_hub: --do_eval saves no model that could be uploaded; leave one of them out")
+    if options.score_positions == "all" and options.tokens_per_micro_batch:
+        raise InputError(
+            "--score_positions all: averages over padding too, as DeepSpeed-Chat does, and --tokens_per_micro_batch "
+            "leaves none; keep one of them"
+        )
+    if options.token_level and options.save_format == "deepspeed_chat":
+        raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
+    if options.token_level:
+        if options.pairs != "preferences" or options.score_positions != "end":
+            raise InputError("--pairs and --score_positions are the sequence objective's; give --objective sequence")
+        return
+    if options.pairs == "preferences" and (options.revisions or options.eval_revisions):
+        raise InputError(
+            "--revisions: --objective sequence learns from chosen and rejected responses; --pairs modified makes it "
+            "learn from revisions (PPO_synthetic), --objective token is the discriminator"
+        )
+    if options.neutral_weight != 1.0:
+        raise InputError("--neutral_weight is the token objective's; the sequence objective has no tokens to weigh")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Options:
+    options = parse(Options, argv)
+    check(options)
+    return options
