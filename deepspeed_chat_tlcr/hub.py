@@ -41,8 +41,8 @@ def require_repository(options: Any) -> None:
 def upload(options: Any, runtime: Runtime) -> None:
     """Upload what a finished stage has saved, nothing where it was stopped before its end.
 
-    Called when the ranks have left their group: none waits for an upload. The actor of step 3 becomes the repository's own
-    model, critic and actor_ema folders in it. Raises ``RunError`` where it fails; the same command tries it again.
+    Called when the ranks have left their group: none waits for an upload. The actor of step 3 becomes the repository's
+    own model, critic and actor_ema folders in it. Raises ``RunError`` where it fails; the same command tries it again.
     """
     folder, name = Path(options.output_dir), options.push_to_hub
     if not (name and runtime.is_main and (folder / "results.json").is_file()):

@@ -176,12 +176,12 @@ class Run:
         policy = Card(options.algo, options.actor_model_name_or_path, options, results)
         cards = {"actor": policy, "critic": Card("critic", options.critic_model_name_or_path, options)}
         for role, engine in trainer.models.engines.items():
-            decoding = options.decoding() if role == "actor" else None
+            decoding = trainer.decoding if role == "actor" else None
             save_model(engine, trainer.tokenizer, self.folder / role, cards[role], decoding)
         if trainer.average is not None:
             with trainer.average.in_place():
                 folder = self.folder / "actor_ema"
-                save_model(trainer.models.actor, trainer.tokenizer, folder, policy, options.decoding())
+                save_model(trainer.models.actor, trainer.tokenizer, folder, policy, trainer.decoding)
 
     def give_up(self, step: int) -> None:
         """Stop a run that makes nothing but NaN, keeping what is needed to find out why."""
