@@ -30,6 +30,7 @@ UNFINISHED = "unfinished"
 # What a run may be continued with otherwise without a word: it changes no number.
 _HARMLESS = {"output_dir", "resume", "save_interval", "save_total_limit", "report_to", "local_rank", "max_faults"}
 _HARMLESS |= {"enable_tensorboard", "tensorboard_path", "save_format", "deepspeed", "data_output_path", "print_loss"}
+_HARMLESS |= {"push_to_hub"}
 # What decides which tensors a checkpoint holds: with another value it does not fit.
 _STRUCTURAL = {"algo", "objective", "dtype", "bf16", "actor_bf16", "critic_bf16", "reward_bf16", "only_optimize_lora"}
 _STRUCTURAL |= {"enable_ema", "offload", "offload_critic_model", "zero_stage", "actor_zero_stage", "critic_zero_stage"}

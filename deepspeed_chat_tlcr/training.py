@@ -37,6 +37,7 @@ from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.faults import FaultTolerant, SaveAfterEvaluation, StopOnRequest
 from deepspeed_chat_tlcr.metrics import MetricsLog
+from deepspeed_chat_tlcr.model_card import Card
 from deepspeed_chat_tlcr.models import require_attention, require_positions
 from deepspeed_chat_tlcr.optim import Rates, add_lora, make_optimizer
 from deepspeed_chat_tlcr.records import read_json
@@ -350,13 +351,14 @@ def run(
             print(f"stopped {at}, all saved; resume with {same_command(options)}", flush=True)
         return None
     measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    save_model(trainer.model_wrapped, tokenizer, options.output_dir, options.save_format)
     results = {
         **results,
         "steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - begun, 1),
         **{key.replace("eval_", "eval/", 1): value for key, value in measured[-1].items() if key.startswith("eval_")},
     }
+    card = Card(results["stage"], options.model_name_or_path, options, results)
+    save_model(trainer.model_wrapped, tokenizer, options.output_dir, card)
     if trainer.is_world_process_zero():
         write_json(Path(options.output_dir) / "results.json", results)
         for path in own_checkpoints(Path(options.output_dir)):

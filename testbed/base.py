@@ -27,7 +27,15 @@ from deepspeed_chat_tlcr.saving import write_json
 from testbed import vocabulary as words
 from testbed.world import World, clause_text, parse_prompt
 
-BOS, EOS = "<s>", "</s>"
+BOS, EOS, POSITIONS = "<s>", "</s>", 512
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ ('\\n\\nHuman: ' if message.role == 'user' else '\\n\\nAssistant: ') + message.content | trim }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}"
+    "{% elif messages[-1].role == 'assistant' %}{{ eos_token }}{% endif %}"
+)
+"""The form of the world's prompts, in which no EOS ends an earlier turn."""
 PRETOKENS = r"\n\nHuman:|\n\nAssistant:| ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s"
 
 
@@ -149,6 +157,7 @@ def train_base(world: World, config: BaseConfig, output_dir: Path) -> dict:
     set_seed(config.seed)
     texts = raw_text(world, config.documents, config.seed)
     tokenizer = build_tokenizer(texts)
+    tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, POSITIONS
     rows = pack(tokenizer, texts, config.block)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -157,7 +166,7 @@ def train_base(world: World, config: BaseConfig, output_dir: Path) -> dict:
             intermediate_size=config.hidden_size * 8 // 3 // 32 * 32,
             num_hidden_layers=config.layers,
             num_attention_heads=config.heads,
-            max_position_embeddings=512,
+            max_position_embeddings=POSITIONS,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
