@@ -113,6 +113,11 @@ class RunOptions:
         "huggingface: safetensors, tokenizer, chat template, generation config; deepspeed_chat: pytorch_model.bin as "
         "DeepSpeed-Chat's chat.py and evaluation scripts read it",
     )
+    push_to_hub: str = option(
+        "",
+        "Hugging Face Hub repository OWNER/NAME that gets the saved models with their cards; made before training, "
+        "private where it is new; the token is read from HF_TOKEN",
+    )
     save_interval: int = option(0, "steps between resumable checkpoints; 0: one at the end of each epoch")
     save_total_limit: int = option(1, "how many resumable checkpoints are kept")
     resume: Literal["auto", "never"] = option("auto", "auto: continue from output_dir's newest checkpoint if any")

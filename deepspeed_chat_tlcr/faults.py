@@ -10,9 +10,16 @@ import torch
 from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
-from deepspeed_chat_tlcr.checkpoints import SETTINGS, fingerprint, newest_checkpoint
+from deepspeed_chat_tlcr.checkpoints import (
+    SETTINGS,
+    UNFINISHED,
+    begin_checkpoint,
+    delete_checkpoint,
+    fingerprint,
+    newest_checkpoint,
+    own_checkpoints,
+)
 from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
 from deepspeed_chat_tlcr.errors import RunError, SaveError
 from deepspeed_chat_tlcr.finite import save_faulty_batch, watch_gradients, weights_are_finite
@@ -125,6 +132,8 @@ class FaultTolerant:
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
+            if self.is_world_process_zero():
+                begin_checkpoint(folder)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -137,7 +146,9 @@ class FaultTolerant:
         if self.is_world_process_zero():
             state = {"world_size": self.args.world_size, "options": asdict(self.stage)}
             write_json(folder / SETTINGS, {**state, "data": fingerprint(self.train_lengths)})
-            rotate_checkpoints(self.args.output_dir, save_total_limit=keep)
+            (folder / UNFINISHED).unlink()
+            for old in own_checkpoints(folder.parent)[:-keep]:
+                delete_checkpoint(old)
         torch.distributed.barrier()
 
 

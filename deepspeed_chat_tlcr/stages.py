@@ -10,6 +10,7 @@ from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.arguments import announce
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.hub import require_repository, upload
 from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.metrics import require_trackers
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -25,6 +26,7 @@ def run_stage(options: Options, train: Callable[[Options, Runtime], None], input
     """
     refuse_inputs(options.output_dir, inputs)
     require_trackers(options.report_to)
+    require_repository(options)
     runtimes.adopt_launcher()
     with lock(options.output_dir) if os.environ.get("RANK", "0") == "0" else nullcontext():
         runtime = runtimes.start(options.precision, options.seed)
@@ -34,6 +36,7 @@ def run_stage(options: Options, train: Callable[[Options, Runtime], None], input
                 announce(options)
             train(options, runtime)
         runtime.finish()
+        upload(options, runtime)
 
 
 def refuse_inputs(output_dir: str, inputs: Iterable[str | None]) -> None:

@@ -27,14 +27,17 @@ from deepspeed_chat_tlcr.checkpoints import (
     SETTINGS,
     changes_since,
     clear_half_checkpoints,
+    delete_checkpoint,
     fingerprint,
     newest_checkpoint,
+    own_checkpoints,
     same_command,
 )
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.faults import FaultTolerant, SaveAfterEvaluation, StopOnRequest
 from deepspeed_chat_tlcr.metrics import MetricsLog
+from deepspeed_chat_tlcr.model_card import Card
 from deepspeed_chat_tlcr.models import require_attention, require_positions
 from deepspeed_chat_tlcr.optim import Rates, add_lora, make_optimizer
 from deepspeed_chat_tlcr.records import read_json
@@ -317,13 +320,13 @@ def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
 
 
 def run(
-    trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any], scratch: str = ""
+    trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any], scratch: Sequence[Path] = ()
 ) -> dict[str, Any] | None:
     """Train (from the newest checkpoint if there is one), evaluate, save the model, then ``results.json`` last.
 
     Returns None where SIGTERM ended it early. ``results`` is what the stage already knows; the final ``eval/…``
     measures, seconds and steps are added to it.
-    ``scratch``: pattern of further folders in output_dir that go, as the checkpoints do, when all is saved.
+    ``scratch``: further folders, made by the stage, that go when all is saved, as the checkpoints do.
     """
     options = trainer.stage
     checkpoint, resume_step = _checkpoint_to_resume(trainer)
@@ -348,18 +351,19 @@ def run(
             print(f"stopped {at}, all saved; resume with {same_command(options)}", flush=True)
         return None
     measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    save_model(trainer.model_wrapped, tokenizer, options.output_dir, options.save_format)
     results = {
         **results,
         "steps": trainer.state.global_step,
         "seconds": round(time.monotonic() - begun, 1),
         **{key.replace("eval_", "eval/", 1): value for key, value in measured[-1].items() if key.startswith("eval_")},
     }
+    card = Card(results["stage"], options.model_name_or_path, options, results)
+    save_model(trainer.model_wrapped, tokenizer, options.output_dir, card)
     if trainer.is_world_process_zero():
         write_json(Path(options.output_dir) / "results.json", results)
-        for pattern in filter(None, ("checkpoint-*", scratch)):
-            for path in Path(options.output_dir).glob(pattern):
-                (path / SETTINGS).unlink(missing_ok=True)  # half deleted it must not be taken for whole
-                shutil.rmtree(path)
+        for path in own_checkpoints(Path(options.output_dir)):
+            delete_checkpoint(path)
+        for path in map(Path, scratch):
+            shutil.rmtree(path)
     torch.distributed.barrier()
     return results

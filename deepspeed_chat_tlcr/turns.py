@@ -49,9 +49,11 @@ def shared_start(first: str, second: str) -> str:
 @dataclass(frozen=True)
 class Turn:
     """``opening``: the text in front of an assistant's answer; ``end_id``: the token that the template puts behind it,
-    None where it puts no token of its own; ``closing``: all text that it puts there."""
+    None where it puts no token of its own; ``closing``: all text that it puts there; ``space``: the white space between
+    the opening and the answer, if any."""
 
     opening: str
+    space: str
     closing: str
     end_id: int | None
 
@@ -79,7 +81,8 @@ def _assistant_turn(tokenizer: PreTrainedTokenizerFast, template: str, eos: str)
     opening = shared_start(opened, between)
     tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
     end_id = next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
-    return Turn(opening.removeprefix(asked) or opening, closing, end_id)
+    gap = between.removeprefix(opening)
+    return Turn(opening.removeprefix(asked) or opening, gap if gap.isspace() else "", closing, end_id)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:

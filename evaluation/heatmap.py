@@ -23,7 +23,7 @@ from deepspeed_chat_tlcr.pictures import (
 )
 from deepspeed_chat_tlcr.pictures.png import heatmap_png
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import DeviceOptions, Question, prompt_text, torch_dtype
+from evaluation.policies import DeviceOptions, Question, in_context, prompt_text, torch_dtype
 from evaluation.scoring import Judge, heatmap, response_example
 
 
@@ -44,12 +44,11 @@ def score(options: Options) -> list[TokenScores]:
         raise InputError("--text is missing: one or more answers")
     tokenizer = load_tokenizer(options.discriminator)
     discriminator = Judge(options.discriminator, 2, torch_dtype(options.dtype), options.attn_implementation).load()
-    prompt = prompt_text(tokenizer, Question(0, [options.prompt], raw=options.raw_prompt), [])
-    chat = tokenizer.chat_template or options.raw_prompt
+    question = Question(0, [options.prompt], raw=options.raw_prompt)
+    prompt = prompt_text(tokenizer, question, [])
     scored = []
     for text in options.text:
-        # In HH-RLHF's form a space stands between "Assistant:" and the answer.
-        example = response_example(tokenizer, prompt, text if chat or text.startswith(" ") else f" {text}")
+        example = response_example(tokenizer, prompt, in_context(tokenizer, question, text))
         scores = heatmap(tokenizer, discriminator, example)
         mean = sum(scores.values) / len(scores.values)
         caption = f"mean reward {mean:+.3f} over {len(scores.values)} tokens".replace("-", "−")

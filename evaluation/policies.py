@@ -24,6 +24,7 @@ from deepspeed_chat_tlcr.records import read_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
+from deepspeed_chat_tlcr.turns import assistant_turn
 from deepspeed_chat_tlcr.workers import processes_of, spread
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -140,6 +141,13 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, question: Question, replies:
     for reply, turn in zip(replies, turns[1:], strict=True):
         text += f" {reply}{HUMAN} {turn}{ASSISTANT}"
     return text
+
+
+def in_context(tokenizer: PreTrainedTokenizerFast, question: Question, text: str) -> str:
+    """An answer from which the white space in front was cut, as it stands behind ``prompt_text``."""
+    turn = assistant_turn(tokenizer)
+    space = " " if turn is None else turn.space
+    return text if question.raw or (space and text.startswith(space)) else f"{space}{text}"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: Question, replies: Sequence[str]) -> list[int]:

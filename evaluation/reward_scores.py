@@ -23,6 +23,7 @@ from evaluation.policies import (
     Reply,
     answer_all,
     answers_folder,
+    in_context,
     parse_models,
     prompt_text,
     torch_dtype,
@@ -65,9 +66,7 @@ def answers_in_context(policy: Policy, questions: Sequence[Question], replies: M
     rows = []
     for question in questions:
         reply = replies[question.id]
-        prompt, text = prompt_text(tokenizer, question, []), reply.turns[0]
-        if not question.raw and not tokenizer.chat_template:
-            text = f" {text}"  # HH-RLHF's form has a space there, which the answer file leaves out
+        prompt, text = prompt_text(tokenizer, question, []), in_context(tokenizer, question, reply.turns[0])
         rows.append((prompt, text, reply.ended[0], reply.tokens[0]))
     return Answered(rows)
 

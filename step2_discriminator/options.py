@@ -81,6 +81,8 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, RunOptions, ForkOpt
 
 def check(options: Options) -> None:
     """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    if options.do_eval and options.push_to_hub:
+        raise InputError("--push_to_hub: --do_eval saves no model that could be uploaded; leave one of them out")
     if options.score_positions == "all" and options.tokens_per_micro_batch:
         raise InputError(
             "--score_positions all: averages over padding too, as DeepSpeed-Chat does, and --tokens_per_micro_batch "

@@ -152,6 +152,14 @@ def train(options: Options, runtime: Runtime) -> None:
     )
     facts = {"stage": f"step2_{objective}", "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
-    if results:
-        measure = "edited_accuracy" if token_level else "pair_accuracy"
-        runtime.say(f"{objective} reward: held-out {measure} {results[f'eval/{measure}']:.4f}")
+    if results and token_level:
+        accuracy, majority, auroc = (
+            results[f"eval/{key}"] for key in ("edited_accuracy", "majority_accuracy", "auroc")
+        )
+        runtime.say(
+            f"discriminator: on held-out edited tokens accuracy {accuracy:.4f} (always the majority class: "
+            f"{majority:.4f}), AUROC {auroc:.4f}"
+        )
+    elif results:
+        accuracy = results["eval/pair_accuracy"]
+        runtime.say(f"reward model: held-out pair accuracy {accuracy:.4f}")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,6 +13,7 @@ from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, Checkpoints, changed_set
 from deepspeed_chat_tlcr.errors import RunError
 from deepspeed_chat_tlcr.finite import weights_are_finite
 from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines
+from deepspeed_chat_tlcr.model_card import Card
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import save_model
 from step3_ppo_tlcr.faults import TooManyFaults
@@ -168,14 +170,18 @@ class Run:
                 break
         return metrics, step
 
-    def save_models(self) -> None:
-        """The trained models as Hugging Face folders; a collective."""
-        trainer, form = self.trainer, self.options.save_format
+    def save_models(self, results: dict[str, Any]) -> None:
+        """The trained models as Hugging Face folders; a collective. ``results``: what results.json will hold."""
+        trainer, options = self.trainer, self.options
+        policy = Card(options.algo, options.actor_model_name_or_path, options, results)
+        cards = {"actor": policy, "critic": Card("critic", options.critic_model_name_or_path, options)}
         for role, engine in trainer.models.engines.items():
-            save_model(engine, trainer.tokenizer, self.folder / role, form)
+            decoding = trainer.decoding if role == "actor" else None
+            save_model(engine, trainer.tokenizer, self.folder / role, cards[role], decoding)
         if trainer.average is not None:
             with trainer.average.in_place():
-                save_model(trainer.models.actor, trainer.tokenizer, self.folder / "actor_ema", form)
+                folder = self.folder / "actor_ema"
+                save_model(trainer.models.actor, trainer.tokenizer, folder, policy, trainer.decoding)
 
     def give_up(self, step: int) -> None:
         """Stop a run that makes nothing but NaN, keeping what is needed to find out why."""

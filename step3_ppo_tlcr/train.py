@@ -131,16 +131,14 @@ def train(options: Options, runtime: Runtime) -> None:
         return
 
     # ---- results, last: what has them is finished ----
-    run.save_models()
+    if runtime.is_main and not metrics:  # killed while it saved the models, after the last step
+        metrics = read_metrics(Path(options.output_dir) / "metrics.jsonl")[-1]
+    last = {k: v for k, v in metrics.items() if k != "step" and v is not None and math.isfinite(v)}
+    seconds = round(time.monotonic() - begun, 1)
+    results = {"stage": options.algo, "steps": step, "seconds": seconds, "prompts": len(prompts), **last}
+    run.save_models(results)
     if runtime.is_main:
-        if not metrics:  # killed while it saved the models, after the last step
-            metrics = read_metrics(Path(options.output_dir) / "metrics.jsonl")[-1]
-        last = {k: v for k, v in metrics.items() if k != "step" and v is not None and math.isfinite(v)}
-        seconds = round(time.monotonic() - begun, 1)
-        write_json(
-            Path(options.output_dir) / "results.json",
-            {"stage": options.algo, "steps": step, "seconds": seconds, "prompts": len(prompts), **last},
-        )
+        write_json(Path(options.output_dir) / "results.json", results)
         run.log.close()
     run.checkpoints.remove()
     runtime.say(f"{options.algo.upper()}: {step} steps; models saved in {options.output_dir}")

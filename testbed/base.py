@@ -21,6 +21,14 @@ from testbed import vocabulary as words
 from testbed.world import World, clause_text, parse_prompt
 
 BOS, EOS, POSITIONS = "<s>", "</s>", 512
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ ('\\n\\nHuman: ' if message.role == 'user' else '\\n\\nAssistant: ') + message.content | trim }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}"
+    "{% elif messages[-1].role == 'assistant' %}{{ eos_token }}{% endif %}"
+)
+"""The form of the world's prompts, in which no EOS ends an earlier turn."""
 PRETOKENS = r"\n\nHuman:|\n\nAssistant:| ?[A-Za-z]+| ?[0-9]| ?[^\sA-Za-z0-9]|\s"
 
 
@@ -141,6 +149,7 @@ def train_base(world: World, config: BaseConfig, output_dir: Path) -> dict:
     started = time.time()
     texts = raw_text(world, config.documents, config.seed)
     tokenizer = build_tokenizer(texts)
+    tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, POSITIONS
     rows = pack(tokenizer, texts, config.block)
     model = untrained_llama(tokenizer, config.hidden_size, config.layers, POSITIONS, config.seed, config.heads)
     steps = math.ceil(config.epochs * len(rows) / config.batch)

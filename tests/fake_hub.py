@@ -1,5 +1,6 @@
-"""A Hugging Face Hub for data sets on 127.0.0.1: as much of its HTTP interface as `datasets.load_dataset` asks for."""
+"""A Hugging Face Hub on 127.0.0.1: as much of its HTTP interface as `load_dataset` and uploads of models ask for."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -23,6 +24,8 @@ def fake_hub(trees: Trees):
 
         def do_GET(self):
             path = urllib.parse.unquote(self.path.partition("?")[0])
+            if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/auth-check/write", path):
+                return self.reply_json({}) if (match[1], "main") in trees else self.reply(404, b"{}", {})
             if match := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)", path):
                 path = f"/api/datasets/{match[1]}/revision/main"
             match = re.fullmatch(
@@ -51,6 +54,31 @@ def fake_hub(trees: Trees):
 
         do_HEAD = do_GET
 
+        def do_POST(self):
+            """Makes a model's repository and takes commits of it, from whoever has the token hf_right."""
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers["Authorization"] != "Bearer hf_right":
+                return self.reply(401, b"{}", {"X-Error-Message": "Invalid user token."})
+            path = self.path.partition("?")[0]
+            if path == "/api/validate-yaml":
+                return self.reply_json({})
+            if path == "/api/repos/create":
+                asked = json.loads(body)
+                name = f"{asked['organization']}/{asked['name']}"
+                trees.setdefault((name, "main"), {})
+                return self.reply_json({"url": f"{address}/{name}"})
+            name, action = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path).groups()
+            if action == "preupload":
+                files = [file["path"] for file in json.loads(body)["files"]]
+                return self.reply_json(
+                    {"files": [{"path": file, "uploadMode": "regular", "shouldIgnore": False} for file in files]}
+                )
+            for entry in map(json.loads, body.splitlines()):
+                if entry["key"] == "file":
+                    trees[name, "main"][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            oid = "0" * 40
+            return self.reply_json({"commitUrl": f"{address}/{name}/commit/{oid}", "commitOid": oid})
+
         def reply(self, status: int, body: bytes, headers: dict[str, str]):
             self.send_response(status)
             for key, value in headers.items():
@@ -64,10 +92,11 @@ def fake_hub(trees: Trees):
             self.reply(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    address = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield address
     finally:
         server.shutdown()
         server.server_close()

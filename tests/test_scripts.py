@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, preferences, write_jsonl
+from deepspeed.launcher.multinode_runner import PDSHRunner
 from test_plan import PAPER
 
 from tests.labeling_helpers import fault_server
@@ -293,6 +294,43 @@ def test_a_host_must_be_a_name(tmp_path):
         hosts.write_text(f"a slots=1\n{line}\n")
         done = run("step1.sh", PLAN=0, PREFLIGHT=1, HOSTFILE=hosts, OUTPUT=tmp_path / "out", DATA=tmp_path / "no.jsonl")
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+
+
+def test_nodes_are_told_the_variables_that_stages_read(launcher, tmp_path):
+    """As DeepSpeed's launcher exports them there; the user's own lines win, and secrets stay here."""
+    (tmp_path / ".deepspeed_env").write_text("\nHF_HOME=/scratch/hf\nHF_TOKEN=mine")
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node1 slots=1\nnode2 slots=1\n")
+    odd = "a \"b\" $HOME `id` \\ 'c'"
+    given = {
+        "HF_HOME": "/home/hf",
+        "HF_TOKEN": "hf_x",
+        "WANDB_API_KEY": "w",
+        "WANDB_PROJECT": odd,
+        "NCCL_DEBUG": "WARN",
+    }
+    same = {"path": path_with(launcher), "HOSTFILE": hosts, "HOME": tmp_path, "OUTPUT": tmp_path / "out"}
+    assert run("step1.sh", **same, **given, NUM_GPUS="", GLOO_SOCKET_IFNAME="a\nb").returncode == 0
+
+    runner = PDSHRunner.__new__(PDSHRunner)
+    runner.exports = {}
+    for line in (tmp_path / "out/.deepspeed_env").read_text().splitlines():
+        runner.add_export(*line.split("=", maxsplit=1))
+    exports = "".join(f"export {name}={value}; " for name, value in runner.exports.items())
+    told = subprocess.run(["env", "-i", "bash", "-c", f"{exports} env -0"], capture_output=True, text=True).stdout
+    told = dict(line.split("=", 1) for line in told.split("\0") if line)
+    expected = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1", "HF_HOME": "/scratch/hf"}
+    expected |= {"HF_TOKEN": "mine", "WANDB_PROJECT": odd, "NCCL_DEBUG": "WARN"}
+    assert {name: told.get(name) for name in expected} == expected
+    assert not {"WANDB_API_KEY", "GLOO_SOCKET_IFNAME"} & set(told)
+
+    # A file that the user names is the user's.
+    own = tmp_path / "own.env"
+    own.write_text("NCCL_DEBUG=INFO\n")
+    (tmp_path / "out/.deepspeed_env").unlink()
+    assert run("step1.sh", **same, NUM_GPUS="", DS_ENV_FILE=own).returncode == 0
+    assert own.read_text() == "NCCL_DEBUG=INFO\n"
+    assert not (tmp_path / "out/.deepspeed_env").exists()
 
 
 def test_finished_stage_is_skipped_and_other_settings_are_refused(launcher, tmp_path):
@@ -730,7 +768,7 @@ def test_run_tiny_end_to_end(tmp_path):
     said = {
         "step1_sft": "SFT: held-out loss",
         "labeling": "estimate:",
-        "step2_discriminator": "held-out edited_accuracy",
+        "step2_discriminator": "held-out edited tokens accuracy",
         "step3_ppo_tlcr": "reward/token",
         "evaluation": "report:",
     }

@@ -18,16 +18,20 @@ import torch
 from conftest import ROOT, write_jsonl
 from transformers import AutoModelForCausalLM
 
+from deepspeed_chat_tlcr.data.formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer
 from deepspeed_chat_tlcr.records import Preference
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_response
+from deepspeed_chat_tlcr.turns import end_ids
 from evaluation.logprobs import response_logprobs
+from evaluation.policies import Question, in_context
 from labeling.prompt import build_messages, parse_answer
 from testbed import vocabulary as words
 from testbed.base import raw_text
 from testbed.reviser import edit_probability, propose_edits, revise
 from testbed.serve import serve_in_thread
+from testbed.vocabulary import EARLIER_TURNS
 from testbed.world import World, distinct_prompts, parse_prompt, repeats_a_fact, true_score
 from testbed.world import parse_answer as parse_text
 
@@ -494,6 +498,15 @@ def test_base_writes_a_model_and_a_tokenizer_that_loses_no_text(tmp_path):
     assert example.input_ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(example.response_ids, skip_special_tokens=True) == PERFECT
     assert len(example.response_ids) == len(re.findall(r"\w+|[^\w\s]", PERFECT)) + 1  # a token a word, and EOS
+    # Its chat template writes the world's own prompts; both turns of it here, and the answer behind its space.
+    earlier = [{"role": "user", "content": "Thank you."}, {"role": "assistant", "content": "You are welcome."}]
+    asked = [*earlier, {"role": "user", "content": PROMPT.removeprefix("\n\nHuman: ").removesuffix("\n\nAssistant:")}]
+    assert ChatRecords(tokenizer).prompt(asked) == EARLIER_TURNS[2] + PROMPT
+    answered = [*asked, {"role": "assistant", "content": PERFECT.strip()}]
+    assert tokenizer.apply_chat_template(answered, tokenize=False) == EARLIER_TURNS[2] + PROMPT + PERFECT + "</s>"
+    assert in_context(tokenizer, Question(0, [""]), PERFECT.strip()) == PERFECT
+    assert end_ids(tokenizer) == (tokenizer.eos_token_id,)
+    assert tokenizer.model_max_length == 512
     for odd in ("naïve 東京  \t\n\n", "Zebra's 12 <pad>", ""):
         assert tokenizer.decode(tokenizer(odd)["input_ids"], skip_special_tokens=True) == odd
 

@@ -161,6 +161,7 @@ prepare() {
     launcher+=(--num_gpus "$NUM_GPUS")
   fi
   launcher+=(--master_port "$MASTER_PORT")
+  tell_nodes
   # shellcheck disable=SC2034 # the stages' scripts use it
   read -ra data <<<"$DATA"
   local stage
@@ -175,6 +176,26 @@ prepare() {
 # attend: adds ATTENTION to the array `command`; sdpa is every program's own.
 attend() {
   [[ $ATTENTION == sdpa ]] || command+=(--attn_implementation "$ATTENTION")
+}
+
+# DeepSpeed's launcher hands other nodes the variables of Python, NCCL and few more; the others that a stage reads come
+# from the file that DS_ENV_FILE names. It is written here, unless DS_ENV_FILE is set: without secrets, which would show
+# in the nodes' lists of processes, and with the lines of the user's own .deepspeed_env files last, so that they win.
+tell_nodes() {
+  [[ -n $HOSTFILE && $PLAN != 1 && -z ${DS_ENV_FILE:-} ]] || return 0
+  mkdir -p "$OUTPUT"
+  DS_ENV_FILE=$(cd "$OUTPUT" && pwd)/.deepspeed_env
+  export DS_ENV_FILE
+  local name value
+  {
+    while read -r name; do
+      value=${!name}
+      [[ $value != *$'\n'* ]] || continue # the file has one variable a line
+      printf '%s=%s\n' "$name" "$value"
+    done < <(compgen -e | grep -E '^(OMP_NUM_THREADS$|DS_ACCELERATOR$|(HF|WANDB|NCCL|GLOO|PYTORCH|TORCH)_)' |
+      grep -vE 'TOKEN|KEY|SECRET|PASSWORD') | sed 's/[\\"$`]/\\&/g' # the launcher puts values in double quotes
+    cat ~/.deepspeed_env .deepspeed_env 2>/dev/null || true
+  } | grep . >"$DS_ENV_FILE" || true # an empty line would stop the launcher
 }
 
 # The first NUM_GPUS of CUDA_VISIBLE_DEVICES, all where NUM_GPUS is empty.

@@ -6,8 +6,7 @@
 # price). Nothing runs, and everything is shown and priced, with PLAN=1.
 # Launch:   PLAN=1 bash training_scripts/run_7b.sh
 #           OPENAI_API_KEY=... bash training_scripts/run_7b.sh [OUTPUT] [ZERO_STAGE]
-# Several nodes with a shared file system: HOSTFILE=hostfile bash training_scripts/run_7b.sh (DeepSpeed hands the nodes
-# Python's and NCCL's variables; others that they need, such as HF_HOME, are lines of ~/.deepspeed_env).
+# Several nodes with a shared file system: HOSTFILE=hostfile bash training_scripts/run_7b.sh (docs/clusters.md).
 # A stopped run goes on where it was when it is started again; finished stages are skipped.
 
 # ---- variables: those mostly changed; recipe.sh has all, with the paper's learning rates and batch sizes ----
