@@ -123,7 +123,7 @@ def generate(
     )
     # transformers fills what a config leaves open from the model's own: a checkpoint's top_p would slip in.
     model.generation_config = config
-    return model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus)
+    return model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus)  # type: ignore[operator]
 
 
 def answers(
@@ -147,7 +147,7 @@ def answers(
             content = response[:-1] if ended else response
             whole = tokenizer.decode([*prompt, *content], clean_up_tokenization_spaces=False)
             text = whole[len(tokenizer.decode(prompt, clean_up_tokenization_spaces=False)) :]
-            yield Answer(prompt, response, text, ended)
+            yield Answer(prompt, response, str(text), ended)
 
 
 def seeded_answers(

@@ -131,7 +131,7 @@ class BatchRunner(Asker):
         """This folder's name in the batches' metadata, and the batches of earlier runs that are not merged yet."""
         self.files.mkdir(exist_ok=True)
         self.folder.repair(self.steps)
-        run_id, chunks = "", {}
+        run_id, chunks = "", dict[int, Chunk]()
         for _, line in read_jsonl(self.steps) if self.steps.exists() else ():
             if "run" in line:
                 run_id = line["run"]
@@ -348,9 +348,9 @@ class BatchRunner(Asker):
                         raise error
                 self.on_outcome(self)
 
-    async def _take(self, chunk: Chunk, line: bytes):
+    async def _take(self, chunk: Chunk, text: bytes):
         try:
-            line = parse_json(line)
+            line = parse_json(text)
             custom_id = line["custom_id"]
             error, response = line.get("error"), line.get("response")
             if not isinstance(custom_id, str) or not isinstance(response, dict | None):

@@ -153,8 +153,8 @@ class Dispatcher(Asker):
         workers = [loop.create_task(self._work(source, alone=number == 0)) for number in range(count)]
         with on_stop_signals(lambda name: self._on_signal(workers, name)):
             stopped = loop.create_task(self.stopping.wait())
-            everything = asyncio.gather(*workers)
-            await asyncio.wait({stopped, everything}, return_when=asyncio.FIRST_COMPLETED)
+            everything: asyncio.Future = asyncio.gather(*workers)
+            await asyncio.wait([stopped, everything], return_when=asyncio.FIRST_COMPLETED)
             if self.stopping.is_set():
                 await asyncio.wait(workers, timeout=self.limits.grace)
                 for worker in workers:

@@ -17,7 +17,8 @@ def heatmap_png(path: str | Path, texts: Sequence[TokenScores], width: float = 9
     axes.set_axis_off()
     measure = figure.canvas.get_renderer()
     line = font_size * 1.9 / 72 * figure.dpi
-    right, x, y, drawn = width * figure.dpi - 20, 20.0, 20.0, []
+    right, x, y = width * figure.dpi - 20, 20.0, 20.0
+    drawn: list[tuple[float, float, str, float, float | None]] = []
 
     def extent(text: str, size: float) -> float:
         # Matplotlib measures no trailing space, so a mark is measured along and taken off again.
@@ -100,7 +101,7 @@ def _figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=160, facecolor=[channel / 255 for channel in LIGHT.paper])
+    figure = Figure(figsize=(width, height), dpi=160, facecolor=f"#{bytes(LIGHT.paper).hex()}")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 
