@@ -148,7 +148,8 @@ class Checkpoints:
 def generator_states() -> dict[str, Any]:
     """The state of every random generator of this process."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     return {
         "torch": torch.get_rng_state(),
         "device": get_accelerator().get_rng_state(),

@@ -125,7 +125,7 @@ def freeze(model: PreTrainedModel, config: dict, runtime: Runtime) -> DeepSpeedE
     model.requires_grad_(False)
     model.eval()
     if config["zero_optimization"]["stage"] != 3:
-        return model.to(runtime.device)
+        return model.to(runtime.device)  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine

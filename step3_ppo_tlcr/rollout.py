@@ -13,7 +13,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from deepspeed_chat_tlcr.decode import decode
 from deepspeed_chat_tlcr.errors import InputError, told
-from deepspeed_chat_tlcr.generation import Decoding, generate, left_pad, response_mask
+from deepspeed_chat_tlcr.generation import Decoding, Ends, generate, left_pad, response_mask
 from deepspeed_chat_tlcr.graphs import GraphedLoop
 from deepspeed_chat_tlcr.operators import load_operator
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -165,7 +165,7 @@ class HybridRollout(_EngineRollout):
 
 
 def agrees(
-    rollouts: RolloutEngine, logits_of: Callable[[Rollout], torch.Tensor], request: RolloutRequest, eos_id: int
+    rollouts: RolloutEngine, logits_of: Callable[[Rollout], torch.Tensor], request: RolloutRequest, eos_id: Ends
 ) -> bool:
     """Whether a rollout engine's first greedy tokens are those that the training forward finds likeliest, on all ranks.
 

@@ -213,7 +213,7 @@ class Trainer(ABC):
         logits = action_logits(self.models.actor, batch.rollout)
         logprobs = self.logprobs(logits, batch.rollout)
         if batch.old_logprobs is None:
-            frozen = {"old_logprobs": logprobs.detach()}
+            frozen: dict[str, Any] = {"old_logprobs": logprobs.detach()}
             if self.whole != self.decoding:
                 frozen["whole_logprobs"] = self.whole_logprobs(logits.detach(), batch.rollout)
             batch = replace(batch, **frozen)
