@@ -1,5 +1,6 @@
 """Resumable checkpoints of several DeepSpeed engines: whole or absent, never half."""
 
+import contextlib
 import hashlib
 import pickle
 import random
@@ -139,6 +140,8 @@ class Checkpoints:
             for path in (self.folder / f"step-{step}" for step in self.steps()):
                 (path / _STATE).unlink()  # half deleted it must not be taken for whole
                 shutil.rmtree(path)
+            with contextlib.suppress(OSError):  # something else is in it
+                self.folder.rmdir()
         torch.distributed.barrier()
 
 

@@ -61,18 +61,6 @@ def exits_cleanly(main: Callable) -> Callable:
     return wrapped
 
 
-def as_program(main: Callable[[], None]) -> Callable[[], None]:
-    """A stage's ``main`` as a process of its own, script or console command, which ends well (``runtime.leave``)."""
-
-    def program() -> None:
-        main()
-        from deepspeed_chat_tlcr.runtime import leave
-
-        leave()
-
-    return program
-
-
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because a process at its other end died."""
     # NCCL's errors have a class of their own, Gloo's are known by their text.

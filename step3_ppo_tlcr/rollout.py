@@ -3,7 +3,6 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -20,9 +19,7 @@ from deepspeed_chat_tlcr.operators import load_operator
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.experience import Rollout
-
-if TYPE_CHECKING:
-    from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.options import Options
 
 _PAGE = 64  # tokens of one page of the continuous batching's cache
 _CHECKED_TOKENS = 8  # greedy tokens that the hybrid engine must get right
@@ -198,7 +195,7 @@ def hybrid_obstacle(runtime: Runtime) -> str | None:
 
 
 def make_rollouts(
-    options: "Options",
+    options: Options,
     runtime: Runtime,
     engine: DeepSpeedEngine,
     tokenizer: PreTrainedTokenizerFast,
