@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import patience
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 FLAGS = [
@@ -34,7 +35,7 @@ class Tab:
         number = next(self.numbers)
         self.socket.send(json.dumps({"id": number, "method": method, "params": parameters}))
         while True:
-            message = json.loads(self.socket.recv(timeout=30))
+            message = json.loads(self.socket.recv(timeout=patience(30)))
             if message.get("method") in ("Log.entryAdded", "Runtime.exceptionThrown"):
                 self.complaints.append(message["params"])
             if message.get("id") == number:
@@ -60,7 +61,7 @@ class Tab:
 
     def until(self, condition: str, seconds: float = 20.0):
         """Wait for a condition in the page."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + patience(seconds)
         while not self.run(condition):
             if time.monotonic() > deadline:
                 raise TimeoutError(condition)
@@ -112,7 +113,7 @@ def browsing(downloads: Path | None = None) -> Iterator[Tab]:
 
 
 def wait_for_port(file: Path, process: subprocess.Popen, seconds: float = 60.0) -> int:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + patience(seconds)
     while time.monotonic() < deadline:
         if process.poll() is not None:
             pytest.skip(f"Chromium does not start here (exit status {process.returncode})")

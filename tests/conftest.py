@@ -143,6 +143,11 @@ def in_process(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
+def patience(seconds: float) -> float:
+    """A limit for what takes at most ``seconds`` on an idle machine: it grows with how many wait for a processor."""
+    return seconds * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
     """Run an entry point: plainly with Python, or with ``ranks`` under the DeepSpeed launcher."""
     command = [sys.executable]
@@ -152,7 +157,7 @@ def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) 
         command += [launcher, "--num_accelerators", str(ranks), "--master_port", port]
     command += [str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=patience(300))
     if check:
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done

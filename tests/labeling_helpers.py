@@ -8,6 +8,8 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+from conftest import patience
+
 from labeling.main import main
 
 ROOT = Path(__file__).parents[1]
@@ -50,7 +52,13 @@ def flag(name: str, value) -> list:
 
 
 def arguments(data: Path, url: str | None, output: Path, **options) -> list[str]:
-    given = {"model": "gpt-4-0125-preview", "data_split": "0,10,0", "concurrency": 16, "timeout": 2, **options}
+    given = {
+        "model": "gpt-4-0125-preview",
+        "data_split": "0,10,0",
+        "concurrency": 16,
+        "timeout": patience(2),
+        **options,
+    }
     urls = ["--base_url", url] if url else []
     flags = [str(part) for name, value in given.items() for part in flag(name, value)]
     return ["--data_path", str(data), *urls, "--output_dir", str(output), *flags]

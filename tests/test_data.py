@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, byte_level_tokenizer, preferences, shared, write_jsonl
+from conftest import ROOT, byte_level_tokenizer, patience, preferences, shared, write_jsonl
 from datasets import Dataset, DatasetDict
 from fake_hub import fake_hub
 
@@ -252,7 +252,9 @@ def on_the_hub(program: str, endpoint: str, home: Path, offline: bool = False) -
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
     environment |= {"HF_DATASETS_OFFLINE": "1"} if offline else {}
-    return subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=patience(60)
+    )
 
 
 def test_hub_data_sets_as_files_and_as_a_former_script(tmp_path):
@@ -875,7 +877,7 @@ def test_ranks_that_start_together_read_the_same(tmp_path):
     command = [sys.executable, "-c", program, str(tmp_path / "data.jsonl"), str(tmp_path / "shared")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}
     ranks = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
-    answers = [rank.communicate(timeout=60)[0] for rank in ranks]
+    answers = [rank.communicate(timeout=patience(60))[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0, 0]
     assert len(set(answers)) == 1
     assert len(list((tmp_path / "shared").glob("*.arrow"))) == 1

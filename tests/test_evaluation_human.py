@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 from chromium import browsing
-from conftest import write_jsonl
+from conftest import patience, write_jsonl
 
 from deepspeed_chat_tlcr.pictures import visible
 from evaluation.human import count, make
@@ -91,7 +91,7 @@ def test_vote_reload_go_on_export_in_a_browser(tmp_path):
         tab.until("!document.getElementById('end').hidden")
         tab.press("e")
         file = tmp_path / "votes-ann.json"
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + patience(20)
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         time.sleep(0.1)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, patience
 
 from deepspeed_chat_tlcr.records import Preference, read_jsonl
 from evaluation.iterated import main as report
@@ -64,7 +64,7 @@ def test_a_round_goes_on_from_the_one_before(tmp_path):
     own = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {"PATH": own, "HOME": str(tmp_path), "PLAN": "1", "ROUNDS": "2"}
     script = ["bash", str(ROOT / "training_scripts" / "run_iterated.sh"), "run"]
-    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
     assert done.returncode == 0, done.stderr
     commands = [shlex.split(line) for line in done.stdout.replace("\\\n", " ").splitlines() if ".py" in line]
 

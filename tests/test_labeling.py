@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import patience
 
 from deepspeed_chat_tlcr.records import read_revisions
 from labeling.merge import main as merge
@@ -30,7 +31,7 @@ def pairs(tmp_path_factory):
 def test_every_pair_has_one_outcome_under_every_fault(pairs, tmp_path, capsys):
     log, output = tmp_path / "log", tmp_path / "out"
     with fault_server(log, **FAULTS, **ANSWERS, always_bad="w7,w8") as url:
-        assert label(pairs, url, output, attempts=4, timeout=1) == 0
+        assert label(pairs, url, output, attempts=4, timeout=patience(1)) == 0
     revisions, failures = list(read_revisions(output / "revisions.jsonl")), lines(output / "failures.jsonl")
     run = run_json(output)
     assert set(ids(output).values()) == {1}
@@ -91,7 +92,7 @@ def test_killed_at_random_moments_nothing_is_lost_or_paid_twice(pairs, tmp_path)
         with (killed / "revisions.jsonl").open("a") as file:
             file.write('{"id": "torn')
         process = start(pairs, url, killed, concurrency=concurrency)
-        text = process.communicate(timeout=120)[0]
+        text = process.communicate(timeout=patience(120))[0]
     assert process.returncode == 0, text
     assert kills >= 3
     assert "removed a torn last line of 12 bytes" in text
@@ -119,7 +120,7 @@ def test_a_stop_signal_keeps_what_is_in_flight_and_can_be_continued(pairs, tmp_p
             while len(lines(log)) == before:
                 time.sleep(0.02)
             process.send_signal(number)
-            text = process.communicate(timeout=30)[0]
+            text = process.communicate(timeout=patience(30))[0]
             assert process.returncode == 3, text
             assert f"signal {number.name}" in text
             assert sum(ids(output).values()) == len(lines(log))  # every answer that was paid for is there
@@ -138,7 +139,7 @@ def test_a_second_signal_does_not_wait_for_calls_that_hang(pairs, tmp_path):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=10)
+        process.communicate(timeout=patience(10))
     assert process.returncode == 3
     assert run_json(tmp_path / "out")["usd_possibly_billed_without_answer"] > 0
 
@@ -279,7 +280,7 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capsys):
         ]
         time.sleep(0.1)
         commands = [Path(f"/proc/{process.pid}/cmdline").read_text() for process in processes[:3]]
-        texts = [process.communicate(timeout=60)[0] for process in processes]
+        texts = [process.communicate(timeout=patience(60))[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 2, 4]
     assert "[secret]" in texts[1]  # the server did repeat it
     assert label(few, None, tmp_path / "no", api_key_env=KEY) == 2

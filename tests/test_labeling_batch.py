@@ -4,6 +4,7 @@ import signal
 import time
 
 import pytest
+from conftest import patience
 
 from deepspeed_chat_tlcr.records import read_revisions
 from tests.labeling_helpers import KEY, fault_server, ids, label, lines, run_json, start, write_pairs
@@ -132,7 +133,7 @@ def test_a_stop_signal_leaves_batches_to_the_next_run(tmp_path):
         while not any(line["got"] == "batch" for line in lines(log)):
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
-        text = process.communicate(timeout=20)[0]
+        text = process.communicate(timeout=patience(20))[0]
         assert process.returncode == 3, text
         assert run_json(output)["stopped"] == "signal SIGTERM"
         assert label(few, url, output, **QUICK) == 0

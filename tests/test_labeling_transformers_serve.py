@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from conftest import patience
 
 from tests.conftest import byte_level_tokenizer, tiny_llama
 from tests.labeling_helpers import ids, label, lines, run_json, write_pairs
@@ -36,7 +37,7 @@ def served(tmp_path_factory):
     log = (folder / "log").open("w+")
     process = subprocess.Popen([sys.executable, "-c", start, *flags], stdout=log, stderr=subprocess.STDOUT)
     try:
-        deadline = time.time() + START_SECONDS
+        deadline = time.time() + patience(START_SECONDS)
         while time.time() < deadline and process.poll() is None:
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, patience
 
 ADDRESSES = {"tlcr1": "10.77.0.1", "tlcr2": "10.77.0.2"}
 PORT = "2222"
@@ -68,7 +68,7 @@ def nodes(tmp_path):
             stack.callback(server.terminate)
         for address in ADDRESSES.values():
             login = ["ip", "netns", "exec", "tlcr1", programs / "ssh", address, "true"]
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + patience(60)
             while subprocess.run(login, capture_output=True).returncode != 0:
                 assert time.monotonic() < deadline, f"no ssh login at {address}"
                 time.sleep(0.1)
@@ -89,7 +89,7 @@ def test_two_nodes_train_what_two_local_ranks_train(nodes, tiny, tmp_path):
         command = [*prefix, "bash", ROOT / "training_scripts/step1.sh"]
         folder = tmp_path / output
         environment["OUTPUT"] = str(folder)
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patience(400))
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return folder / "step1_sft"
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import patience
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -690,7 +691,7 @@ def test_show_prints_marked_tokens_and_writes_the_page(revisions):
         capture_output=True,
         encoding="utf-8",
         env={**os.environ, "COLUMNS": "70"},
-        timeout=120,
+        timeout=patience(120),
     )
     assert done.returncode == 0, done.stderr
     assert all(safe(character) for character in done.stdout)

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, preferences, write_jsonl
+from conftest import ROOT, patience, preferences, write_jsonl
 from test_families import FAMILIES, LLAMA_LIKE, SIZES
 from transformers import (
     AutoConfig,
@@ -627,7 +627,7 @@ def run_plan(**changes) -> subprocess.CompletedProcess:
     # No key, no home, no cache, and a Python without any installed package.
     bare = environment(**changes) | {"PYTHONPATH": str(ROOT), "PATH": os.defpath}
     command = [sys.executable, "-S", "-m", "training_scripts.planning.plan"]
-    return subprocess.run(command, env=bare, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    return subprocess.run(command, env=bare, capture_output=True, text=True, cwd=ROOT, timeout=patience(60))
 
 
 def test_plan_needs_no_package_key_or_network():

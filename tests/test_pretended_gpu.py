@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch, write_jsonl
+from conftest import ROOT, launch, patience, write_jsonl
 from transformers import AutoModelForTokenClassification
 
 from deepspeed_chat_tlcr.metrics import read_metrics
@@ -88,7 +88,7 @@ def on_gpu(tiny: Path, made: Path, output: Path, names: list[str], kill_after: d
     log.touch()
     command = [sys.executable, ROOT / "tests" / "two_ranks.py", json.dumps(runs), log]
     environment = os.environ | {"PRETENDED_GPU": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patience(900))
     said = log.read_text(errors="replace")
     assert done.returncode == 0, done.stderr[-3000:]
     statuses = json.loads(done.stdout.splitlines()[-1])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, shared
+from conftest import ROOT, patience, shared
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from evaluation.qa_feedback import rate_with_error
@@ -49,7 +49,9 @@ def planned(output: Path, data: Path) -> list[list[str]]:
     variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     variables |= {name: str(value) for name, value in {**TINY, "PLAN": 1, "QA_FEEDBACK": data}.items()}
     script = ["bash", str(ROOT / "training_scripts" / "run_qa_feedback.sh"), str(output)]
-    done = subprocess.run(script, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        script, env=os.environ | variables, cwd=ROOT, capture_output=True, text=True, timeout=patience(60)
+    )
     assert done.returncode == 0, done.stderr
     found = []
     for line in done.stdout.replace("\\\n", " ").splitlines():
@@ -71,7 +73,7 @@ def finished(tmp_path_factory) -> Path:
     commands = planned(folder / "run", data)
     environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     forks = [sys.executable, "-c", FORKS, json.dumps(commands), str(folder / "log")]
-    done = subprocess.run(forks, env=environment, cwd=ROOT, timeout=300, capture_output=True, text=True)
+    done = subprocess.run(forks, env=environment, cwd=ROOT, timeout=patience(300), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr + (folder / "log").read_text()[-3000:]
     stages = [program.split("/")[0] for program, *_ in commands]
     assert stages == [
@@ -111,7 +113,7 @@ def test_the_report_holds_what_the_chain_was_run_for(finished):
 def test_a_method_that_is_none_is_named(tmp_path):
     script = ["bash", str(ROOT / "training_scripts" / "run_qa_feedback.sh"), str(tmp_path)]
     environment = os.environ | {"PLAN": "1", "MORE_METHODS": "grpo"}
-    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(script, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=patience(60))
     assert done.returncode == 2
     assert 'MORE_METHODS: "grpo" is none of ppo_seq' in done.stderr
 

@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, preferences, write_jsonl
+from conftest import ROOT, patience, preferences, write_jsonl
 from deepspeed.launcher.multinode_runner import PDSHRunner
 from test_plan import PAPER
 
@@ -43,7 +43,7 @@ def run(script, *arguments, path=None, cwd=ROOT, timeout=120, **variables) -> su
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patience(timeout),
     )
 
 
@@ -695,7 +695,7 @@ def test_background_server_ends_with_its_script(tmp_path, how):
     if how == "interrupted":
         os.kill(server, 0)
         process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == (5 if how == "finished" else -signal.SIGTERM)
+    assert process.wait(timeout=patience(30)) == (5 if how == "finished" else -signal.SIGTERM)
     with pytest.raises(ProcessLookupError):
         os.kill(server, 0)
 
@@ -730,9 +730,9 @@ def test_sigterm_ends_the_stage_with_its_script(tmp_path):
         process = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
         call, _ = silent.accept()
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=30) == -signal.SIGTERM
+        assert process.wait(timeout=patience(30)) == -signal.SIGTERM
         # The pipe ends when nothing that the script started is left.
-        assert "the same command continues" in process.communicate(timeout=30)[0]
+        assert "the same command continues" in process.communicate(timeout=patience(30))[0]
         call.close()
     assert "the same command continues" in (tmp_path / "out" / "labeling" / "training.log").read_text()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, bytes_of_tensors
+from conftest import ROOT, bytes_of_tensors, patience
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -283,13 +283,13 @@ def test_sigterm_ends_the_program_with_status_0(tiny, tmp_path):
     command = [sys.executable, ROOT / "step1_sft" / "main.py", *arguments]
     with (tmp_path / "log.txt").open("w") as log:
         running = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": ROOT})
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + patience(240)
         while not read_metrics(tmp_path / "metrics.jsonl"):
             assert running.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
         running.send_signal(signal.SIGTERM)
-        assert running.wait(timeout=60) == 0
+        assert running.wait(timeout=patience(60)) == 0
     assert "resume with the same command" in (tmp_path / "log.txt").read_text()
     assert newest_checkpoint(tmp_path) is not None
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import external_world
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import ROOT, patience
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.locking import lock
@@ -340,7 +340,7 @@ def test_a_killed_study_leaves_no_step_running_and_two_do_not_share_a_folder(tmp
     code += "t.schedule.run(t.Store(sys.argv[3]), [t.Step('slow', 'study_steps.py', t.flags(sleep=60))], 1, 'test')"
     study = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path)])
     note = ran(store, slow)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(120)
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     child = int(note.read_text().split()[1])
@@ -524,7 +524,7 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
         *("--scorer", "python:external_world:score", "--scale", *(f"{name}={size}" for name, size in sizes.items())),
     ]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(300))
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
     found = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -551,12 +551,12 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
     packed = tmp_path / "known.json.gz"
     packed.write_bytes(gzip.compress((tmp_path / "out" / "known.json").read_bytes()))
     command += ["--known", str(packed)]
-    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(60))
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "there" / "results.json").read_text()) == found
     assert not list((tmp_path / "there").glob("artefacts/*"))
     command[-1] = str(pairs)
-    wrong = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    wrong = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(60))
     assert "not a known.json" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     packed.write_bytes(packed.read_bytes()[:99])

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, patience, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from deepspeed_chat_tlcr.data.formats import ChatRecords
@@ -437,7 +437,7 @@ def test_the_endpoint_says_what_it_cannot_do(client, change, status, says):
 
 def run_testbed(*arguments, **kwargs) -> subprocess.CompletedProcess:
     command = [sys.executable, str(ROOT / "testbed" / "main.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=patience(120), **kwargs)
 
 
 def test_data_holds_prompts_and_answers_and_nothing_else(tmp_path):
@@ -523,14 +523,14 @@ def test_serve_runs_until_it_is_terminated(tmp_path):
         "me",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + patience(60)
         while not port_file.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         url = f"http://127.0.0.1:{int(port_file.read_text())}/v1"
         with openai.OpenAI(base_url=url, api_key="none") as client:
             assert [model.id for model in client.models.list()] == ["me"]
         server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=20) == 0
+        assert server.wait(timeout=patience(20)) == 0
         assert url in server.stdout.read()
 
 

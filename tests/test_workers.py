@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, write_jsonl
+from conftest import ROOT, launch, patience, write_jsonl
 from evaluation_helpers import other_model, read_lines, reward_model
 
 from deepspeed_chat_tlcr import workers
@@ -125,7 +125,7 @@ def test_processes_end_with_a_killed_parent(tmp_path):
     children = [int(next(line for line in parent.stdout if line.strip().isdigit())) for _ in range(2)]
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + patience(60)
     while any(Path(f"/proc/{child}").exists() for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.05)

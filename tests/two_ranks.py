@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from conftest import patience
+
 if os.environ.get("PRETENDED_GPU"):
     from pretended import gpu
 
@@ -39,7 +41,7 @@ def start(program: str, arguments: list[str], ranks: int, log: Path, port: str) 
 
 
 def kill(processes: list[int], metrics: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + patience(120)
     while not any(line["step"] >= step for line in read_metrics(metrics)):
         if time.monotonic() > deadline or os.waitpid(processes[0], os.WNOHANG)[0]:
             sys.exit(f"{metrics}: ended before step {step}")
