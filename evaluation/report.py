@@ -19,47 +19,23 @@ EXIT_STOPPED, EXIT_MISSING = 3, 4
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the evaluation: its folder, its heading, how it is drawn, and what to run where it is missing."""
+    """A part of the evaluation: its folder, its heading, how it is drawn, and its program where it has another name."""
 
     folder: str
     heading: str
     draw: Callable[[dict], Html]
     facts: Callable[[dict], list]  # what was measured, on how many items, by which judge, US$
-    command: str
+    program: str = ""
 
 
 PARTS = [
-    Part("mt_bench", "MT-Bench", sections.mt_bench, sections.mt_bench_facts, "evaluation/mt_bench.py"),
-    Part(
-        "alpaca_eval",
-        "AlpacaEval and head to head",
-        sections.alpaca_eval,
-        sections.alpaca_eval_facts,
-        "evaluation/alpaca_eval.py",
-    ),
-    Part("human", "Human votes", sections.human, sections.human_facts, "evaluation/human/make.py, then count.py,"),
-    Part(
-        "reward_scores",
-        "Reward scores",
-        sections.reward_scores,
-        sections.reward_scores_facts,
-        "evaluation/reward_scores.py",
-    ),
-    Part("curves", "Training curves", sections.curves, sections.curves_facts, "evaluation/curves.py"),
-    Part(
-        "discriminator",
-        "Discriminator",
-        discriminator_chapter.chapter,
-        discriminator_chapter.facts,
-        "evaluation/discriminator.py",
-    ),
-    Part(
-        "side_by_side",
-        "Answers side by side",
-        sections.side_by_side,
-        sections.side_by_side_facts,
-        "evaluation/side_by_side.py",
-    ),
+    Part("mt_bench", "MT-Bench", sections.mt_bench, sections.mt_bench_facts),
+    Part("alpaca_eval", "AlpacaEval and head to head", sections.alpaca_eval, sections.alpaca_eval_facts),
+    Part("human", "Human votes", sections.human, sections.human_facts, "human/make.py, then count.py,"),
+    Part("reward_scores", "Reward scores", sections.reward_scores, sections.reward_scores_facts),
+    Part("curves", "Training curves", sections.curves, sections.curves_facts),
+    Part("discriminator", "Discriminator", discriminator_chapter.chapter, discriminator_chapter.facts),
+    Part("side_by_side", "Answers side by side", sections.side_by_side, sections.side_by_side_facts),
 ]
 
 
@@ -70,7 +46,11 @@ def refresh_report(out: str | Path) -> Path:
     chapters: list[tuple[str, Html]] = [("What was measured", overview(found))]
     for part in PARTS:
         results = found[part.folder]
-        drawn = part.draw(results) if results else paragraph(f"Missing: not run. {part.command} measures it.", "quiet")
+        drawn = (
+            part.draw(results)
+            if results
+            else paragraph(f"Missing: not run. evaluation/{part.program or part.folder + '.py'} measures it.", "quiet")
+        )
         chapters.append((part.heading, drawn))
     lead = cards(items) if (items := sections.headline(found)) else Html("")
     names = dict.fromkeys(name for results in found.values() if results for name in results.get("models", ()))
