@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.generation import Decoding, answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
@@ -269,7 +269,12 @@ def read_results(run: Path) -> dict[str, dict]:
     for name, path in names.items():
         if not (run / path).is_file():
             raise InputError(f"{run / path} is not there: the {name} stage of run_qa_feedback.sh has not finished")
-    return {name: read_json(run / path) for name, path in names.items()}
+    found = {name: read_json(run / path) for name, path in names.items()}
+    for name, path in names.items():
+        with reading(run / path, f"run the {name} stage again"):
+            wanted = {"data": ("train_prompts", "parameters"), "audit": ("agreement_with_people",)}
+            [found[name][key] for key in wanted.get(name, ("seconds",))]
+    return found
 
 
 def report(argv: Sequence[str]) -> None:

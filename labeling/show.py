@@ -15,6 +15,7 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.arguments import Parser
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     DARK,
@@ -37,9 +38,7 @@ from labeling.token_labels import WHOLE, label_revision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Show revisions with each token coloured by its label.", allow_abbrev=False
-    )
+    parser = Parser(description="Show revisions with each token coloured by its label.", allow_abbrev=False)
     parser.add_argument("revisions", help="revisions.jsonl, as labeling/main.py writes it")
     parser.add_argument("--tokenizer", required=True, help="folder or hub name: labels belong to its tokens")
     parser.add_argument("--limit", type=int, default=20, help="how many revisions to show; 0: all (default: 20)")
@@ -48,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--theme", choices=["auto", "light", "dark"], default="auto", help="the terminal's background (default: auto)"
     )
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def revision_sample(tokenizer: PreTrainedTokenizerFast, revision: Revision, max_length: int = WHOLE) -> Sample:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
@@ -138,7 +138,11 @@ def stage_results(run: Path) -> dict[str, dict]:
     for name, path in names.items():
         if not (run / path).is_file():
             raise InputError(f"{run / path} is not there: the {name} stage has not finished")
-    return {name: read_json(run / path) for name, path in names.items()}
+    found = {name: read_json(run / path) for name, path in names.items()}
+    for name, path in names.items():
+        with reading(run / path, f"run the {name} stage again"):
+            float(found[name]["seconds"])
+    return found
 
 
 def print_table(results: dict) -> None:
