@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from deepspeed_chat_tlcr.bars import lines_instead_of_bars
+
 EXIT_INPUT, EXIT_RUN, EXIT_INTERRUPTED = 2, 1, 130
 
 
@@ -25,7 +27,7 @@ class SaveError(RunError):
 
 
 def exits_cleanly(main: Callable) -> Callable:
-    """Wrap an entry point: an ``InputError`` becomes one line on stderr and exit code 2, without a traceback.
+    """Wrap an entry point: in a log its bars are lines, and an ``InputError`` becomes one line on stderr and exit code 2, without a traceback.
 
     So does a file that cannot be used, whichever code met it. A ``RunError``, a full disk, too little memory or a lost
     rank: one message and exit code 1. A reader that has seen enough (``| head``) ends the program without a word.
@@ -33,6 +35,7 @@ def exits_cleanly(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        lines_instead_of_bars()
         try:
             return main(*args, **kwargs)
         except InputError as error:

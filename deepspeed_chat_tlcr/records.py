@@ -85,6 +85,20 @@ def require_file(path: str | Path) -> Path:
     return path
 
 
+def require_new_file(flag: str, path: str | Path, *inputs: str | Path) -> None:
+    """Raise ``InputError`` before any work for a file that cannot be written, or that is one of the ``inputs``."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{flag} {path}: is a directory; name a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{flag} {path}: {path.parent} is no directory")
+        if path.exists() and any(path.samefile(one) for one in inputs if Path(one).exists()):
+            raise InputError(f"{flag} {path}: is the file that is read; it would be overwritten")
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+
+
 def read_json(path: str | Path) -> Any:
     """The one JSON document of a file. Raises ``InputError`` naming the file where it cannot be read or is none."""
     path = require_file(path)

@@ -32,7 +32,7 @@ from deepspeed_chat_tlcr.pictures import (
     visible,
     write_page,
 )
-from deepspeed_chat_tlcr.records import Revision, read_revisions
+from deepspeed_chat_tlcr.records import Revision, read_revisions, require_new_file
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from labeling.token_labels import WHOLE, label_revision
 
@@ -108,6 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("limit", "max_length"):
         if getattr(options, name) < 0:
             raise InputError(f"--{name} {getattr(options, name)}: must be 0 or more")
+    if options.html:
+        require_new_file("--html", options.html, options.revisions)
     tokenizer = load_tokenizer(options.tokenizer)
     # A terminal without UTF-8 gets question marks rather than an error.
     sys.stdout.reconfigure(errors="replace")
