@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
@@ -52,7 +52,7 @@ def option(
     allowed, and between ``above`` and ``below``, neither of them; ``least`` is 1 for a whole number whose default is
     above 0, and else 0, unless it is given.
     """
-    metadata = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
+    metadata: dict[str, Any] = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
     metadata |= {"bounds": Bounds(least, most, above, below), "compatibility": compatibility or bool(no_effect)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -173,7 +173,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(RunOptions):
     """model and optimiser"""
 
     model_name_or_path: str = option(MISSING, "model to start from: a local folder or a hub name")
@@ -261,13 +261,28 @@ def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -
         for entry in group.entries:
             kwargs = _argparse_kwargs(entry, hints[entry.name], default_of(options_class, entry))
             shown.add_argument(f"--{entry.name}", *entry.metadata["flags"], **kwargs)
-    options = options_class(**vars(parser.parse(argv)))
+    options: Any = options_class(**vars(parser.parse(argv)))
     require_bounds(options)
-    for entry in fields(options_class):
+    for entry in fields(options):
         reason = entry.metadata["no_effect"]
         if reason and getattr(options, entry.name) != default_of(options_class, entry):
             print(f"warning: --{entry.name} has no effect: {reason}", file=sys.stderr)
     return options
+
+
+def run_command(
+    commands: Mapping[str, Callable[[list[str]], None]], about: str | None, argv: Sequence[str] | None = None
+) -> None:
+    """Call the command that the first word names with the others. Raises ``InputError`` for an unknown one."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    known = ", ".join(commands)
+    if name in ("-h", "--help"):
+        print(f"usage: {Path(sys.argv[0]).name} {{{known}}} … (each with --help)\n\n{about}")
+        return
+    if name not in commands:
+        given = f"unknown command {name!r}" if name else "no command given"
+        raise InputError(f"{given}; known are {known} (each with --help)")
+    commands[name](rest)
 
 
 @dataclass(frozen=True)

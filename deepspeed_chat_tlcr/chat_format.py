@@ -61,7 +61,7 @@ def critic_state_dict(path: str | Path, config: PretrainedConfig, head: str) -> 
 
 def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """A family's token-classification class. Its ``base_model_prefix`` is where it keeps the backbone."""
-    return AutoModelForTokenClassification._model_mapping[type(config)]
+    return AutoModelForTokenClassification._model_mapping[type(config)]  # type: ignore[return-value]
 
 
 def to_chat_critic(

@@ -1,5 +1,6 @@
 """Resumable checkpoints of several DeepSpeed engines: whole or absent, never half."""
 
+import contextlib
 import hashlib
 import pickle
 import random
@@ -141,13 +142,16 @@ class Checkpoints:
             for path in (self.folder / f"step-{step}" for step in self.steps()):
                 (path / _STATE).unlink()  # half deleted it must not be taken for whole
                 shutil.rmtree(path)
+            with contextlib.suppress(OSError):  # something else is in it
+                self.folder.rmdir()
         torch.distributed.barrier()
 
 
 def generator_states() -> dict[str, Any]:
     """The state of every random generator of this process."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     return {
         "torch": torch.get_rng_state(),
         "device": get_accelerator().get_rng_state(),

@@ -94,7 +94,7 @@ def _fingerprint(module: nn.Module) -> str:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
         digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
         if not parameter.requires_grad:
-            digest.update(_held(parameter).detach().contiguous().flatten().view(torch.uint8).cpu().numpy())
+            digest.update(_held(parameter).detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -104,4 +104,4 @@ def _held(parameter: nn.Parameter) -> torch.Tensor:
         return parameter.data
     shard = parameter.ds_tensor.data
     begin = torch.distributed.get_rank() * shard.numel()
-    return shard.flatten()[: max(0, min(shard.numel(), parameter.ds_numel - begin))]
+    return shard.flatten()[: max(0, min(shard.numel(), parameter.ds_numel - begin))]  # type: ignore[attr-defined]

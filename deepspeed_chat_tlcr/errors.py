@@ -27,10 +27,11 @@ class SaveError(RunError):
 
 
 def exits_cleanly(main: Callable) -> Callable:
-    """Wrap an entry point: in a log its bars are lines, and an ``InputError`` becomes one line on stderr and exit code 2, without a traceback.
+    """Wrap an entry point: an ``InputError`` becomes one line on stderr and exit code 2, without a traceback.
 
     So does a file that cannot be used, whichever code met it. A ``RunError``, a full disk, too little memory or a lost
-    rank: one message and exit code 1. A reader that has seen enough (``| head``) ends the program without a word.
+    rank: one message and exit code 1. A reader that has seen enough (``| head``) ends the program without a word. In a
+    log, progress bars are lines.
     """
 
     @functools.wraps(main)
@@ -74,18 +75,6 @@ def exits_cleanly(main: Callable) -> Callable:
             os._exit(EXIT_RUN)
 
     return wrapped
-
-
-def as_program(main: Callable[[], None]) -> Callable[[], None]:
-    """A stage's ``main`` as a process of its own, script or console command, which ends well (``runtime.leave``)."""
-
-    def program() -> None:
-        main()
-        from deepspeed_chat_tlcr.runtime import leave
-
-        leave()
-
-    return program
 
 
 @contextmanager

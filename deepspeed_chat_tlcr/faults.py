@@ -1,10 +1,10 @@
 """What keeps a run of transformers' Trainer usable: whole checkpoints, SIGTERM, losses that are not numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -26,14 +26,21 @@ from deepspeed_chat_tlcr.finite import save_faulty_batch, watch_gradients, weigh
 from deepspeed_chat_tlcr.runtime import Preemption
 from deepspeed_chat_tlcr.saving import write_json
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the class that it is mixed into
 
-class FaultTolerant:
+
+class FaultTolerant(_Trainer):
     """For StageMixin: atomic checkpoints, and updates of those micro-batches whose loss is finite."""
 
     faults_in_a_row = 0  # updates without one such micro-batch
     skipped_updates = 0
     left_out = 0  # micro-batches so far
     finite_batch: dict[str, Any] | None = None  # the newest one of the coming update
+    stage: Any  # the stage's options
+    train_lengths: Sequence[int]
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch. Where its loss is not finite on any rank, it is left out on all and counted.

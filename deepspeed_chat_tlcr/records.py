@@ -10,7 +10,7 @@ import hashlib
 import json
 import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ class Preference:
         """Content hash: the same triple has the same id in every file, shard and run."""
         text = json.dumps([self.prompt, self.chosen, self.rejected], ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def as_pair(self) -> dict[str, str | None]:
+        """What a file of pairs holds of it."""
+        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +118,18 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
+def results_of_stages(run: Path, files: Mapping[str, str], script: str) -> dict[str, dict]:
+    """What a run's stages have written, by stage. Raises ``InputError`` for one that has not finished."""
+    for stage, file in files.items():
+        if not (run / file).is_file():
+            raise InputError(f"{run / file} is not there: the {stage} stage of {script} has not finished")
+    found = {stage: read_json(run / file) for stage, file in files.items()}
+    for stage, file in files.items():
+        if not isinstance(found[stage], dict) or not found[stage]:
+            raise InputError(f"{run / file}: not results that the {stage} stage of {script} wrote; run it again")
+    return found
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield ``(line_number, object)`` of a ``.jsonl`` or ``.jsonl.gz`` file, streaming; blank lines are skipped.
 
@@ -143,6 +159,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                 yield number, record
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{path}: not a complete gzip file ({error})") from None
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> int:
+    """Write a file of JSON lines, whole or not at all, and its folder; returns how many lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        count = sum(1 for record in records if file.write(json.dumps(record, ensure_ascii=False) + "\n"))
+    part.replace(path)
+    return count
 
 
 def read_revisions(path: str | Path) -> Iterator[Revision]:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, record
+from deepspeed_chat_tlcr.arguments import TrainOptions, record
 from deepspeed_chat_tlcr.checkpoints import (
     OTHER_DATA,
     SETTINGS,
@@ -44,10 +44,6 @@ from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import save_model, write_json
 from deepspeed_chat_tlcr.tokenization import TokenizedExample
-
-
-class StageOptions(TrainOptions, RunOptions):
-    """What ``train`` reads; the stages' own options inherit both groups."""
 
 
 def pad_examples(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -123,7 +119,7 @@ class StageMixin(FaultTolerant):
     """This library's optimiser, length-grouped batches and checkpoints for transformers' Trainer and its kind."""
 
     def __init__(
-        self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], tokens_at_once: int = 0, **kwargs: Any
+        self, *args: Any, stage: TrainOptions, train_lengths: Sequence[int], tokens_at_once: int = 0, **kwargs: Any
     ):
         self.stage, self.train_lengths, self.tokens_at_once = stage, train_lengths, tokens_at_once
         super().__init__(*args, **kwargs)
@@ -140,7 +136,7 @@ class StageMixin(FaultTolerant):
         return self.optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
-        schedule = super().create_scheduler(*args, **kwargs)
+        schedule: Any = super().create_scheduler(*args, **kwargs)
         self.rates = Rates(self.optimizer, schedule)
         return schedule
 
@@ -149,7 +145,7 @@ class StageMixin(FaultTolerant):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate may have wrapped it
-            self.rates.restore(self.model_wrapped.optimizer, schedule)
+            self.rates.restore(self.model_wrapped.optimizer, schedule)  # type: ignore[arg-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args
@@ -206,7 +202,7 @@ class _Bar(ProgressCallback):
             self.training_bar.write(f"epoch {logs['epoch']:.2g}: " + "  ".join(shown))
 
 
-def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
+def stage_config(options: TrainOptions, runtime: Runtime) -> dict[str, Any]:
     """The DeepSpeed config of a stage that trains one model.
 
     Raises ``InputError`` for attention kernels or positions that are not there, before anything loads.
@@ -225,7 +221,7 @@ def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     )
 
 
-def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> None:
+def require_batch(options: TrainOptions, runtime: Runtime, examples: int) -> None:
     """Raise ``InputError`` for sizes that cannot make one optimiser step."""
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * runtime.world_size
     if examples < batch:
@@ -237,7 +233,7 @@ def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> Non
 
 
 def training_arguments(
-    options: StageOptions,
+    options: TrainOptions,
     runtime: Runtime,
     config: dict[str, Any] | None,
     kind: type[TrainingArguments] = TrainingArguments,
@@ -276,7 +272,7 @@ def training_arguments(
     )
 
 
-def prepare_model(model: PreTrainedModel, options: StageOptions) -> PreTrainedModel:
+def prepare_model(model: PreTrainedModel, options: TrainOptions) -> PreTrainedModel:
     """Gradient checkpointing and LoRA, as the flags say."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

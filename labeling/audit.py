@@ -100,7 +100,7 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
             ["the same text for the same pair again", summary["repeated_revisions"]],
         ],
     )
-    result = [
+    result: list[tuple[str, object]] = [
         ("Overview", join([charts, columns(counts, spread)])),
         ("Words", words),
         ("What to look at", doubts),

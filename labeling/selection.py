@@ -81,7 +81,8 @@ def select(preferences: Preferences, shard: Shard) -> Selection:
     places = np.flatnonzero(mine)
     _, first = np.unique(ids[places], return_index=True)
     places, duplicates = places[np.sort(first)], len(places) - len(first)
-    return Selection(order[places], ids[places], duplicates, *sizes, f"{len(order)} pairs, sha256 {digest}")
+    fingerprint = f"{len(order)} pairs, sha256 {digest}"
+    return Selection(order[places], ids[places], duplicates, sizes[0], sizes[1], sizes[2], fingerprint)
 
 
 def to_ask(selection: Selection, state: State, samples: int, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -112,9 +112,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_new_file("--html", options.html, options.revisions)
     tokenizer = load_tokenizer(options.tokenizer)
     # A terminal without UTF-8 gets question marks rather than an error.
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     console = Console(highlight=False, soft_wrap=False)
-    counts, shown, parts = Counter(), 0, []
+    counts: Counter = Counter()
+    shown, parts = 0, []
     for sample, reasoning in samples(options, tokenizer):
         show(console, sample, options.theme)
         counts.update(value for text in sample.texts for value in text.values)

@@ -5,7 +5,8 @@ deepspeed step1_sft/main.py --model_name_or_path MODEL --data_path DATA --output
 
 from collections.abc import Sequence
 
-from deepspeed_chat_tlcr.errors import as_program, exits_cleanly
+from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.programs import as_program
 from step1_sft.options import Options, parse_args
 
 __all__ = ["Options", "main", "parse_args"]

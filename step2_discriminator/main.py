@@ -5,7 +5,8 @@ deepspeed step2_discriminator/main.py --model_name_or_path MODEL --revisions rev
 
 from collections.abc import Sequence
 
-from deepspeed_chat_tlcr.errors import as_program, exits_cleanly
+from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.programs import as_program
 from step2_discriminator.options import Options, parse_args
 
 __all__ = ["Options", "main", "parse_args"]

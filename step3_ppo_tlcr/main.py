@@ -6,7 +6,8 @@ deepspeed step3_ppo_tlcr/main.py --actor_model_name_or_path SFT --critic_model_n
 
 from collections.abc import Sequence
 
-from deepspeed_chat_tlcr.errors import as_program, exits_cleanly
+from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.programs import as_program
 from step3_ppo_tlcr.options import Options, parse_args
 
 __all__ = ["Options", "main", "parse_args"]

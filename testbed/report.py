@@ -10,12 +10,11 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.pictures import (
     Html,
     Sample,
-    Series,
     cards,
     columns,
     escape,
+    explained,
     join,
-    legend_html,
     line_chart,
     missing_chart,
     paragraph,
@@ -23,7 +22,9 @@ from deepspeed_chat_tlcr.pictures import (
     table_html,
     write_page,
 )
+from evaluation.curves import series_of
 from evaluation.published import MEASURES, PUBLISHED
+from evaluation.sections import paper_table
 
 Stage = Literal["sft", "discriminator", "ppo"]
 
@@ -227,10 +228,7 @@ def draw(chart: Chart, logs: Mapping[str, Sequence[Mapping]], x_label: str = "st
     series = []
     for run, log in logs.items():
         for line, key in chart.lines.items():
-            points = [(entry["step"], math.nan if entry[key] is None else entry[key]) for entry in log if key in entry]
-            if points:
-                name = " · ".join(filter(None, (run, line))) or chart.title
-                series.append(Series(name, *map(list, zip(*points, strict=True))))
+            series += series_of({" · ".join(filter(None, (run, line))) or chart.title: log}, key)
     if not series:
         return None if chart.optional else missing_chart(chart.title, "not recorded")
     smoothing = 0.8 if max(len(one.x) for one in series) >= 50 else 0.0
@@ -241,10 +239,8 @@ def published_table(published: Mapping[str, Mapping[str, float]]) -> Html:
     """What the paper reports, Llama-2-7B on full-hh-rlhf, for comparison with runs at that scale."""
     if not published:
         return paragraph("None given.", "quiet")
-    names = list(dict.fromkeys(name for row in published.values() for name in row))
-    rows = [[method, *(row.get(name) for name in names)] for method, row in published.items()]
     note = "Llama-2-7B on full-hh-rlhf: MT-Bench by turn, and AlpacaEval. Other data and models are on another scale."
-    return table_html(["method", *names], rows, note)
+    return paper_table("method", published, note)
 
 
 def duration(seconds: float) -> str:
@@ -258,12 +254,8 @@ def duration(seconds: float) -> str:
 def _samples(samples: Sequence[Sample], kind: Literal["reward", "label"], absent: str) -> Html:
     if not samples:
         return paragraph(absent, "quiet")
-    legends = [legend_html("label"), legend_html()] if kind == "label" else [legend_html()]
-    hint = (
-        "Hover over a token, or touch it, for its values. Tokens outside the neutral zone, max(D, 1 − D) ≥ 0.6, are "
-        "underlined: straight where positive, in waves where negative."
-    )
-    return join([*legends, paragraph(hint, "note"), *map(sample_html, samples)])
+    legends = explained("label", "reward") if kind == "label" else explained("reward")
+    return join([legends, *map(sample_html, samples)])
 
 
 def _known(row: Mapping, key: str) -> bool:

@@ -593,14 +593,14 @@ def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeyp
     """The last step's checkpoint stands: the same command has only the models to save; once more, nothing at all."""
     save, calls = training.Run.save_models, []
 
-    def full(self):
+    def full(self, *args):
         def no_space(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
         calls.append(self.done)
         with monkeypatch.context() as patch:
             patch.setattr(type(self.trainer.models.actor.module), "save_pretrained", no_space)
-            save(self)
+            save(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Run, "save_models", full)

@@ -6,7 +6,8 @@ deepspeed baselines/figa/main.py --model_name_or_path SFT --revisions revisions.
 from collections.abc import Sequence
 
 from baselines.figa.options import Options, parse_args
-from deepspeed_chat_tlcr.errors import as_program, exits_cleanly
+from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.programs import as_program
 
 __all__ = ["Options", "main", "parse_args"]
 
