@@ -254,14 +254,14 @@ def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -
     Warns once, on stderr, for every given flag that has no effect here. Raises ``InputError`` for unknown flags, with
     the known one that comes nearest, and for values that cannot be.
     """
-    parser = _Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(options_class)
     for group in groups_of(options_class):
         shown = parser.add_argument_group(group.title)
         for entry in group.entries:
             kwargs = _argparse_kwargs(entry, hints[entry.name], default_of(options_class, entry))
             shown.add_argument(f"--{entry.name}", *entry.metadata["flags"], **kwargs)
-    options: Any = options_class(**vars(parser.parse(sys.argv[1:] if argv is None else argv)))
+    options: Any = options_class(**vars(parser.parse(argv)))
     require_bounds(options)
     for entry in fields(options):
         reason = entry.metadata["no_effect"]
@@ -338,14 +338,18 @@ def _argparse_kwargs(entry, hint: Any, default: Any) -> dict[str, Any]:
     return kwargs | {"type": hint, "metavar": hint.__name__.upper()}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Argparse whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')} (--help lists all options)")
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """``parse_args``, but an unknown flag is named before one that is missing, with the known one nearest to it."""
+        argv = sys.argv[1:] if argv is None else argv
+        for word in argv:
+            if word.encode("utf-8", "ignore").decode() != word:
+                self.error(f"{word}: not UTF-8 text")
         for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
             if name not in self._option_string_actions:
                 near = difflib.get_close_matches(name, self._option_string_actions, 1)

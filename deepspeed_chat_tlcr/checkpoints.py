@@ -16,7 +16,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
-from deepspeed_chat_tlcr.errors import InputError, SaveError
+from deepspeed_chat_tlcr.errors import InputError, SaveError, reading
 from deepspeed_chat_tlcr.optim import Rates
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime, heartbeat
@@ -108,9 +108,11 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step}"
         state = read_json(path / _STATE)
-        if state["world_size"] != self.world_size:
+        with reading(path / _STATE, "delete this checkpoint to go on from an older one, or --resume never"):
+            world_size = int(state["world_size"])
+        if world_size != self.world_size:
             raise InputError(
-                f"{path} was written by {state['world_size']} rank(s), this run has {self.world_size}: continue with "
+                f"{path} was written by {world_size} rank(s), this run has {self.world_size}: continue with "
                 "as many ranks, or start anew from the saved models with --resume never"
             )
         return state
@@ -253,12 +255,14 @@ def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoi
 
     Raises ``InputError`` for another number of ranks: DeepSpeed's optimiser states are divided by it.
     """
-    if saved["world_size"] != world_size:
+    with reading(checkpoint / SETTINGS, "delete this checkpoint to go on from an older one, or --resume never"):
+        before, settings = int(saved["world_size"]), dict(saved["options"])
+    if before != world_size:
         raise InputError(
-            f"{checkpoint} was written by {saved['world_size']} rank(s), this run has {world_size}: continue with as "
+            f"{checkpoint} was written by {before} rank(s), this run has {world_size}: continue with as "
             "many ranks, or start anew with --resume never"
         )
-    return changed_settings(saved["options"], options, checkpoint)
+    return changed_settings(settings, options, checkpoint)
 
 
 def fingerprint(data: Iterable[Any]) -> str:

@@ -8,6 +8,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -70,9 +71,41 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def require_file(path: str | Path) -> Path:
+    """The path, where it is a regular file (or a link to one): a pipe or a device might never end.
+
+    Raises ``InputError`` that says what it is instead.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: cannot be read (no such file)") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or half of a surrogate pair in the name
+        told = getattr(error, "strerror", None) or "its name is no file name"
+        raise InputError(f"{path}: cannot be read ({told})") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is a directory" if stat.S_ISDIR(mode) else f"{path}: is no regular file")
+    return path
+
+
+def require_new_file(flag: str, path: str | Path, *inputs: str | Path) -> None:
+    """Raise ``InputError`` before any work for a file that cannot be written, or that is one of the ``inputs``."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{flag} {path}: is a directory; name a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{flag} {path}: {path.parent} is no directory")
+        if path.exists() and any(path.samefile(one) for one in inputs if Path(one).exists()):
+            raise InputError(f"{flag} {path}: is the file that is read; it would be overwritten")
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+
+
 def read_json(path: str | Path) -> Any:
     """The one JSON document of a file. Raises ``InputError`` naming the file where it cannot be read or is none."""
-    path = Path(path)
+    path = require_file(path)
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
             raise InputError(f"{path}: larger than {MOST_JSON_BYTES:,} bytes")
@@ -90,7 +123,11 @@ def results_of_stages(run: Path, files: Mapping[str, str], script: str) -> dict[
     for stage, file in files.items():
         if not (run / file).is_file():
             raise InputError(f"{run / file} is not there: the {stage} stage of {script} has not finished")
-    return {stage: read_json(run / file) for stage, file in files.items()}
+    found = {stage: read_json(run / file) for stage, file in files.items()}
+    for stage, file in files.items():
+        if not isinstance(found[stage], dict) or not found[stage]:
+            raise InputError(f"{run / file}: not results that the {stage} stage of {script} wrote; run it again")
+    return found
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
@@ -99,9 +136,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     A byte-order mark in front is no part of the text. Raises ``InputError`` naming file and line where a line is not
     UTF-8, not JSON or not an object.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    path = require_file(path)
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         try:
             for number, line in enumerate(iter(lambda: lines.readline(MOST_LINE_BYTES + 1), b""), 1):

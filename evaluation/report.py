@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.pictures import Html, cards, join, paragraph, table_html, write_page
 from evaluation import discriminator_chapter, sections
 from evaluation.judging import Shortfall
@@ -43,21 +43,26 @@ def refresh_report(out: str | Path) -> Path:
     """Draw OUT/report.html from the parts' results; parts that are missing are named as missing."""
     out = Path(out)
     found = {part.folder: load_results(out, part.folder) for part in PARTS}
-    chapters: list[tuple[str, Html]] = [("What was measured", overview(found))]
-    for part in PARTS:
-        results = found[part.folder]
-        drawn = (
-            part.draw(results)
-            if results
-            else paragraph(f"Missing: not run. evaluation/{part.program or part.folder + '.py'} measures it.", "quiet")
-        )
-        chapters.append((part.heading, drawn))
+    drawn = {part.heading: drawn_part(part, out, found[part.folder]) for part in PARTS}
+    chapters: list[tuple[str, Html]] = [("What was measured", overview(found)), *drawn.items()]
     lead = cards(items) if (items := sections.headline(found)) else Html("")
     names = dict.fromkeys(name for results in found.values() if results for name in results.get("models", ()))
     title = f"Evaluation: {', '.join(names)}" if names else "Evaluation"
     page = write_page(out / "report.html", title, chapters, lead)
     print(f"report: {page}", flush=True)
     return page
+
+
+def drawn_part(part: Part, out: Path, results: dict | None) -> Html:
+    """A part's chapter. Raises ``InputError`` for results that were damaged since."""
+    if results is None:
+        return paragraph(f"Missing: not run. evaluation/{part.program or part.folder + '.py'} measures it.", "quiet")
+    with reading(out / part.folder / "results.json", "remove it and run the part again"):
+        # The headline and the overview read it too: what is wrong is said here, where the file is known.
+        sections.headline({part.folder: results})
+        part.facts(results)
+        list(results.get("models", ()))
+        return part.draw(results)
 
 
 def conclude(out: str | Path, parts: Mapping[str, Shortfall | None]) -> int:
@@ -95,9 +100,11 @@ def overview(found: dict[str, dict | None]) -> Html:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else list(argv)
-    if len(given) != 1 or given[0] in ("-h", "--help"):
+    if given in (["-h"], ["--help"]):
         print(__doc__)
         return
+    if len(given) != 1:
+        raise InputError(f"give one folder, the --out of an evaluation (given: {' '.join(given) or 'nothing'})")
     if not Path(given[0]).is_dir():
         raise InputError(f"{given[0]}: no such folder; give the --out of an evaluation")
     refresh_report(given[0])

@@ -25,7 +25,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise InputError(f"--shard {text}: expected i/n with i from 1 to n, such as 1/4")
         return cls(int(match[1]), int(match[2]))
