@@ -47,7 +47,7 @@ class ForkOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions, PackingOptions, RevisionOptions, RunOptions, ForkOptions):
+class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOptions, ForkOptions):
     """Step 2: the token discriminator (--objective token), or a sequence reward model (--objective sequence)."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5}

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, option, parse
+from deepspeed_chat_tlcr.arguments import DataOptions, RunOptions, TrainOptions, option, parse
 from step2_discriminator.options import RevisionOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(TrainOptions, RevisionOptions, RunOptions):
+class Options(TrainOptions, RevisionOptions, DataOptions, RunOptions):
     """FIGA: fine-tuning on what revisions added (likelier) and removed (less likely); start from the SFT model."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 1e-5, "lr_scheduler_type": "constant", "num_train_epochs": 5}
