@@ -5,13 +5,12 @@ seen in them without reading a weight; what is seen only while they load, ``load
 """
 
 import contextlib
-import json
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError, RunError, lost_a_rank
-from deepspeed_chat_tlcr.records import read_json
+from deepspeed_chat_tlcr.records import parse_json, read_json
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST = {"num_hidden_layers": 10_000, "hidden_size": 1_000_000, "vocab_size": 100_000_000}
@@ -100,10 +99,10 @@ def _check_header(file: Path) -> None:
         if length > size - 8:
             raise InputError(f"{file}: {size:,} bytes are no safetensors file; download or save it again")
         try:
-            entries = json.loads(weights.read(length))
+            entries = parse_json(weights.read(length))
             ends = [entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"]
             needed = 8 + length + max(ends, default=0)
-        except (ValueError, RecursionError, AttributeError, TypeError, KeyError, IndexError):
+        except (ValueError, AttributeError, TypeError, KeyError, IndexError):
             raise InputError(f"{file}: its header is damaged; download or save it again") from None
     if needed != size:
         raise InputError(f"{file}: {size:,} bytes where its header says {needed:,}; download or save it again")
