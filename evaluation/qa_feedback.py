@@ -112,9 +112,15 @@ def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
 
 
 def untrained_llama(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, max_positions: int, seed: int, heads: int = 0
+    tokenizer: PreTrainedTokenizerFast,
+    hidden_size: int,
+    layers: int,
+    max_positions: int,
+    seed: int,
+    heads: int = 0,
+    pad_id: int | None = None,
 ) -> LlamaForCausalLM:
-    """A small Llama with random weights; unless ``heads`` is given, a head for every 32 of its width."""
+    """A small Llama with random weights; unless ``heads`` is given, a head for every 32 of its width; it pads as the tokenizer."""
     set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -126,7 +132,7 @@ def untrained_llama(
             max_position_embeddings=max_positions,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id,
+            pad_token_id=tokenizer.pad_token_id if pad_id is None else pad_id,
             tie_word_embeddings=False,
             initializer_range=0.06,  # at the usual 0.02 so small a model takes several times as many steps
         )

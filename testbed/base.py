@@ -151,7 +151,8 @@ def train_base(world: World, config: BaseConfig, output_dir: Path) -> dict:
     tokenizer = build_tokenizer(texts)
     tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, POSITIONS
     rows = pack(tokenizer, texts, config.block)
-    model = untrained_llama(tokenizer, config.hidden_size, config.layers, POSITIONS, config.seed, config.heads)
+    sizes = (config.hidden_size, config.layers, POSITIONS, config.seed, config.heads)
+    model = untrained_llama(tokenizer, *sizes, pad_id=tokenizer.eos_token_id)
     steps = math.ceil(config.epochs * len(rows) / config.batch)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
