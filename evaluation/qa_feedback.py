@@ -120,7 +120,7 @@ def untrained_llama(
     heads: int = 0,
     pad_id: int | None = None,
 ) -> LlamaForCausalLM:
-    """A small Llama with random weights; unless they are given: a head for every 32 of its width, the tokenizer's pad."""
+    """A small Llama with random weights; unless given, a head for every 32 of its width and the tokenizer's pad."""
     set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
