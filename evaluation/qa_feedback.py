@@ -244,7 +244,8 @@ def pipeline_difference(folder: Path, discriminator: PreTrainedModel, text: str)
     found = [
         entry["score"] if entry["entity"] == TOKEN_LABELS[POSITIVE] else 1 - entry["score"] for entry in classify(text)
     ]
-    ids = classify.tokenizer(text, return_tensors="pt")["input_ids"].to(discriminator.device)
+    # The pipeline, too, cuts where the model's positions end.
+    ids = classify.tokenizer(text, return_tensors="pt", truncation=True)["input_ids"].to(discriminator.device)
     own = positive_logit(discriminator(input_ids=ids).logits[0]).sigmoid().cpu()
     return (own - torch.tensor(found)).abs().max().item()
 
