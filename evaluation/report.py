@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.pictures import Html, cards, join, paragraph, table_html, write_page
+from deepspeed_chat_tlcr.pictures import Html, cards, join, origin, paragraph, table_html, write_page
+from deepspeed_chat_tlcr.provenance import provenance
+from deepspeed_chat_tlcr.records import read_json
 from evaluation import discriminator_chapter, sections
 from evaluation.judging import Shortfall
 from evaluation.results import load_results
@@ -64,20 +66,31 @@ PARTS = [
 
 
 def refresh_report(out: str | Path) -> Path:
-    """Draw OUT/report.html from the parts' results; parts that are missing are named as missing."""
+    """Draw OUT/report.html from the parts' results: the verdicts, what was measured, how, and what was not."""
     out = Path(out)
     found = {part.folder: load_results(out, part.folder) for part in PARTS}
     chapters: list[tuple[str, Html]] = [("What was measured", overview(found))]
-    for part in PARTS:
-        results = found[part.folder]
-        drawn = part.draw(results) if results else paragraph(f"Missing: not run. {part.command} measures it.", "quiet")
-        chapters.append((part.heading, drawn))
-    lead = cards(items) if (items := sections.headline(found)) else Html("")
+    chapters += [(part.heading, part.draw(results)) for part in PARTS if (results := found[part.folder])]
+    chapters.append(("How this was made", join([origin(provenance()), *map(paragraph, commands(out))])))
+    if missing := [f"{part.heading}: not run. {part.command} measures it." for part in PARTS if not found[part.folder]]:
+        chapters.append(("Missing", join([paragraph(words, "quiet") for words in missing])))
+    figures = [cards(items)] if (items := sections.headline(found)) else []
+    lead = join([*(paragraph(words, "lead") for words in sections.verdicts(found)), *figures])
     names = dict.fromkeys(name for results in found.values() if results for name in results.get("models", ()))
     title = f"Evaluation: {', '.join(names)}" if names else "Evaluation"
     page = write_page(out / "report.html", title, chapters, lead)
     print(f"report: {page}", flush=True)
     return page
+
+
+def commands(out: Path) -> list[str]:
+    """What the evaluation was asked for, where it was run as a whole."""
+    try:
+        options = read_json(out / "run_options.json")
+    except (OSError, ValueError):
+        return []
+    given = [f"--{name} {value}" for name, value in options.items() if value not in (None, "", [], False)]
+    return [f"evaluation/main.py {' '.join(given)}"]
 
 
 def conclude(out: str | Path, parts: Mapping[str, Shortfall | None]) -> int:
@@ -102,7 +115,8 @@ def overview(found: dict[str, dict | None]) -> Html:
     rows = []
     for part in PARTS:
         results = found[part.folder]
-        rows.append([part.heading, *(part.facts(results) if results else ["missing: not run", None, None, None])])
+        if results:
+            rows.append([part.heading, *part.facts(results)])
     missing = [part.heading for part in PARTS if not found[part.folder]]
     words = f"Missing: {', '.join(missing)}." if missing else "Every part was run."
     if spent := [row[-1] for row in rows if row[-1]]:
