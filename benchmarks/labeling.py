@@ -74,17 +74,16 @@ def start_server(delay: float) -> tuple[subprocess.Popen, str]:
 
 
 def write_pairs(path: Path, count: int):
+    from deepspeed_chat_tlcr.records import Preference, write_jsonl
+
     draw, words = random.Random(0), WORDS.split()
-    with path.open("w") as file:
-        for number in range(count):
-            question = " ".join(draw.choices(words, k=100))
-            chosen = " ".join(draw.choices(words, k=50))
-            row = {
-                "prompt": f"\n\nHuman: {number} {question}\n\nAssistant:",
-                "chosen": f" {chosen}",
-                "rejected": f" {WORDS} worse {number}",
-            }
-            file.write(json.dumps(row) + "\n")
+
+    def text(count: int) -> str:
+        return " ".join(draw.choices(words, k=count))
+
+    prompts = (f"\n\nHuman: {number} {text(100)}\n\nAssistant:" for number in range(count))
+    pairs = (Preference(prompt, f" {text(50)}", f" {WORDS} worse {n}") for n, prompt in enumerate(prompts))
+    write_jsonl(path, map(Preference.as_pair, pairs))
 
 
 # ---- calls -----------------------------------------------------------------------------------------------------------
@@ -231,24 +230,15 @@ def plain_targets(a: list[int], b: list[int]) -> tuple[list[float], list[float]]
 
 
 def labels(options):
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     from deepspeed_chat_tlcr.records import Revision, read_jsonl
     from deepspeed_chat_tlcr.tokenization import tokenize_response
+    from evaluation.qa_feedback import byte_level_bpe
     from labeling.token_labels import edit_targets, label_revision
 
     if not SHARED.is_file():
         sys.exit(f"{SHARED} is not here: this measurement needs real pairs")
     rows = [row for _, row in read_jsonl(SHARED)]
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trained.train_from_iterator(
-        [row["prompt"] + row["chosen"] for row in rows],
-        trainers.BpeTrainer(vocab_size=8000, special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="</s>")
+    tokenizer = byte_level_bpe((row["prompt"] + row["chosen"] for row in rows), 8000)
     # The chosen response in the modified one's place: more edits, hence more work, than a real revision has.
     pairs = [Revision("", r["prompt"], r["chosen"], r["rejected"], r["chosen"], "", "", {}) for r in rows]
     label_revision(tokenizer, pairs[0], 512)  # compiles, or loads what was compiled

@@ -20,7 +20,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, TypeVar
@@ -52,7 +52,7 @@ def option(
     allowed, and between ``above`` and ``below``, neither of them; ``least`` is 1 for a whole number whose default is
     above 0, and else 0, unless it is given.
     """
-    metadata = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
+    metadata: dict[str, Any] = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
     metadata |= {"bounds": Bounds(least, most, above, below), "compatibility": compatibility or bool(no_effect)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -173,7 +173,7 @@ class DataOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(RunOptions):
     """model and optimiser"""
 
     model_name_or_path: str = option(MISSING, "model to start from: a local folder or a hub name")
@@ -254,20 +254,35 @@ def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -
     Warns once, on stderr, for every given flag that has no effect here. Raises ``InputError`` for unknown flags, with
     the known one that comes nearest, and for values that cannot be.
     """
-    parser = _Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
+    parser = Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(options_class)
     for group in groups_of(options_class):
         shown = parser.add_argument_group(group.title)
         for entry in group.entries:
             kwargs = _argparse_kwargs(entry, hints[entry.name], default_of(options_class, entry))
             shown.add_argument(f"--{entry.name}", *entry.metadata["flags"], **kwargs)
-    options = options_class(**vars(parser.parse(sys.argv[1:] if argv is None else argv)))
+    options: Any = options_class(**vars(parser.parse(argv)))
     require_bounds(options)
-    for entry in fields(options_class):
+    for entry in fields(options):
         reason = entry.metadata["no_effect"]
         if reason and getattr(options, entry.name) != default_of(options_class, entry):
             print(f"warning: --{entry.name} has no effect: {reason}", file=sys.stderr)
     return options
+
+
+def run_command(
+    commands: Mapping[str, Callable[[list[str]], None]], about: str | None, argv: Sequence[str] | None = None
+) -> None:
+    """Call the command that the first word names with the others. Raises ``InputError`` for an unknown one."""
+    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
+    known = ", ".join(commands)
+    if name in ("-h", "--help"):
+        print(f"usage: {Path(sys.argv[0]).name} {{{known}}} … (each with --help)\n\n{about}")
+        return
+    if name not in commands:
+        given = f"unknown command {name!r}" if name else "no command given"
+        raise InputError(f"{given}; known are {known} (each with --help)")
+    commands[name](rest)
 
 
 @dataclass(frozen=True)
@@ -323,14 +338,18 @@ def _argparse_kwargs(entry, hint: Any, default: Any) -> dict[str, Any]:
     return kwargs | {"type": hint, "metavar": hint.__name__.upper()}
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Argparse whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')} (--help lists all options)")
 
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """``parse_args``, but an unknown flag is named before one that is missing, with the known one nearest to it."""
+        argv = sys.argv[1:] if argv is None else argv
+        for word in argv:
+            if word.encode("utf-8", "ignore").decode() != word:
+                self.error(f"{word}: not UTF-8 text")
         for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
             if name not in self._option_string_actions:
                 near = difflib.get_close_matches(name, self._option_string_actions, 1)

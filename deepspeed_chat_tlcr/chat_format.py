@@ -1,8 +1,10 @@
 """DeepSpeed-Chat's own folders: its critics and reward models read, and folders written that its scripts read.
 
-Such a folder holds ``config.json``, ``pytorch_model.bin`` and the tokenizer. A language model's keys are transformers'
-own; a critic's or reward model's are the backbone's under ``rwtransformer.`` (before October 2023 and in the forks
-``rwtranrsformer.``) and ``v_head.weight``, a linear head without bias.
+Such a folder holds ``config.json``, ``pytorch_model.bin`` and the tokenizer. A language model's keys are those of
+transformers 4; version 5 reads and writes them too, but has other names in memory (``lm_head`` for GPT-NeoX's
+``embed_out``, one tensor for all experts of Mixtral and Qwen2-MoE). A critic's or reward model's are the backbone's
+under ``rwtransformer.`` (before October 2023 and in the forks ``rwtranrsformer.``) and ``v_head.weight``, a linear head
+without bias.
 """
 
 import json
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForTokenClassification, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
 
 from deepspeed_chat_tlcr.errors import InputError
 
@@ -58,7 +61,7 @@ def critic_state_dict(path: str | Path, config: PretrainedConfig, head: str) -> 
 
 def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """A family's token-classification class. Its ``base_model_prefix`` is where it keeps the backbone."""
-    return AutoModelForTokenClassification._model_mapping[type(config)]
+    return AutoModelForTokenClassification._model_mapping[type(config)]  # type: ignore[return-value]
 
 
 def to_chat_critic(
@@ -75,6 +78,7 @@ def to_chat_critic(
     if bias is not None and bias.abs().max() > 0:
         raise InputError("--save_format deepspeed_chat: the head has a bias, which DeepSpeed-Chat's has no place for")
     backbone = model.base_model_prefix + "."
+    state_dict = revert_weight_conversion(model, state_dict)
     renamed = {
         _BACKBONE_PREFIXES[0] + key.removeprefix(backbone): tensor
         for key, tensor in state_dict.items()
@@ -111,6 +115,7 @@ def write_chat_folder(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+        state_dict = revert_weight_conversion(model, state_dict)
     part = folder / f"{WEIGHTS}.part"
     torch.save({key: tensor.contiguous().cpu() for key, tensor in state_dict.items()}, part)
     part.replace(folder / WEIGHTS)

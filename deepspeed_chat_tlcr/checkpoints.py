@@ -1,5 +1,6 @@
 """Resumable checkpoints of several DeepSpeed engines: whole or absent, never half."""
 
+import contextlib
 import hashlib
 import pickle
 import random
@@ -15,7 +16,7 @@ from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
 from safetensors import SafetensorError
 
-from deepspeed_chat_tlcr.errors import InputError, SaveError
+from deepspeed_chat_tlcr.errors import InputError, SaveError, reading
 from deepspeed_chat_tlcr.optim import Rates
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime, heartbeat
@@ -24,6 +25,8 @@ from deepspeed_chat_tlcr.saving import write_json
 _STATE = "state.json"
 SETTINGS = "settings.json"
 """Written last into a checkpoint of transformers' Trainer: one without it is half a checkpoint."""
+UNFINISHED = "unfinished"
+"""Written first into every checkpoint: what has it and is not whole may be deleted, nothing else may."""
 
 # What a run may be continued with otherwise without a word: it changes no number.
 _HARMLESS = {"output_dir", "resume", "save_interval", "save_total_limit", "report_to", "local_rank", "max_faults"}
@@ -45,8 +48,8 @@ class Checkpoints:
         self.folder, self.keep = Path(folder), keep
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         if self.rank == 0:
-            for unfinished in self.folder.glob("step-*.part"):
-                shutil.rmtree(unfinished)
+            for unfinished in self.folder.glob(f"step-*.part/{UNFINISHED}"):
+                shutil.rmtree(unfinished.parent)
         torch.distributed.barrier()
 
     def steps(self) -> list[int]:
@@ -87,7 +90,7 @@ class Checkpoints:
     def _write(self, part: Path, step: int, engines: dict, state: dict, tensors: dict[str, torch.Tensor]) -> None:
         if self.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
+            begin_checkpoint(part)
         torch.distributed.barrier()
         for name, engine in engines.items():
             engine.save_checkpoint(str(part), tag=name, save_latest=False)
@@ -95,6 +98,7 @@ class Checkpoints:
         torch.save(tensors, part / f"tensors-{self.rank}.pt")
         if self.rank == 0:
             write_json(part / _STATE, {"step": step, "world_size": self.world_size, **state})
+            (part / UNFINISHED).unlink()
         torch.distributed.barrier()
 
     def state(self, step: int) -> dict[str, Any]:
@@ -104,9 +108,11 @@ class Checkpoints:
         """
         path = self.folder / f"step-{step}"
         state = read_json(path / _STATE)
-        if state["world_size"] != self.world_size:
+        with reading(path / _STATE, "delete this checkpoint to go on from an older one, or --resume never"):
+            world_size = int(state["world_size"])
+        if world_size != self.world_size:
             raise InputError(
-                f"{path} was written by {state['world_size']} rank(s), this run has {self.world_size}: continue with "
+                f"{path} was written by {world_size} rank(s), this run has {self.world_size}: continue with "
                 "as many ranks, or start anew from the saved models with --resume never"
             )
         return state
@@ -133,16 +139,19 @@ class Checkpoints:
     def remove(self) -> None:
         """Delete all checkpoints, when the stage is finished and its models are saved."""
         if self.rank == 0:
-            for path in self.folder.glob("step-*"):
-                (path / _STATE).unlink(missing_ok=True)  # half deleted it must not be taken for whole
+            for path in (self.folder / f"step-{step}" for step in self.steps()):
+                (path / _STATE).unlink()  # half deleted it must not be taken for whole
                 shutil.rmtree(path)
+            with contextlib.suppress(OSError):  # something else is in it
+                self.folder.rmdir()
         torch.distributed.barrier()
 
 
 def generator_states() -> dict[str, Any]:
     """The state of every random generator of this process."""
     version, internal, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = state
     return {
         "torch": torch.get_rng_state(),
         "device": get_accelerator().get_rng_state(),
@@ -195,17 +204,50 @@ def _differing(saved: dict[str, Any], options: Any) -> list[str]:
     return [name for name in current if name in saved and name not in passed_over and saved[name] != current[name]]
 
 
+def own_checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints of a stage with transformers' Trainer, oldest first."""
+    return sorted((path for path in _numbered(folder) if (path / SETTINGS).is_file()), key=_step_of)
+
+
 def newest_checkpoint(folder: Path) -> Path | None:
     """The whole checkpoint of the latest step in a stage's output folder, or None."""
-    steps = [path.parent for path in folder.glob(f"checkpoint-*/{SETTINGS}")]
-    return max(steps, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
+    return next(reversed(own_checkpoints(folder)), None)
 
 
 def clear_half_checkpoints(folder: Path) -> None:
-    """Delete what a run that was killed while it saved has left (rank 0 calls this)."""
-    for path in folder.glob("checkpoint-*"):
-        if not (path / SETTINGS).is_file():
-            shutil.rmtree(path)
+    """Delete what a run that was killed while it saved has left (rank 0 calls this).
+
+    Raises ``InputError`` for a checkpoint that bears no mark of ours: it is somebody else's, and would be mixed up.
+    """
+    for path in _numbered(folder):
+        if (path / SETTINGS).is_file():
+            continue
+        if not (path / UNFINISHED).is_file():
+            raise InputError(f"{path} is no checkpoint of this program; choose another --output_dir, or move it away")
+        shutil.rmtree(path)
+
+
+def begin_checkpoint(path: Path) -> None:
+    """Make the folder of a checkpoint and mark it as ours, and as half, until ``SETTINGS`` is in it."""
+    path.mkdir(parents=True, exist_ok=True)
+    (path / UNFINISHED).touch()
+
+
+def delete_checkpoint(path: Path) -> None:
+    """Half deleted it must not be taken for whole."""
+    (path / UNFINISHED).touch()
+    (path / SETTINGS).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _numbered(folder: Path) -> list[Path]:
+    """Folders named as the Trainer names checkpoints; links and other names are none of ours."""
+    found = (path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit())
+    return [path for path in found if path.is_dir() and not path.is_symlink()]
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.rsplit("-", 1)[1])
 
 
 def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoint: Path) -> list[str]:
@@ -213,12 +255,14 @@ def changes_since(saved: dict[str, Any], options: Any, world_size: int, checkpoi
 
     Raises ``InputError`` for another number of ranks: DeepSpeed's optimiser states are divided by it.
     """
-    if saved["world_size"] != world_size:
+    with reading(checkpoint / SETTINGS, "delete this checkpoint to go on from an older one, or --resume never"):
+        before, settings = int(saved["world_size"]), dict(saved["options"])
+    if before != world_size:
         raise InputError(
-            f"{checkpoint} was written by {saved['world_size']} rank(s), this run has {world_size}: continue with as "
+            f"{checkpoint} was written by {before} rank(s), this run has {world_size}: continue with as "
             "many ranks, or start anew with --resume never"
         )
-    return changed_settings(saved["options"], options, checkpoint)
+    return changed_settings(settings, options, checkpoint)
 
 
 def fingerprint(data: Iterable[Any]) -> str:

@@ -8,6 +8,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -139,7 +140,7 @@ def forward_of(model: PreTrainedModel, roomy: bool) -> Callable[[torch.Tensor, L
             hidden = (attention_mask == 0)[:, None, None]
             attention_mask = torch.zeros(hidden.shape, dtype=model.dtype, device=ids.device)
             attention_mask.masked_fill_(hidden, lowest)
-        extra = {"position_ids": live.positions} if "position_ids" in parameters else {}
+        extra: dict[str, Any] = {"position_ids": live.positions} if "position_ids" in parameters else {}
         if "logits_to_keep" in parameters:
             extra["logits_to_keep"] = 1
         outputs = model(input_ids=ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True, **extra)
@@ -170,7 +171,7 @@ def _relay(
         kept = torch.zeros(1, dtype=torch.long, device=chosen.device)  # other ranks still need this one's forward pass
     if roomy:
         for layer in cache.layers:
-            layer.relay(kept, room)
+            layer.relay(kept, room)  # type: ignore[union-attr] # all are _RoomyLayer
     elif len(kept) < len(live.rows):
         cache.batch_select_indices(kept)
     live.rows, live.positions = live.rows[kept], live.positions[kept]

@@ -79,11 +79,9 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     Batches, optimiser and schedule are the flags' business: half of the program would not know of other ones.
     """
     try:
-        overrides = read_json(Path(path))
-    except OSError as error:
-        raise InputError(f"--deepspeed_config {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"--deepspeed_config {path}: not JSON ({error})") from None
+        overrides = read_json(path)
+    except InputError as error:
+        raise InputError(f"--deepspeed_config {error}") from None
     if not isinstance(overrides, dict):
         raise InputError(f"--deepspeed_config {path}: expected a JSON object")
     overrides = without_auto(overrides)

@@ -1,32 +1,46 @@
 """What keeps a run of transformers' Trainer usable: whole checkpoints, SIGTERM, losses that are not numbers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
 
-from deepspeed_chat_tlcr.checkpoints import SETTINGS, fingerprint, newest_checkpoint
+from deepspeed_chat_tlcr.checkpoints import (
+    SETTINGS,
+    UNFINISHED,
+    begin_checkpoint,
+    delete_checkpoint,
+    fingerprint,
+    newest_checkpoint,
+    own_checkpoints,
+)
 from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
 from deepspeed_chat_tlcr.errors import RunError, SaveError
 from deepspeed_chat_tlcr.finite import save_faulty_batch, watch_gradients, weights_are_finite
 from deepspeed_chat_tlcr.runtime import Preemption
 from deepspeed_chat_tlcr.saving import write_json
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the class that it is mixed into
 
-class FaultTolerant:
+
+class FaultTolerant(_Trainer):
     """For StageMixin: atomic checkpoints, and updates of those micro-batches whose loss is finite."""
 
     faults_in_a_row = 0  # updates without one such micro-batch
     skipped_updates = 0
     left_out = 0  # micro-batches so far
     finite_batch: dict[str, Any] | None = None  # the newest one of the coming update
+    stage: Any  # the stage's options
+    train_lengths: Sequence[int]
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """One micro-batch. Where its loss is not finite on any rank, it is left out on all and counted.
@@ -125,6 +139,8 @@ class FaultTolerant:
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
+            if self.is_world_process_zero():
+                begin_checkpoint(folder)
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
             first_line = (str(error).splitlines() or [type(error).__name__])[0]
@@ -137,7 +153,9 @@ class FaultTolerant:
         if self.is_world_process_zero():
             state = {"world_size": self.args.world_size, "options": asdict(self.stage)}
             write_json(folder / SETTINGS, {**state, "data": fingerprint(self.train_lengths)})
-            rotate_checkpoints(self.args.output_dir, save_total_limit=keep)
+            (folder / UNFINISHED).unlink()
+            for old in own_checkpoints(folder.parent)[:-keep]:
+                delete_checkpoint(old)
         torch.distributed.barrier()
 
 

@@ -47,7 +47,7 @@ def _once(optimizer: torch.optim.Optimizer) -> Callable[..., None]:
     usual = optimizer.step
 
     def skip(*args, **kwargs) -> None:
-        optimizer.step = usual
+        optimizer.step = usual  # type: ignore[method-assign]
 
     return skip
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
 from deepspeed_chat_tlcr.turns import end_ids
 
@@ -122,7 +123,7 @@ def generate(
     )
     # transformers fills what a config leaves open from the model's own: a checkpoint's top_p would slip in.
     model.generation_config = config
-    return model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus)
+    return model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus)  # type: ignore[operator]
 
 
 def answers(
@@ -146,4 +147,19 @@ def answers(
             content = response[:-1] if ended else response
             whole = tokenizer.decode([*prompt, *content], clean_up_tokenization_spaces=False)
             text = whole[len(tokenizer.decode(prompt, clean_up_tokenization_spaces=False)) :]
-            yield Answer(prompt, response, text, ended)
+            yield Answer(prompt, response, str(text), ended)
+
+
+def seeded_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    batch_size: int,
+    seed: int,
+    shown: str | None = None,
+) -> list[Answer]:
+    """``answers``, all of them, from a random state of their own; ``shown``: what a progress bar calls them."""
+    set_seed(seed)
+    written = answers(model, tokenizer, prompts, decoding, batch_size)
+    return list(tqdm(written, total=len(prompts), desc=shown, dynamic_ncols=True, disable=shown is None))

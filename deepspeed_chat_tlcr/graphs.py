@@ -7,6 +7,7 @@ function of ``state`` and ``step``, which two small kernels move on after it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -65,7 +66,7 @@ class GraphedLoop:
         self.say = say
         self.buffers: _Buffers | None = None
         self.graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
-        self.pool = None
+        self.pool: Any = None
         self.failed = False
 
     def _possible(self, model: PreTrainedModel, synced: bool) -> bool:
@@ -105,7 +106,7 @@ class GraphedLoop:
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         forward = forward_of(model, True)
         logits = forward(ids, Live(torch.arange(batch, device=ids.device), mask, positions), cache)
-        if len({states.shape for layer in cache.layers for states in (layer.keys, layer.values)}) > 1:
+        if len({states.shape for states in states_of(cache)}) > 1:
             self._fail(f"the layers of {type(model).__name__} keep states of different sizes")
             return decode(model, ids, mask, decoding, eos_id, pad_id)
         chosen = choose(logits, decoding, eos_id, 0, None if uniforms is None else uniforms[:, 0])
@@ -141,7 +142,7 @@ class GraphedLoop:
         uniforms: torch.Tensor | None,
     ) -> _Buffers:
         """Buffers that hold the prompts and the first action; those of before where they are large enough."""
-        states = [states for layer in cache.layers for states in (layer.keys, layer.values)]
+        states = states_of(cache)
         batch, heads, length, width = states[0].shape
         shape = torch.Size((len(states), _bucket(batch), heads, -(-(length + actions) // ROOM) * ROOM, width))
         if self.buffers is None or not self.buffers.hold(shape, actions):
@@ -233,8 +234,15 @@ def _keep(buffers: _Buffers, rows: int, filled: int) -> None:
     buffers.state[1, rows:] = 1
 
 
+def states_of(cache: DynamicCache) -> list[torch.Tensor]:
+    """Keys and values of every layer."""
+    layers: list[Any] = cache.layers
+    return [states for layer in layers for states in (layer.keys, layer.values)]
+
+
 def _new_buffers(shape: torch.Size, actions: int, like: torch.Tensor) -> _Buffers:
-    rows, whole = shape[1], {"dtype": torch.long, "device": like.device}
+    rows = shape[1]
+    whole: dict[str, Any] = {"dtype": torch.long, "device": like.device}
     return _Buffers(
         cache=like.new_zeros(shape),
         mask=torch.zeros(rows, shape[3], **whole),

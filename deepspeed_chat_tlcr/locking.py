@@ -7,22 +7,20 @@ from typing import TextIO
 from deepspeed_chat_tlcr.errors import InputError
 
 
-def lock(folder: str | Path) -> TextIO:
+def lock(folder: str | Path, flag: str = "--output_dir") -> TextIO:
     """Take a folder for this process, until the file that is returned is closed or the process ends.
 
-    Raises ``InputError`` where it cannot be written or another run has it.
+    Raises ``InputError``, naming ``flag``, where it cannot be written or another run has it.
     """
     path = Path(folder)
     try:
         path.mkdir(parents=True, exist_ok=True)
         taken = (path / ".lock").open("a+")
     except OSError as error:
-        raise InputError(f"--output_dir {path}: cannot be written ({error.strerror})") from None
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from None
     try:
         fcntl.flock(taken, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         taken.close()
-        raise InputError(
-            f"--output_dir {path}: another run is writing there; wait for it or choose another folder"
-        ) from None
+        raise InputError(f"{flag} {path}: another run is writing there; wait for it or choose another folder") from None
     return taken

@@ -12,7 +12,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import parse_json
+from deepspeed_chat_tlcr.records import parse_json, require_file
 
 NEUTRAL_ZONE = 0.6
 """A token counts as labelled by the discriminator where max(D, 1 - D) reaches this (paper, Eq. 2)."""
@@ -120,7 +120,7 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     # As bytes: a killed run's last line may end within a character, and str.splitlines() ends lines at U+2028 too.
-    return [line.decode("utf-8") + "\n" for line in path.read_bytes().split(b"\n")[:-1]]
+    return [line.decode("utf-8") + "\n" for line in require_file(path).read_bytes().split(b"\n")[:-1]]
 
 
 def token_metrics(positive_probs: np.ndarray, targets: np.ndarray) -> dict[str, float]:

@@ -184,7 +184,7 @@ def load_token_classifier(
     config.num_labels = num_labels if head_size is None else head_size
     # A reward must not be noisy: without this, transformers falls back to a dropout of 0.1 before the head.
     config.classifier_dropout = 0.0
-    source = {"auto_class": AutoModelForTokenClassification, "path": path}
+    source: dict[str, Any] = {"auto_class": AutoModelForTokenClassification, "path": path}
     if from_chat:
         # By its own class and without a path: that is how transformers builds a model from a state dict.
         weights = critic_state_dict(path, config, _head_name(config))
@@ -225,7 +225,8 @@ def _replace_head(model: PreTrainedModel, num_labels: int, ds_config: dict[str, 
     with deepspeed.zero.Init(config_dict_or_path=ds_config) if partitioned else contextlib.nullcontext():
         new = nn.Linear(old.in_features, num_labels, bias=old.bias is not None, dtype=model.dtype)
     setattr(model, name, new)
-    model.config.num_labels = model.num_labels = num_labels
+    model.config.num_labels = num_labels
+    model.num_labels = num_labels  # type: ignore[assignment]
     _fill_head(model, std=getattr(model.config, "initializer_range", 0.02))
 
 
@@ -249,7 +250,7 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -
 
     A model that already has a row for every token keeps its size.
     """
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
 
 
@@ -312,7 +313,7 @@ def _kind(config: PretrainedConfig) -> str:
     return (config.architectures or ["unknown"])[0]
 
 
-def _from_pretrained(auto_class: type, path: str | None, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+def _from_pretrained(auto_class: Any, path: str | None, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     # Keys and shapes are checked below, strictly; transformers' own report of them would only frighten.
     how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     verbosity = logging.get_verbosity()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -92,7 +93,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, module_name: str, 
     head = None if model.can_generate() else head_of(model)[0]
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     dtype = next(model.parameters()).dtype
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets), model)
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=targets)  # type: ignore[arg-type]
+    inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype)
@@ -138,7 +140,7 @@ def merge_lora(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[st
             continue
         prefix, leaf = name.split(".base_layer.")
         if leaf == "weight":
-            layer = model.get_submodule(prefix)
+            layer: Any = model.get_submodule(prefix)
             up, down = state_dict[f"{prefix}.lora_B.default.weight"], state_dict[f"{prefix}.lora_A.default.weight"]
             delta = layer.scaling["default"] * (up.float() @ down.float())
             tensor = (tensor.float() + (delta.T if layer.fan_in_fan_out else delta)).to(tensor.dtype)

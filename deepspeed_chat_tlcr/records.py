@@ -8,8 +8,9 @@ import codecs
 import gzip
 import hashlib
 import json
+import stat
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ class Preference:
         """Content hash: the same triple has the same id in every file, shard and run."""
         text = json.dumps([self.prompt, self.chosen, self.rejected], ensure_ascii=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def as_pair(self) -> dict[str, str | None]:
+        """What a file of pairs holds of it."""
+        return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +71,41 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("nested too deep") from None
 
 
+def require_file(path: str | Path) -> Path:
+    """The path, where it is a regular file (or a link to one): a pipe or a device might never end.
+
+    Raises ``InputError`` that says what it is instead.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        raise InputError(f"{path}: cannot be read (no such file)") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero byte or half of a surrogate pair in the name
+        told = getattr(error, "strerror", None) or "its name is no file name"
+        raise InputError(f"{path}: cannot be read ({told})") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path}: is a directory" if stat.S_ISDIR(mode) else f"{path}: is no regular file")
+    return path
+
+
+def require_new_file(flag: str, path: str | Path, *inputs: str | Path) -> None:
+    """Raise ``InputError`` before any work for a file that cannot be written, or that is one of the ``inputs``."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{flag} {path}: is a directory; name a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{flag} {path}: {path.parent} is no directory")
+        if path.exists() and any(path.samefile(one) for one in inputs if Path(one).exists()):
+            raise InputError(f"{flag} {path}: is the file that is read; it would be overwritten")
+    except OSError as error:
+        raise InputError(f"{flag} {path}: cannot be written ({error.strerror})") from None
+
+
 def read_json(path: str | Path) -> Any:
     """The one JSON document of a file. Raises ``InputError`` naming the file where it cannot be read or is none."""
-    path = Path(path)
+    path = require_file(path)
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
             raise InputError(f"{path}: larger than {MOST_JSON_BYTES:,} bytes")
@@ -81,15 +118,25 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
+def results_of_stages(run: Path, files: Mapping[str, str], script: str) -> dict[str, dict]:
+    """What a run's stages have written, by stage. Raises ``InputError`` for one that has not finished."""
+    for stage, file in files.items():
+        if not (run / file).is_file():
+            raise InputError(f"{run / file} is not there: the {stage} stage of {script} has not finished")
+    found = {stage: read_json(run / file) for stage, file in files.items()}
+    for stage, file in files.items():
+        if not isinstance(found[stage], dict) or not found[stage]:
+            raise InputError(f"{run / file}: not results that the {stage} stage of {script} wrote; run it again")
+    return found
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield ``(line_number, object)`` of a ``.jsonl`` or ``.jsonl.gz`` file, streaming; blank lines are skipped.
 
     A byte-order mark in front is no part of the text. Raises ``InputError`` naming file and line where a line is not
     UTF-8, not JSON or not an object.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
+    path = require_file(path)
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
         try:
             for number, line in enumerate(iter(lambda: lines.readline(MOST_LINE_BYTES + 1), b""), 1):
@@ -112,6 +159,16 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
                 yield number, record
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{path}: not a complete gzip file ({error})") from None
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> int:
+    """Write a file of JSON lines, whole or not at all, and its folder; returns how many lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        count = sum(1 for record in records if file.write(json.dumps(record, ensure_ascii=False) + "\n"))
+    part.replace(path)
+    return count
 
 
 def read_revisions(path: str | Path) -> Iterator[Revision]:

@@ -32,7 +32,7 @@ def discriminator_reward(
     if reduce not in ("sum", "mean"):
         raise ValueError(f"reduce={reduce!r}: known are sum and mean")
     tokenizer = load_tokenizer(path)
-    model = load_token_classifier(str(path), 2, dtype).to(device).eval()
+    model = load_token_classifier(str(path), 2, dtype).to(device).eval()  # type: ignore[arg-type]
 
     @torch.no_grad()
     def tlcr_reward(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from deepspeed_chat_tlcr import runtime as runtimes
-from deepspeed_chat_tlcr.arguments import announce
+from deepspeed_chat_tlcr.arguments import RunOptions, announce
 from deepspeed_chat_tlcr.checkpoints import is_finished
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.hub import require_repository, upload
@@ -15,7 +15,7 @@ from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.metrics import require_trackers
 from deepspeed_chat_tlcr.runtime import Runtime
 
-Options = TypeVar("Options")
+Options = TypeVar("Options", bound=RunOptions)
 
 
 def run_stage(options: Options, train: Callable[[Options, Runtime], None], inputs: Iterable[str | None] = ()) -> None:

@@ -53,7 +53,7 @@ def load_tokenizer(path: str | Path, eot_token: str | None = None, rows: int | N
         )
     if tokenizer.pad_token_id is None or (rows is not None and tokenizer.pad_token_id >= rows):
         tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+    return tokenizer  # type: ignore[return-value] # it is fast
 
 
 def _tokenizer_home(path: str | Path) -> str | Path:

@@ -21,14 +21,16 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from deepspeed_chat_tlcr.arguments import RunOptions, TrainOptions, record
+from deepspeed_chat_tlcr.arguments import TrainOptions, record
 from deepspeed_chat_tlcr.checkpoints import (
     OTHER_DATA,
     SETTINGS,
     changes_since,
     clear_half_checkpoints,
+    delete_checkpoint,
     fingerprint,
     newest_checkpoint,
+    own_checkpoints,
     same_command,
 )
 from deepspeed_chat_tlcr.deepspeed_config import build_config
@@ -42,10 +44,6 @@ from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.saving import save_model, write_json
 from deepspeed_chat_tlcr.tokenization import TokenizedExample
-
-
-class StageOptions(TrainOptions, RunOptions):
-    """What ``train`` reads; the stages' own options inherit both groups."""
 
 
 def pad_examples(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -121,7 +119,7 @@ class StageMixin(FaultTolerant):
     """This library's optimiser, length-grouped batches and checkpoints for transformers' Trainer and its kind."""
 
     def __init__(
-        self, *args: Any, stage: StageOptions, train_lengths: Sequence[int], tokens_at_once: int = 0, **kwargs: Any
+        self, *args: Any, stage: TrainOptions, train_lengths: Sequence[int], tokens_at_once: int = 0, **kwargs: Any
     ):
         self.stage, self.train_lengths, self.tokens_at_once = stage, train_lengths, tokens_at_once
         super().__init__(*args, **kwargs)
@@ -138,7 +136,7 @@ class StageMixin(FaultTolerant):
         return self.optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
-        schedule = super().create_scheduler(*args, **kwargs)
+        schedule: Any = super().create_scheduler(*args, **kwargs)
         self.rates = Rates(self.optimizer, schedule)
         return schedule
 
@@ -147,7 +145,7 @@ class StageMixin(FaultTolerant):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             schedule = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate may have wrapped it
-            self.rates.restore(self.model_wrapped.optimizer, schedule)
+            self.rates.restore(self.model_wrapped.optimizer, schedule)  # type: ignore[arg-type]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args
@@ -204,7 +202,7 @@ class _Bar(ProgressCallback):
             self.training_bar.write(f"epoch {logs['epoch']:.2g}: " + "  ".join(shown))
 
 
-def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
+def stage_config(options: TrainOptions, runtime: Runtime) -> dict[str, Any]:
     """The DeepSpeed config of a stage that trains one model.
 
     Raises ``InputError`` for attention kernels or positions that are not there, before anything loads.
@@ -223,7 +221,7 @@ def stage_config(options: StageOptions, runtime: Runtime) -> dict[str, Any]:
     )
 
 
-def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> None:
+def require_batch(options: TrainOptions, runtime: Runtime, examples: int) -> None:
     """Raise ``InputError`` for sizes that cannot make one optimiser step."""
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * runtime.world_size
     if examples < batch:
@@ -235,7 +233,7 @@ def require_batch(options: StageOptions, runtime: Runtime, examples: int) -> Non
 
 
 def training_arguments(
-    options: StageOptions,
+    options: TrainOptions,
     runtime: Runtime,
     config: dict[str, Any] | None,
     kind: type[TrainingArguments] = TrainingArguments,
@@ -274,7 +272,7 @@ def training_arguments(
     )
 
 
-def prepare_model(model: PreTrainedModel, options: StageOptions) -> PreTrainedModel:
+def prepare_model(model: PreTrainedModel, options: TrainOptions) -> PreTrainedModel:
     """Gradient checkpointing and LoRA, as the flags say."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -318,13 +316,13 @@ def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
 
 
 def run(
-    trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any], scratch: str = ""
+    trainer: StageTrainer, tokenizer: PreTrainedTokenizerFast, results: dict[str, Any], scratch: Sequence[Path] = ()
 ) -> dict[str, Any] | None:
     """Train (from the newest checkpoint if there is one), evaluate, save the model, then ``results.json`` last.
 
     Returns None where SIGTERM ended it early. ``results`` is what the stage already knows; the final ``eval/…``
     measures, seconds and steps are added to it.
-    ``scratch``: pattern of further folders in output_dir that go, as the checkpoints do, when all is saved.
+    ``scratch``: further folders, made by the stage, that go when all is saved, as the checkpoints do.
     """
     options = trainer.stage
     checkpoint, resume_step = _checkpoint_to_resume(trainer)
@@ -359,9 +357,9 @@ def run(
     save_model(trainer.model_wrapped, tokenizer, options.output_dir, card)
     if trainer.is_world_process_zero():
         write_json(Path(options.output_dir) / "results.json", results)
-        for pattern in filter(None, ("checkpoint-*", scratch)):
-            for path in Path(options.output_dir).glob(pattern):
-                (path / SETTINGS).unlink(missing_ok=True)  # half deleted it must not be taken for whole
-                shutil.rmtree(path)
+        for path in own_checkpoints(Path(options.output_dir)):
+            delete_checkpoint(path)
+        for path in map(Path, scratch):
+            shutil.rmtree(path)
     torch.distributed.barrier()
     return results

@@ -33,8 +33,10 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict], generation:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = _FIXED_DAY + template
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+        return str(
+            tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=generation
+            )
         )
     except Exception as error:  # the template is a program of the model's author: any error may come out of it
         raise InputError(f"the tokenizer's chat template refuses these messages: {error}") from None

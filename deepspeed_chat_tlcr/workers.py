@@ -15,7 +15,8 @@ from deepspeed.accelerator import get_accelerator
 
 from deepspeed_chat_tlcr.errors import InputError, RunError
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 _work: Callable[[Any], Any] | None = None
 """In a process of its own: what ``load`` made."""

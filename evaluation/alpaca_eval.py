@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import option, parse
@@ -111,7 +111,7 @@ def compare(
         judged = [(first, second) for _, first, second in kept]
         lengths = [tuple(len(replies[name][q.id].turns[0].strip()) for name in (one, other)) for q, *_ in kept]
         bias = {"longer_preferred": longer_preferred(judged, lengths), "missing": len(both) - len(judged)}
-        record = {"model": one, "against": other, **head_to_head(judged).as_dict(), **bias}
+        record = {"model": one, "against": other, **asdict(head_to_head(judged)), **bias}
         if bias["missing"] and not verdicts.by_id.keys() & set(itertools.chain(*both)):
             # Ties of equal answers, which nobody was asked about, are no comparison.
             record |= {"win_rate": math.nan, "interval": (math.nan, math.nan), "p_value": math.nan}

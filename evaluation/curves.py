@@ -28,6 +28,9 @@ TITLES = {
 }
 
 
+MOST_STEPS, MOST_DRAWN = 10**12, 1e300
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurveOptions:
     """curves"""
@@ -59,7 +62,8 @@ def read_runs(entries: Sequence[str]) -> dict[str, list[dict]]:
         if not runs[name]:
             raise InputError(f"--runs {entry}: no lines in {file}")
         for number, line in enumerate(runs[name], 1):
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            step = line.get("step") if isinstance(line, dict) else None
+            if type(step) is not int or not 0 <= step <= MOST_STEPS:
                 raise InputError(f"--runs {entry}: {file}:{number} has no step, as lines of a metrics.jsonl do")
     if not runs:
         raise InputError("--runs is missing: NAME=PATH of one run or more")
@@ -67,8 +71,8 @@ def read_runs(entries: Sequence[str]) -> dict[str, list[dict]]:
 
 
 def as_number(value: object) -> float:
-    """NaN for what was not measured (null), or is no number."""
-    return value if isinstance(value, int | float) else math.nan
+    """NaN for what was not measured (null), is no number, or one that no axis can hold."""
+    return float(value) if isinstance(value, int | float) and abs(value) <= MOST_DRAWN else math.nan
 
 
 def series_of(runs: dict[str, list[dict]], key: str) -> list[Series]:

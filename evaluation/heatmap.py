@@ -22,6 +22,7 @@ from deepspeed_chat_tlcr.pictures import (
     write_page,
 )
 from deepspeed_chat_tlcr.pictures.png import heatmap_png
+from deepspeed_chat_tlcr.records import require_new_file
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation.policies import DeviceOptions, Question, in_context, prompt_text, torch_dtype
 from evaluation.scoring import Judge, heatmap, response_example
@@ -59,6 +60,9 @@ def score(options: Options) -> list[TokenScores]:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
+    for flag, path in (("--html", options.html), ("--png", options.png)):
+        if path:
+            require_new_file(flag, path)
     scored = score(options)
     if options.html:
         body = join([legend_html(), sample_html(Sample(options.prompt, scored))])

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.results import load_results
@@ -40,9 +40,9 @@ def labels(folder: Path) -> dict[str, float]:
     """How much of the answers the reviser changed."""
     audit = made_by_stage(folder / "audit" / "audit.json")
     return {
-        "share_negative": audit["tokens"]["share_negative"],
-        "share_positive": audit["tokens"]["share_positive"],
-        "edit_ratio": audit["edit_ratio"]["mean"],
+        "share_negative": float(audit["tokens"]["share_negative"]),
+        "share_positive": float(audit["tokens"]["share_positive"]),
+        "edit_ratio": float(audit["edit_ratio"]["mean"]),
         "unedited_share": audit["unedited"] / audit["revisions"],
     }
 
@@ -82,10 +82,13 @@ def round_of(folder: Path, before: dict[str, float]) -> dict:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
     run = Path(options.run_dir)
-    first = labels(run)
+    with reading(run / "audit" / "audit.json"):
+        first = labels(run)
     rounds: list[dict] = []
     for number in range(1, options.rounds + 1):
-        rounds.append(round_of(run / f"round{number}", rounds[-1]["labels"] if rounds else first))
+        folder = run / f"round{number}"
+        with reading(f"{folder}: one of its stages' results"):
+            rounds.append(round_of(folder, rounds[-1]["labels"] if rounds else first))
     write_json(run / "iterated.json", {"labels_at_first": first, "rounds": rounds})
 
     table = Table(title="Iterated TLCR: the discriminator on the policy's own, held-out answers")

@@ -18,6 +18,7 @@ from pathlib import Path
 from deepspeed_chat_tlcr.arguments import announce, option, parse, record
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.models import label_count
 from deepspeed_chat_tlcr.records import read_json
 from evaluation import alpaca_eval, curves, discriminator, mt_bench, reward_scores, side_by_side
@@ -141,15 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"nothing to evaluate: {lacks}")
     shown = replace(options, base_url=options.base_url and without_secrets(options.base_url))
     announce(shown)
-    record(shown, options.out)
     lacking: dict[str, Shortfall | None] = {}
-    for step in STEPS:
-        if step not in ready:
-            print(f"{step.name}: left out, needs {', '.join(missing(step, options))}", flush=True)
-            continue
-        print(f"---- {step.name} ----", flush=True)
-        lacking[step.name] = step.run(options)
-    return conclude(options.out, lacking)
+    with lock(options.out, "--out"):
+        record(shown, options.out)
+        for step in STEPS:
+            if step not in ready:
+                print(f"{step.name}: left out, needs {', '.join(missing(step, options))}", flush=True)
+                continue
+            print(f"---- {step.name} ----", flush=True)
+            lacking[step.name] = step.run(options)
+        return conclude(options.out, lacking)
 
 
 if __name__ == "__main__":

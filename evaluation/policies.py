@@ -293,7 +293,12 @@ def read_replies(path: Path) -> Iterator[tuple[int | str, Reply]]:
             choice = record["choices"][0]
             turns = choice["turns"]
             tokens = choice.get("tokens", [0] * len(turns))
-            yield record["question_id"], Reply(turns, tokens, choice.get("ended", [True] * len(turns)))
+            ended = choice.get("ended", [True] * len(turns))
+            if not turns or not all(isinstance(turn, str) for turn in turns):
+                raise TypeError("no turns, or turns that are no texts")
+            if not len(turns) == len(tokens) == len(ended) or not isinstance(record["question_id"], int | str):
+                raise TypeError("question_id, tokens or ended of another kind")
+            yield record["question_id"], Reply(turns, tokens, ended)
         except (KeyError, IndexError, TypeError) as error:
             raise InputError(f"{path}:{number}: not an answer in FastChat's form ({error!r})") from None
 

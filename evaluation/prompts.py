@@ -70,6 +70,8 @@ def prompts_of_file(path: str, temperature: float, for_models: bool = True) -> l
         if field is None:
             raise InputError(f"--prompts {place(path, position)}: no text in 'instruction' or 'prompt'")
         text = record[field]
+        if not text.strip():
+            raise InputError(f"--prompts {place(path, position)}: {field!r} is empty")
         if for_models and not is_text(text):
             raise InputError(f"--prompts {place(path, position)}: half of a surrogate pair, not text")
         questions.append(Question(prompt_id(text), [text], temperature, raw=field == "prompt"))

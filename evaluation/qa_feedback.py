@@ -6,9 +6,7 @@ python evaluation/qa_feedback.py report …    what a run has brought: results.j
 training_scripts/run_qa_feedback.sh calls both; docs/qa_feedback.md explains the measures.
 """
 
-import json
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
@@ -17,7 +15,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -28,12 +25,12 @@ from transformers import (
     set_seed,
 )
 
-from deepspeed_chat_tlcr.arguments import option, parse, seed_option
+from deepspeed_chat_tlcr.arguments import option, parse, run_command, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.generation import Decoding, answers
+from deepspeed_chat_tlcr.generation import Decoding, seeded_answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
-from deepspeed_chat_tlcr.records import Revision, read_json, read_jsonl, read_revisions
+from deepspeed_chat_tlcr.records import Preference, read_jsonl, read_revisions, results_of_stages, write_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from evaluation.logprobs import as_examples, response_logprobs
@@ -49,6 +46,16 @@ SHOWN = ("reward/per_token", "policy/kl", "rollout/response_length", "rollout/eo
 """What the report repeats of the first and the last update's metrics."""
 AT_ONCE = 64
 """Answers that are generated at once."""
+STAGES = {
+    "data": "prepared/results.json",
+    "audit": "audit/audit.json",
+    "labeling": "labeling/run.json",
+    "base": "base/step1_sft/results.json",
+    "sft": "step1_sft/results.json",
+    "discriminator": "step2_discriminator/results.json",
+    "ppo": "step3_ppo_tlcr/results.json",
+}
+"""What each stage of a run writes last."""
 
 # ---- before the stages -----------------------------------------------------------------------------------------------
 
@@ -105,9 +112,9 @@ def byte_level_bpe(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizer
 
 
 def untrained_llama(
-    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, max_positions: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int, layers: int, max_positions: int, seed: int, heads: int = 0
 ) -> LlamaForCausalLM:
-    """A small Llama with random weights; a head for every 32 of its width."""
+    """A small Llama with random weights; unless ``heads`` is given, a head for every 32 of its width."""
     set_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -115,11 +122,11 @@ def untrained_llama(
             hidden_size=hidden_size,
             intermediate_size=hidden_size * 8 // 3 // 32 * 32,
             num_hidden_layers=layers,
-            num_attention_heads=max(1, hidden_size // 32),
+            num_attention_heads=heads or max(1, hidden_size // 32),
             max_position_embeddings=max_positions,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token is None else tokenizer.pad_token_id,
             tie_word_embeddings=False,
             initializer_range=0.06,  # at the usual 0.02 so small a model takes several times as many steps
         )
@@ -135,7 +142,8 @@ def prepare(argv: Sequence[str]) -> None:
     for split, kept in revisions.items():
         if not texts[split]:
             raise InputError(f"{options.qa_feedback}: none of its {split} questions are in {options.revisions}")
-        write_jsonl(folder / "pairs" / f"{split}.jsonl", map(pair, kept))
+        pairs = (Preference(r.prompt, r.chosen, r.rejected).as_pair() for r in kept)
+        write_jsonl(folder / "pairs" / f"{split}.jsonl", pairs)
         write_jsonl(folder / "revisions" / f"{split}.jsonl", map(asdict, kept))
         write_jsonl(folder / "texts" / f"{split}.jsonl", texts[split])
     corpus = [text["prompt"] + text["chosen"] for text in texts["train"]]
@@ -148,15 +156,6 @@ def prepare(argv: Sequence[str]) -> None:
     results = {**counts, "vocabulary": len(tokenizer), "parameters": model.num_parameters()}
     write_json(folder / "results.json", results)
     print(", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in results.items()))
-
-
-def pair(revision: Revision) -> dict:
-    return {"prompt": revision.prompt, "chosen": revision.chosen, "rejected": revision.rejected}
-
-
-def write_jsonl(path: Path, records: Iterable[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 # ---- after the stages ------------------------------------------------------------------------------------------------
@@ -204,10 +203,9 @@ def sample(
     name: str,
 ) -> Scored:
     """Answers as PPO samples and scores them: temperature 1, the whole distribution, a reward for every token."""
-    set_seed(options.seed)
     rows = [prompt for prompt in prompts for _ in range(options.answers)]
-    generated = answers(policy, tokenizer, rows, Decoding(options.max_answer_seq_len), AT_ONCE)
-    written = list(tqdm(generated, total=len(rows), desc=f"answers of {name}", dynamic_ncols=True))
+    decoding, words = Decoding(options.max_answer_seq_len), f"answers of {name}"
+    written = seeded_answers(policy, tokenizer, rows, decoding, AT_ONCE, options.seed, words)
     pad_id = tokenizer.pad_token_id
     probs = [torch.tensor(row) for row in token_probs(discriminator, as_examples(written), pad_id)]
     logprobs, sft_logprobs = (response_logprobs(model, written, pad_id) for model in (policy, sft))
@@ -255,27 +253,10 @@ def policy_folders(run: Path, more_methods: Sequence[str]) -> dict[str, Path]:
     return folders
 
 
-def read_results(run: Path) -> dict[str, dict]:
-    """What the stages have written. Raises ``InputError`` for one that has not finished."""
-    names = {
-        "data": "prepared/results.json",
-        "audit": "audit/audit.json",
-        "labeling": "labeling/run.json",
-        "base": "base/step1_sft/results.json",
-        "sft": "step1_sft/results.json",
-        "discriminator": "step2_discriminator/results.json",
-        "ppo": "step3_ppo_tlcr/results.json",
-    }
-    for name, path in names.items():
-        if not (run / path).is_file():
-            raise InputError(f"{run / path} is not there: the {name} stage of run_qa_feedback.sh has not finished")
-    return {name: read_json(run / path) for name, path in names.items()}
-
-
 def report(argv: Sequence[str]) -> None:
     options = parse(ReportOptions, argv)
     run = Path(options.run_dir)
-    stages = read_results(run)
+    stages = results_of_stages(run, STAGES, "run_qa_feedback.sh")
     tokenizer = load_tokenizer(run / "step1_sft")
     held_out = list(read_revisions(run / "prepared" / "revisions" / "eval.jsonl"))
     prompts = [tokenize_prompt(tokenizer, prompt) for prompt in dict.fromkeys(r.prompt for r in held_out)]
@@ -352,13 +333,7 @@ COMMANDS = {"prepare": prepare, "report": report}
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
-    if name in ("-h", "--help"):
-        print(__doc__)
-        return
-    if name not in COMMANDS:
-        raise InputError(f"unknown command {name!r}; known are {', '.join(COMMANDS)} (each with --help)")
-    COMMANDS[name](rest)
+    run_command(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

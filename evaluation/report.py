@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.pictures import Html, cards, join, origin, paragraph, table_html, write_page
 from deepspeed_chat_tlcr.provenance import provenance
 from deepspeed_chat_tlcr.records import read_json
@@ -21,47 +21,23 @@ EXIT_STOPPED, EXIT_MISSING = 3, 4
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the evaluation: its folder, its heading, how it is drawn, and what to run where it is missing."""
+    """A part of the evaluation: its folder, its heading, how it is drawn, and its program where it has another name."""
 
     folder: str
     heading: str
     draw: Callable[[dict], Html]
     facts: Callable[[dict], list]  # what was measured, on how many items, by which judge, US$
-    command: str
+    program: str = ""
 
 
 PARTS = [
-    Part("mt_bench", "MT-Bench", sections.mt_bench, sections.mt_bench_facts, "evaluation/mt_bench.py"),
-    Part(
-        "alpaca_eval",
-        "AlpacaEval and head to head",
-        sections.alpaca_eval,
-        sections.alpaca_eval_facts,
-        "evaluation/alpaca_eval.py",
-    ),
-    Part("human", "Human votes", sections.human, sections.human_facts, "evaluation/human/make.py, then count.py,"),
-    Part(
-        "reward_scores",
-        "Reward scores",
-        sections.reward_scores,
-        sections.reward_scores_facts,
-        "evaluation/reward_scores.py",
-    ),
-    Part("curves", "Training curves", sections.curves, sections.curves_facts, "evaluation/curves.py"),
-    Part(
-        "discriminator",
-        "Discriminator",
-        discriminator_chapter.chapter,
-        discriminator_chapter.facts,
-        "evaluation/discriminator.py",
-    ),
-    Part(
-        "side_by_side",
-        "Answers side by side",
-        sections.side_by_side,
-        sections.side_by_side_facts,
-        "evaluation/side_by_side.py",
-    ),
+    Part("mt_bench", "MT-Bench", sections.mt_bench, sections.mt_bench_facts),
+    Part("alpaca_eval", "AlpacaEval and head to head", sections.alpaca_eval, sections.alpaca_eval_facts),
+    Part("human", "Human votes", sections.human, sections.human_facts, "human/make.py, then count.py,"),
+    Part("reward_scores", "Reward scores", sections.reward_scores, sections.reward_scores_facts),
+    Part("curves", "Training curves", sections.curves, sections.curves_facts),
+    Part("discriminator", "Discriminator", discriminator_chapter.chapter, discriminator_chapter.facts),
+    Part("side_by_side", "Answers side by side", sections.side_by_side, sections.side_by_side_facts),
 ]
 
 
@@ -69,11 +45,15 @@ def refresh_report(out: str | Path) -> Path:
     """Draw OUT/report.html from the parts' results: the verdicts, what was measured, how, and what was not."""
     out = Path(out)
     found = {part.folder: load_results(out, part.folder) for part in PARTS}
-    chapters: list[tuple[str, Html]] = [("What was measured", overview(found))]
-    chapters += [(part.heading, part.draw(results)) for part in PARTS if (results := found[part.folder])]
+    drawn = [(part.heading, drawn_part(part, out, results)) for part in PARTS if (results := found[part.folder])]
+    chapters: list[tuple[str, Html]] = [("What was measured", overview(found)), *drawn]
     chapters.append(("How this was made", join([origin(provenance()), *map(paragraph, commands(out))])))
-    if missing := [f"{part.heading}: not run. {part.command} measures it." for part in PARTS if not found[part.folder]]:
-        chapters.append(("Missing", join([paragraph(words, "quiet") for words in missing])))
+    if missing := [part for part in PARTS if not found[part.folder]]:
+        told = [
+            f"{part.heading}: not run. evaluation/{part.program or part.folder + '.py'} measures it."
+            for part in missing
+        ]
+        chapters.append(("Missing", join([paragraph(words, "quiet") for words in told])))
     figures = [cards(items)] if (items := sections.headline(found)) else []
     lead = join([*(paragraph(words, "lead") for words in sections.verdicts(found)), *figures])
     names = dict.fromkeys(name for results in found.values() if results for name in results.get("models", ()))
@@ -91,6 +71,17 @@ def commands(out: Path) -> list[str]:
         return []
     given = [f"--{name} {value}" for name, value in options.items() if value not in (None, "", [], False)]
     return [f"evaluation/main.py {' '.join(given)}"]
+
+
+def drawn_part(part: Part, out: Path, results: dict) -> Html:
+    """A part's chapter. Raises ``InputError`` for results that were damaged since."""
+    with reading(out / part.folder / "results.json", "remove it and run the part again"):
+        # The headline and the overview read it too: what is wrong is said here, where the file is known.
+        sections.headline({part.folder: results})
+        sections.verdicts({part.folder: results})
+        part.facts(results)
+        list(results.get("models", ()))
+        return part.draw(results)
 
 
 def conclude(out: str | Path, parts: Mapping[str, Shortfall | None]) -> int:
@@ -129,9 +120,11 @@ def overview(found: dict[str, dict | None]) -> Html:
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if argv is None else list(argv)
-    if len(given) != 1 or given[0] in ("-h", "--help"):
+    if given in (["-h"], ["--help"]):
         print(__doc__)
         return
+    if len(given) != 1:
+        raise InputError(f"give one folder, the --out of an evaluation (given: {' '.join(given) or 'nothing'})")
     if not Path(given[0]).is_dir():
         raise InputError(f"{given[0]}: no such folder; give the --out of an evaluation")
     refresh_report(given[0])

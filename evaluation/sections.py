@@ -10,8 +10,8 @@ from deepspeed_chat_tlcr.pictures import (
     TokenScores,
     bar_chart,
     columns,
+    explained,
     join,
-    legend_html,
     line_chart,
     missing_chart,
     number,
@@ -194,7 +194,7 @@ def alpaca_eval(results: dict) -> Html:
         for method, row in PUBLISHED.items()
         if "TLCR preferred, %" in row
     }
-    paper = paper_table("Figure 4: against", published)
+    paper = paper_table("paper, Figure 4: against", published)
     return join([*parts, columns(chart, paper) if chart else paper])
 
 
@@ -274,11 +274,7 @@ def side_by_side(results: dict) -> Html:
     if not results["discriminator"]:
         note = "No --discriminator was given: answers without rewards."
         return join([paragraph(note, "note"), *map(sample_of, results["samples"])])
-    hint = (
-        "Hover over a token, or touch it, for its values. Tokens outside the neutral zone, max(D, 1 − D) ≥ 0.6, are "
-        "underlined: straight where positive, in waves where negative."
-    )
-    return join([legend_html(), paragraph(hint, "note"), *map(sample_of, results["samples"])])
+    return join([explained("reward"), *map(sample_of, results["samples"])])
 
 
 # ---- reward scores ---------------------------------------------------------------------------------------------------
@@ -324,14 +320,14 @@ def reward_scores(results: dict) -> Html:
     ]
     if absent := [name for name in ("discriminator", "sequence_reward") if not results[name]]:
         parts.append(paragraph(f"Missing: no --{' and no --'.join(absent)} was given.", "note"))
-    return join([*parts, paper_table("Figure 6", PUBLISHED_REWARDS, 2)])
+    return join([*parts, paper_table("paper, Figure 6", PUBLISHED_REWARDS)])
 
 
-def paper_table(where: str, published: Mapping[str, Mapping[str, float]], digits: int = 2) -> Html:
+def paper_table(corner: str, published: Mapping[str, Mapping[str, float]], caption: object = "") -> Html:
     """Numbers of the paper, a row for each method."""
     names = list(dict.fromkeys(name for row in published.values() for name in row))
     rows = [[method, *(row.get(name) for name in names)] for method, row in published.items()]
-    return table_html([f"paper, {where}", *names], rows, digits=digits)
+    return table_html([corner, *names], rows, caption)
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------

@@ -80,9 +80,6 @@ class HeadToHead:
     p_value: float  # exact sign test of wins against losses
     first_shown_preferred: float  # of all verdicts that are no tie: position bias, 0.5 is none
 
-    def as_dict(self) -> dict:
-        return {name: getattr(self, name) for name in self.__dataclass_fields__}
-
 
 def head_to_head(verdicts: Sequence[tuple[str, str]]) -> HeadToHead:
     """From ``(verdict with the first model shown first, verdict with it shown second)``, each "first", "second", "tie".

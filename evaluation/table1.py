@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.results import load_results, without_nan
 
@@ -67,7 +67,10 @@ def shown(entry: Mapping | None, seeds: int) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     run = Path(parse(Options, argv).run_dir)
     folders = sorted(run.glob("seed-*"))
-    seeds = {folder.name.removeprefix("seed-"): measures(folder / "evaluation") for folder in folders}
+    seeds: dict[str, dict] = {}
+    for folder in folders:
+        with reading(f"{folder / 'evaluation'}: results of MT-Bench or of the rewards", "run that part again"):
+            seeds[folder.name.removeprefix("seed-")] = measures(folder / "evaluation")
     seeds = {seed: found for seed, found in seeds.items() if found}
     if not seeds:
         raise InputError(f"{run}: no seed-*/evaluation with MT-Bench or reward scores; run evaluate_table1.sh first")

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.arguments import Parser
 from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
@@ -30,7 +31,8 @@ from deepspeed_chat_tlcr.pictures import (
     table_html,
     write_page,
 )
-from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
+from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions, require_file
+from deepspeed_chat_tlcr.saving import require_writable
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.audit_statistics import POSITIONS, Audit, Span
 from labeling.importing import qa_feedback_preference
@@ -98,7 +100,7 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
             ["the same text for the same pair again", summary["repeated_revisions"]],
         ],
     )
-    result = [
+    result: list[tuple[str, object]] = [
         ("Overview", join([charts, columns(counts, spread)])),
         ("Words", words),
         ("What to look at", doubts),
@@ -133,14 +135,18 @@ def pictures(tokenizer: PreTrainedTokenizerFast, revisions: Sequence[Revision]) 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revisions", help="revisions.jsonl, as labeling/main.py writes it")
     parser.add_argument("--tokenizer", required=True, help="folder or hub name: labels belong to its tokens")
     parser.add_argument("--output_dir", help="folder for audit.html and audit.json (default: that of the revisions)")
     parser.add_argument("--error_spans", help="QA-feedback file whose people's error spans to compare the labels with")
     parser.add_argument("--max_edit_ratio", type=float, default=MAX_EDIT_RATIO, help="above it a rewrite is suspected")
-    options = parser.parse_args(argv)
+    options = parser.parse(argv)
+    if not 0 <= options.max_edit_ratio <= 1:
+        raise InputError(f"--max_edit_ratio {options.max_edit_ratio}: must be from 0 to 1")
+    require_file(options.revisions)
     folder = Path(options.output_dir or Path(options.revisions).parent)
+    require_writable(folder)
     spans = read_error_spans(options.error_spans) if options.error_spans else {}
     audit = Audit(load_tokenizer(options.tokenizer), options.max_edit_ratio, spans)
     for revision in tqdm(read_revisions(options.revisions), desc="audit", unit=" revisions", mininterval=1.0):

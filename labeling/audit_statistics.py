@@ -3,7 +3,7 @@
 import heapq
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -77,19 +77,10 @@ def visible_tokens(
     return tokens
 
 
-def span_agreement(
-    tokenizer: PreTrainedTokenizerFast, revisions: Iterable[Revision], spans_of: dict[str, list[Span]]
-) -> SpanAgreement:
-    """``spans_of`` maps a rejected response's text, white space around it stripped, to its error spans."""
-    agreement = SpanAgreement()
-    for revision in revisions:
-        add_agreement(agreement, tokenizer, revision, spans_of)
-    return agreement
-
-
 def add_agreement(
     agreement: SpanAgreement, tokenizer: PreTrainedTokenizerFast, revision: Revision, spans_of: dict[str, list[Span]]
 ):
+    """``spans_of`` maps a rejected response's text, white space around it stripped, to its error spans."""
     spans = spans_of.get(revision.rejected.strip())
     if spans is None:
         return

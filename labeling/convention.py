@@ -6,6 +6,7 @@ composed, quotes straight or double spaces single. ``in_convention_of`` takes su
 
 import unicodedata
 from functools import lru_cache
+from typing import Literal
 
 import regex
 from rapidfuzz.distance import LCSseq
@@ -37,7 +38,7 @@ def in_convention_of(rejected: str, modified: str) -> str:
     before, after = _UNIT.findall(rejected), _UNIT.findall(modified)
     seen_before, seen_after = list(map(_seen, before)), list(map(_seen, after))
     line_end = "\r\n" if rejected.count("\r\n") * 2 > rejected.count("\n") else "\n"
-    form = "NFC" if unicodedata.is_normalized("NFC", rejected) else "NFD"
+    form: Literal["NFC", "NFD"] = "NFC" if unicodedata.is_normalized("NFC", rejected) else "NFD"
     plain = str.maketrans({odd: usual for odd, usual in _PLAIN.items() if odd not in rejected})
 
     def adapted(units: list[str]) -> list[str]:
@@ -47,7 +48,7 @@ def in_convention_of(rejected: str, modified: str) -> str:
 
     if len(before) * len(after) > _MOST_CELLS:
         return "".join(adapted(after))
-    written = []
+    written: list[str] = []
     for step in LCSseq.opcodes(seen_before, seen_after):
         is_kept = step.tag == "equal"
         written += before[step.src_start : step.src_end] if is_kept else adapted(after[step.dest_start : step.dest_end])

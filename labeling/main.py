@@ -39,7 +39,6 @@ from deepspeed_chat_tlcr.asking.progress import Progress, Totals
 from deepspeed_chat_tlcr.data.preferences import Preferences, load_preferences, parse_data_split
 from deepspeed_chat_tlcr.data.sources import find_source
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.importing import import_revisions
 from labeling.options import Options, check
 from labeling.prompt import TEMPLATE, load_template
@@ -182,6 +181,8 @@ def load_pairs(options: Options) -> Preferences:
     """The reward part of the data. With nothing for SFT and RL, as in 0,10,0, that is every pair there is: also the
     tenth that other stages hold out of data without an eval split of its own.
     """
+    from deepspeed_chat_tlcr.tokenization import load_tokenizer  # brings PyTorch, which --help need not wait for
+
     load = partial(
         load_preferences,
         part="reward",

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import numpy as np
 
+from deepspeed_chat_tlcr.arguments import Parser
 from deepspeed_chat_tlcr.asking.journal import RunFolder, line_ids
 from deepspeed_chat_tlcr.asking.progress import Totals
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from labeling.revising import describe
 from labeling.selection import Shard
 
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", nargs="+", help="output folders of labeling/main.py --shard i/n")
     parser.add_argument("--output_dir", required=True, help="folder for the joined run")
-    options = parser.parse_args(argv)
+    options = parser.parse(argv)
     with ExitStack() as stack:
         folders = [open_shard(stack, path) for path in options.shards]
         merge(folders, stack.enter_context(RunFolder(options.output_dir)))
@@ -40,11 +41,14 @@ def open_shard(stack: ExitStack, path: str) -> RunFolder:
 def merge(folders: Sequence[RunFolder], output: RunFolder):
     """Raises ``InputError`` for shards of different runs, missing or repeated ones, unfinished ones, repeated pairs."""
     summaries = [folder.saved_summary() for folder in folders]
-    settings = check_settings(folders, summaries)
-    samples = settings["n"]
+    with reading(f"{', '.join(str(folder.path) for folder in folders)}: a run.json", "it has to be labelling's"):
+        settings = check_settings(folders, summaries)
+        samples = int(settings["n"])
     states = [folder.read_state(samples) for folder in folders]
     for folder, summary, state in zip(folders, summaries, states, strict=True):
-        found, pairs = len(state.results) + len(state.failures), summary["counts"]["pairs"]
+        with reading(folder.summary, "it has to be labelling's"):
+            found, pairs = len(state.results) + len(state.failures), int(summary["counts"]["pairs"])
+            summary["complete"], summary["usd"] = bool(summary["complete"]), summary["usd"] and float(summary["usd"])
         if not summary["complete"] or found != pairs * samples:
             raise InputError(f"{folder.path}: {found} of {pairs * samples} revisions and failures; finish this shard")
     settled = [np.unique(np.concatenate([state.results, state.failures])) for state in states]

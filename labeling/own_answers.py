@@ -7,7 +7,6 @@ reward data is static). Prompts and chosen responses are those of the reward par
 SFT and PPO; answers to its eval split are only ever measured on.
 """
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass
@@ -23,7 +22,7 @@ from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, answers
 from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm, require_attention
-from deepspeed_chat_tlcr.records import Preference
+from deepspeed_chat_tlcr.records import Preference, write_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -125,13 +124,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed = options.seed + (split == "eval") * 1_000_000  # other numbers than those of training prompts
         writer = Writer(options.policy, device, options.attn_implementation, longest, seed)
         pairs = own_answers(tokenizer, preferences, writer, options, split)
-        lines = [
-            json.dumps({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}, ensure_ascii=False)
-            for pair in pairs
-        ]
-        text = "".join(line + "\n" for line in lines)
-        (Path(options.output_dir) / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        counts[split] = {"prompts": len(preferences), "answers": len(pairs)}
+        answered = write_jsonl(Path(options.output_dir) / f"{split}.jsonl", map(Preference.as_pair, pairs))
+        counts[split] = {"prompts": len(preferences), "answers": answered}
     made = {"policy": options.policy, "round": options.round, "attn_implementation": options.attn_implementation}
     write_json(Path(options.output_dir) / "results.json", made | counts)
     print(", ".join(f"{split}: {found['answers']} answers" for split, found in counts.items()))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import Preference
+from deepspeed_chat_tlcr.records import Preference, require_file
 
 TEMPLATE = """\
 Below are a conversation between a human and an assistant and two candidate responses for the assistant's next turn. \
@@ -89,7 +89,9 @@ class Answer:
 def load_template(path: str | Path) -> str:
     """A user's own instruction. Raises ``InputError`` where a placeholder or the tag that marks the answer lacks."""
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = require_file(path).read_text(encoding="utf-8")
+    except InputError as error:
+        raise InputError(f"--prompt_file {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompt_file {path}: cannot be read as UTF-8 text ({error})") from None
     missing = [f"{{{name}}}" for name in PLACEHOLDERS if f"{{{name}}}" not in template]

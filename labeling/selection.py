@@ -25,7 +25,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise InputError(f"--shard {text}: expected i/n with i from 1 to n, such as 1/4")
         return cls(int(match[1]), int(match[2]))
@@ -81,7 +81,8 @@ def select(preferences: Preferences, shard: Shard) -> Selection:
     places = np.flatnonzero(mine)
     _, first = np.unique(ids[places], return_index=True)
     places, duplicates = places[np.sort(first)], len(places) - len(first)
-    return Selection(order[places], ids[places], duplicates, *sizes, f"{len(order)} pairs, sha256 {digest}")
+    fingerprint = f"{len(order)} pairs, sha256 {digest}"
+    return Selection(order[places], ids[places], duplicates, sizes[0], sizes[1], sizes[2], fingerprint)
 
 
 def to_ask(selection: Selection, state: State, samples: int, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -15,6 +15,7 @@ from rich.rule import Rule
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from deepspeed_chat_tlcr.arguments import Parser
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     DARK,
@@ -31,15 +32,13 @@ from deepspeed_chat_tlcr.pictures import (
     visible,
     write_page,
 )
-from deepspeed_chat_tlcr.records import Revision, read_revisions
+from deepspeed_chat_tlcr.records import Revision, read_revisions, require_new_file
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from labeling.token_labels import WHOLE, label_revision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Show revisions with each token coloured by its label.", allow_abbrev=False
-    )
+    parser = Parser(description="Show revisions with each token coloured by its label.", allow_abbrev=False)
     parser.add_argument("revisions", help="revisions.jsonl, as labeling/main.py writes it")
     parser.add_argument("--tokenizer", required=True, help="folder or hub name: labels belong to its tokens")
     parser.add_argument("--limit", type=int, default=20, help="how many revisions to show; 0: all (default: 20)")
@@ -48,7 +47,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--theme", choices=["auto", "light", "dark"], default="auto", help="the terminal's background (default: auto)"
     )
-    return parser.parse_args(argv)
+    return parser.parse(argv)
 
 
 def revision_sample(tokenizer: PreTrainedTokenizerFast, revision: Revision, max_length: int = WHOLE) -> Sample:
@@ -109,11 +108,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("limit", "max_length"):
         if getattr(options, name) < 0:
             raise InputError(f"--{name} {getattr(options, name)}: must be 0 or more")
+    if options.html:
+        require_new_file("--html", options.html, options.revisions)
     tokenizer = load_tokenizer(options.tokenizer)
     # A terminal without UTF-8 gets question marks rather than an error.
-    sys.stdout.reconfigure(errors="replace")
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     console = Console(highlight=False, soft_wrap=False)
-    counts, shown, parts = Counter(), 0, []
+    counts: Counter = Counter()
+    shown, parts = 0, []
     for sample, reasoning in samples(options, tokenizer):
         show(console, sample, options.theme)
         counts.update(value for text in sample.texts for value in text.values)

@@ -46,7 +46,7 @@ class WeightAverage:
     def _put(self, parts: dict[str, torch.Tensor]) -> None:
         for name, parameter in self._trained():
             if getattr(parameter, "ds_status", None) == ZeroParamStatus.AVAILABLE:
-                parameter.partition()  # ZeRO-3 keeps small parameters whole: they must be gathered anew
+                parameter.partition()  # type: ignore[attr-defined] # ZeRO-3 keeps small parameters whole: they must be gathered anew
             if hasattr(parameter, "ds_tensor"):
                 self._part(parameter).copy_(parts[name])
             else:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import deepspeed
 import torch
@@ -24,11 +23,9 @@ from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, forward_packed,
 from deepspeed_chat_tlcr.runtime import Runtime
 from step3_ppo_tlcr.experience import Rollout, at_actions, before_actions
 from step3_ppo_tlcr.objectives import counted
+from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, fixed_reward, load_function, names_of, sequence_reward
 from step3_ppo_tlcr.rollout import hybrid_obstacle
-
-if TYPE_CHECKING:
-    from step3_ppo_tlcr.options import Options
 
 
 def action_logits(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
@@ -85,7 +82,7 @@ def _forward(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout, **kwarg
     return model(input_ids=rollout.input_ids, attention_mask=rollout.attention_mask, **kwargs)
 
 
-def train_actor(options: "Options", runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
+def train_actor(options: Options, runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
     """The policy, from the SFT model."""
     passes = 2 if options.unsupervised_dataset_name else 1
     config = _config(options, runtime, options.actor_zero_stage, options.offload, passes)
@@ -100,7 +97,7 @@ def train_actor(options: "Options", runtime: Runtime, total_steps: int) -> DeepS
     return _train(model, "actor", options, config, total_steps)
 
 
-def train_critic(options: "Options", runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
+def train_critic(options: Options, runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
     """The value function, from the critic path's backbone.
 
     A sequence reward model or critic (1 label) brings its head; any other backbone gets one that starts at V = 0.
@@ -128,13 +125,13 @@ def freeze(model: PreTrainedModel, config: dict, runtime: Runtime) -> DeepSpeedE
     model.requires_grad_(False)
     model.eval()
     if config["zero_optimization"]["stage"] != 3:
-        return model.to(runtime.device)
+        return model.to(runtime.device)  # type: ignore[arg-type]
     engine, *_ = deepspeed.initialize(model=model, config=config)
     engine.eval()
     return engine
 
 
-def frozen_config(options: "Options", runtime: Runtime, zero_stage: int | None, offload: bool) -> dict:
+def frozen_config(options: Options, runtime: Runtime, zero_stage: int | None, offload: bool) -> dict:
     """Config of a scoring model: ZeRO-3 where asked, where the actor has it, or where it must leave the device."""
     stage = zero_stage if zero_stage is not None else (3 if options.actor_zero_stage == 3 else 0)
     return build_config(
@@ -147,7 +144,7 @@ def frozen_config(options: "Options", runtime: Runtime, zero_stage: int | None, 
     )
 
 
-def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel | None:
+def load_reference(options: Options, runtime: Runtime) -> DeepSpeedEngine | PreTrainedModel | None:
     """The model that the KL penalty keeps the policy near to: the SFT model, unless told otherwise.
 
     None where that is what remains of the actor without its LoRA layers.
@@ -161,7 +158,7 @@ def load_reference(options: "Options", runtime: Runtime) -> DeepSpeedEngine | Pr
     return freeze(model, config, runtime)
 
 
-def _keeps_base(options: "Options") -> bool:
+def _keeps_base(options: Options) -> bool:
     """Whether the actor computes with the SFT model's own weights below its LoRA layers.
 
     ZeRO++ gathers them in 8 bits, and the hybrid engine's kernels may have them merged.
@@ -170,7 +167,7 @@ def _keeps_base(options: "Options") -> bool:
     return kept and _lora_alone(options, "actor")
 
 
-def _lora_alone(options: "Options", role: str) -> bool:
+def _lora_alone(options: Options, role: str) -> bool:
     """Whether all that trains of a model's backbone is LoRA."""
     return options.only_optimize_lora and getattr(options, f"{role}_lora_dim") > 0
 
@@ -203,7 +200,7 @@ class RewardSum:
         self,
         specs: Sequence[RewardSpec],
         tokenizer: PreTrainedTokenizerFast,
-        options: "Options",
+        options: Options,
         runtime: Runtime,
         critic: DeepSpeedEngine | None,
     ):
@@ -293,7 +290,7 @@ class Models:
             return action_logits(self.actor, rollout)
 
 
-def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool, passes: int = 1) -> dict:
+def _config(options: Options, runtime: Runtime, zero_stage: int, offload: bool, passes: int = 1) -> dict:
     """Config of a trained model. ``passes``: backward passes for each training micro-batch."""
     return build_config(
         dtype=runtime.dtype,
@@ -307,7 +304,7 @@ def _config(options: "Options", runtime: Runtime, zero_stage: int, offload: bool
     )
 
 
-def _actor_extras(options: "Options", runtime: Runtime) -> dict:
+def _actor_extras(options: Options, runtime: Runtime) -> dict:
     """What only the actor's config has: the hybrid engine, and ZeRO++ for the weights under LoRA."""
     extras: dict = {}
     if options.rollout_name == "hybrid" and not hybrid_obstacle(runtime):
@@ -334,7 +331,7 @@ def _actor_extras(options: "Options", runtime: Runtime) -> dict:
     return extras
 
 
-def _train(model: PreTrainedModel, role: str, options: "Options", config: dict, total_steps: int) -> DeepSpeedEngine:
+def _train(model: PreTrainedModel, role: str, options: Options, config: dict, total_steps: int) -> DeepSpeedEngine:
     """LoRA, gradient checkpointing, optimiser, schedule and engine of the actor or the critic, by its flags."""
 
     def flag(name: str):

@@ -16,11 +16,11 @@ class _ChosenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor, eos_id: Ends, barred: int) -> torch.Tensor:
         rows = (_barred_row(row, eos_id, barred) for row in logits)
-        chosen, normaliser = [], []
+        chosen, sums = [], []
         for row, its_tokens in zip(rows, tokens, strict=True):
             chosen.append(row.gather(-1, its_tokens.unsqueeze(-1)).squeeze(-1))
-            normaliser.append(torch.logsumexp(row, dim=-1))
-        normaliser = torch.stack(normaliser)
+            sums.append(torch.logsumexp(row, dim=-1))
+        normaliser = torch.stack(sums)
         ctx.save_for_backward(logits, tokens, normaliser)
         ctx.eos_id, ctx.barred = eos_id, barred
         return torch.stack(chosen) - normaliser

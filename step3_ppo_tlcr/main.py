@@ -7,6 +7,7 @@ deepspeed step3_ppo_tlcr/main.py --actor_model_name_or_path SFT --critic_model_n
 from collections.abc import Sequence
 
 from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.programs import as_program
 from step3_ppo_tlcr.options import Options, parse_args
 
 __all__ = ["Options", "main", "parse_args"]
@@ -23,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_stage(options, train, models)
 
 
-if __name__ == "__main__":
-    main()
-    from deepspeed_chat_tlcr.runtime import leave
+program = as_program(main)
 
-    leave()
+if __name__ == "__main__":
+    program()

@@ -65,7 +65,9 @@ def gae(
     return advantages, advantages + values
 
 
-def whiten(advantages: torch.Tensor, action_mask: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def whiten(
+    advantages: torch.Tensor, action_mask: torch.Tensor, mean: torch.Tensor | float, std: torch.Tensor | float
+) -> torch.Tensor:
     """(A - mean) / std where the mask counts; the moments may come from all ranks."""
     return (advantages - mean) / (std + 1e-8) * action_mask
 

@@ -1,7 +1,6 @@
 """Pre-training text mixed into PPO (``--unsupervised_dataset_name``; InstructGPT, equation 2)."""
 
 import os
-from typing import TYPE_CHECKING
 
 import torch
 from datasets import load_dataset
@@ -11,14 +10,12 @@ from transformers import PreTrainedTokenizerFast
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Decoding
 from step3_ppo_tlcr.logprobs import token_logprobs
-
-if TYPE_CHECKING:
-    from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.options import Options
 
 _FILES = {".txt": "text", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
-def load_blocks(options: "Options", tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+def load_blocks(options: Options, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
     """The data set's ``text`` column, joined and cut into blocks as long as a prompt and its answer, ``(N, T)``.
 
     Raises ``InputError`` for a data set that cannot be had, has no such column or does not fill one block.
@@ -47,7 +44,7 @@ def load_blocks(options: "Options", tokenizer: PreTrainedTokenizerFast) -> torch
 class Pretraining:
     """Batches of blocks in a seeded order, another in each pass, and the loss on them."""
 
-    def __init__(self, blocks: torch.Tensor, options: "Options", rank: int, world_size: int):
+    def __init__(self, blocks: torch.Tensor, options: Options, rank: int, world_size: int):
         self.blocks, self.size, self.seed = blocks, options.per_device_training_batch_size, options.seed
         self.rank, self.world_size = rank, world_size
         self.position = 0  # batches so far; resumable

@@ -1,7 +1,6 @@
 """The prompts that the policy answers: those of the RL part, and held-out ones."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from transformers import PreTrainedTokenizerFast
 
@@ -10,13 +9,11 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import tokenize_prompt
 from deepspeed_chat_tlcr.training import LengthGroupedSampler
-
-if TYPE_CHECKING:
-    from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.options import Options
 
 
 def load_prompts(
-    options: "Options", tokenizer: PreTrainedTokenizerFast, runtime: Runtime, split: str = "train"
+    options: Options, tokenizer: PreTrainedTokenizerFast, runtime: Runtime, split: str = "train"
 ) -> list[list[int]]:
     """Token ids of the RL part's prompts that fit; the longer ones are counted and dropped."""
     preferences = load_part(options, "rl", split, tokenizer, require_rejected=False)
@@ -27,12 +24,12 @@ def load_prompts(
     return kept
 
 
-def set_size(options: "Options", runtime: Runtime) -> int:
+def set_size(options: Options, runtime: Runtime) -> int:
     """Prompts of one set of rollouts, over all ranks."""
     return options.per_device_generation_batch_size * options.rollout_batches * runtime.world_size
 
 
-def require_a_set(prompts: Sequence[list[int]], options: "Options", runtime: Runtime) -> None:
+def require_a_set(prompts: Sequence[list[int]], options: Options, runtime: Runtime) -> None:
     """Raise ``InputError`` for too few prompts."""
     if len(prompts) < set_size(options, runtime):
         raise InputError(
@@ -43,7 +40,7 @@ def require_a_set(prompts: Sequence[list[int]], options: "Options", runtime: Run
 
 
 def prompt_sets(
-    prompts: Sequence[list[int]], options: "Options", runtime: Runtime, epoch: int
+    prompts: Sequence[list[int]], options: Options, runtime: Runtime, epoch: int
 ) -> Iterator[list[list[int]]]:
     """This rank's prompts for each set of rollouts; formed by length.
 

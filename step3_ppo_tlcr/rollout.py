@@ -3,7 +3,6 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from deepspeed import DeepSpeedEngine
@@ -14,15 +13,13 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from deepspeed_chat_tlcr.decode import decode
 from deepspeed_chat_tlcr.errors import InputError, told
-from deepspeed_chat_tlcr.generation import Decoding, generate, left_pad, response_mask
+from deepspeed_chat_tlcr.generation import Decoding, Ends, generate, left_pad, response_mask
 from deepspeed_chat_tlcr.graphs import GraphedLoop
 from deepspeed_chat_tlcr.operators import load_operator
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.experience import Rollout
-
-if TYPE_CHECKING:
-    from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.options import Options
 
 _PAGE = 64  # tokens of one page of the continuous batching's cache
 _CHECKED_TOKENS = 8  # greedy tokens that the hybrid engine must get right
@@ -168,7 +165,7 @@ class HybridRollout(_EngineRollout):
 
 
 def agrees(
-    rollouts: RolloutEngine, logits_of: Callable[[Rollout], torch.Tensor], request: RolloutRequest, eos_id: int
+    rollouts: RolloutEngine, logits_of: Callable[[Rollout], torch.Tensor], request: RolloutRequest, eos_id: Ends
 ) -> bool:
     """Whether a rollout engine's first greedy tokens are those that the training forward finds likeliest, on all ranks.
 
@@ -198,7 +195,7 @@ def hybrid_obstacle(runtime: Runtime) -> str | None:
 
 
 def make_rollouts(
-    options: "Options",
+    options: Options,
     runtime: Runtime,
     engine: DeepSpeedEngine,
     tokenizer: PreTrainedTokenizerFast,

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
@@ -24,11 +24,9 @@ from step3_ppo_tlcr.faults import Faults
 from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs
 from step3_ppo_tlcr.measures import finished, measure_rollout, peak_memory, throughputs
 from step3_ppo_tlcr.objectives import adapted_beta, k1, k3, masked_mean
+from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.pretraining import Pretraining
 from step3_ppo_tlcr.rollout import request, to_rollout
-
-if TYPE_CHECKING:
-    from step3_ppo_tlcr.options import Options
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Trainer(ABC):
 
     def __init__(
         self,
-        options: "Options",
+        options: Options,
         models: Models,
         rollouts: RolloutEngine,
         tokenizer: PreTrainedTokenizerFast,
@@ -215,7 +213,7 @@ class Trainer(ABC):
         logits = action_logits(self.models.actor, batch.rollout)
         logprobs = self.logprobs(logits, batch.rollout)
         if batch.old_logprobs is None:
-            frozen = {"old_logprobs": logprobs.detach()}
+            frozen: dict[str, Any] = {"old_logprobs": logprobs.detach()}
             if self.whole != self.decoding:
                 frozen["whole_logprobs"] = self.whole_logprobs(logits.detach(), batch.rollout)
             batch = replace(batch, **frozen)

@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
+from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.generation import Answer, Decoding, seeded_answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
 from deepspeed_chat_tlcr.provenance import provenance
-from deepspeed_chat_tlcr.records import read_json, read_jsonl, read_revisions
+from deepspeed_chat_tlcr.records import read_jsonl, read_revisions, results_of_stages
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from evaluation.logprobs import as_examples, response_logprobs
@@ -40,6 +39,14 @@ TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.0)
 """Those a policy's best one is chosen from; 0: greedy."""
 CHOSEN_ON = 256
 """Prompts of the evaluation data that it is chosen on, at most."""
+STAGES = {
+    "base": "base/results.json",
+    "sft": "step1_sft/results.json",
+    "labeling": "labeling/run.json",
+    "discriminator": "step2_discriminator/results.json",
+    "ppo": "step3_ppo_tlcr/results.json",
+}
+"""What each stage of a run writes last."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +96,10 @@ def sample(
     temperature: float = 1.0,
 ) -> Policy:
     """One scored answer to each prompt."""
-    set_seed(options.seed)
     ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
-    decoding = Decoding(options.max_answer_seq_len, temperature)
-    generated = answers(model, tokenizer, ids, decoding, options.batch_size)
     words = f"answers of {name} at temperature {temperature:g}"
-    written = list(tqdm(generated, total=len(ids), desc=words, dynamic_ncols=True))
+    decoding = Decoding(options.max_answer_seq_len, temperature)
+    written = seeded_answers(model, tokenizer, ids, decoding, options.batch_size, options.seed, words)
     scores = [world.score(prompt, a.text, a.ended) for prompt, a in zip(prompts, written, strict=True)]
     return Policy(written, scores, temperature)
 
@@ -133,21 +138,6 @@ def revision_samples(path: Path, tokenizer: PreTrainedTokenizerFast, discriminat
     return [Sample(r.prompt, revision_heatmaps(tokenizer, discriminator, r, 4096)) for r in shown]
 
 
-def stage_results(run: Path) -> dict[str, dict]:
-    """``results.json`` of every stage (labelling's is ``run.json``). Raises ``InputError`` for an unfinished one."""
-    names = {
-        "base": "base/results.json",
-        "sft": "step1_sft/results.json",
-        "labeling": "labeling/run.json",
-        "discriminator": "step2_discriminator/results.json",
-        "ppo": "step3_ppo_tlcr/results.json",
-    }
-    for name, path in names.items():
-        if not (run / path).is_file():
-            raise InputError(f"{run / path} is not there: the {name} stage has not finished")
-    return {name: read_json(run / path) for name, path in names.items()}
-
-
 def scores_in_training(run: Path, world: World, eos: str) -> dict[int, list[float]]:
     """True scores of the answers that each step of PPO learnt from, where the run has saved them."""
     scores: dict[int, list[float]] = {}
@@ -182,7 +172,7 @@ def print_table(results: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
     run = Path(options.run_dir)
-    stages = stage_results(run)
+    stages = results_of_stages(run, STAGES, "run_tiny.sh")
     prompts = [record["prompt"] for _, record in read_jsonl(run / "data" / "test_prompts.jsonl")]
     others = [record["prompt"] for _, record in islice(read_jsonl(run / "data" / "eval.jsonl"), CHOSEN_ON)]
     world = World(seed=options.world_seed)

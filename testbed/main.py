@@ -8,9 +8,9 @@ import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse, seed_option
+from deepspeed_chat_tlcr.arguments import option, parse, run_command, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.records import read_jsonl
+from deepspeed_chat_tlcr.records import read_jsonl, write_jsonl
 from testbed.serve import MODEL, make_server
 from testbed.world import World, distinct_prompts
 
@@ -68,16 +68,13 @@ def write_data(argv: list[str]) -> None:
     options = parse(DataOptions, argv)
     world = World(seed=options.world_seed, preference_sharpness=options.preference_sharpness)
     folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(f"pairs {options.data_seed}")
     prompts = distinct_prompts(world, rng)
     for name, count in (("train", options.train), ("eval", options.eval)):
         pairs = (world.sample_pair(next(prompts), rng) for _ in range(count))
-        records = ({"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs)
-        _write_jsonl(folder / f"{name}.jsonl", records)
-    _write_jsonl(folder / "test_prompts.jsonl", ({"prompt": next(prompts)} for _ in range(options.test)))
-    counts = {"train": options.train, "eval": options.eval, "test": options.test}
-    _write_jsonl(folder / "results.json", [counts])
+        write_jsonl(folder / f"{name}.jsonl", (pair.as_pair() for pair in pairs))
+    write_jsonl(folder / "test_prompts.jsonl", ({"prompt": next(prompts)} for _ in range(options.test)))
+    write_jsonl(folder / "results.json", [{"train": options.train, "eval": options.eval, "test": options.test}])
 
 
 def train_base(argv: list[str]) -> None:
@@ -140,25 +137,9 @@ def score(argv: list[str]) -> None:
 COMMANDS = {"data": write_data, "base": train_base, "serve": serve, "score": score}
 
 
-def _write_jsonl(path: Path, records) -> None:
-    """Write the file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
-    part.replace(path)
-
-
 @exits_cleanly
 def main(argv: list[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else argv
-    known = ", ".join(COMMANDS)
-    if words and words[0] in ("-h", "--help"):
-        print(f"usage: main.py {{{known}}} …\n\n{__doc__}")
-        return
-    if not words or words[0] not in COMMANDS:
-        given = f"unknown command {words[0]!r}" if words else "no command given"
-        raise InputError(f"{given}; one of: {known}")
-    COMMANDS[words[0]](words[1:])
+    run_command(COMMANDS, __doc__, argv)
 
 
 if __name__ == "__main__":

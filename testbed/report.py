@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,8 @@ from deepspeed_chat_tlcr.pictures import (
     cards,
     columns,
     escape,
+    explained,
     join,
-    legend_html,
     line_chart,
     missing_chart,
     number,
@@ -27,7 +27,9 @@ from deepspeed_chat_tlcr.pictures import (
     write_page,
 )
 from deepspeed_chat_tlcr.pictures.charts import Limits
+from evaluation.curves import series_of
 from evaluation.published import MEASURES, PUBLISHED
+from evaluation.sections import paper_table
 
 Stage = Literal["sft", "discriminator", "ppo"]
 
@@ -180,8 +182,9 @@ def headline(results: Mapping) -> Html:
         sft, trained = (results.get(key + suffix) or {} for key in ("sft", "tlcr"))
         if _known(sft, "true_score") and _known(trained, "true_score"):
             gain = trained["true_score"] - sft["true_score"]
-            shown = f"true score of 10, SFT → TLCR ({gain:+.2f}){words}".replace("-", "−")
-            items.append((" → ".join(str(number(with_error(row, "true_score"))) for row in (sft, trained)), shown))
+            sides = [f"{name}{_error(row, 'true_score')}" for name, row in (("SFT", sft), ("TLCR", trained))]
+            shown = f"true score of 10, {' → '.join(sides)} ({gain:+.2f}){words}".replace("-", "−")
+            items.append((f"{sft['true_score']:.2f} → {trained['true_score']:.2f}", shown))
     if _known(judge, "edited_accuracy"):
         base = (
             f" (always the majority class: {judge['majority_accuracy']:.2f})"
@@ -235,6 +238,11 @@ def with_error(row: Mapping, name: str) -> object:
     return f"{scale * row[name]:.2f} ± {scale * row[error]:.2f}"
 
 
+def _error(row: Mapping, name: str) -> str:
+    error = row.get(f"{name}_standard_error")
+    return "" if error is None else f" ± {error:.2f}"
+
+
 def training_curves(runs: Sequence[Run], scores: Mapping[int, Sequence[float]] | None = None) -> Html:
     """All charts of every stage; several runs of a stage are drawn over each other. ``scores``: see write_report."""
     parts = []
@@ -257,11 +265,8 @@ def draw(chart: Chart, logs: Mapping[str, Sequence[Mapping]], x_label: str = "st
     series = []
     for run, log in logs.items():
         for line, key in chart.lines.items():
-            points = [(entry["step"], math.nan if entry[key] is None else entry[key]) for entry in log if key in entry]
-            if points:
-                name = " · ".join(filter(None, (run, line))) or chart.title
-                x, y = map(list, zip(*points, strict=True))
-                series.append(Series(name, x, y, color=None if len(logs) > 1 else COLORS.get(line)))
+            lines = series_of({" · ".join(filter(None, (run, line))) or chart.title: log}, key)
+            series += [replace(one, color=None if len(logs) > 1 else COLORS.get(line)) for one in lines]
     if not series:
         return missing_chart(chart.title, "not recorded")
     smoothing = 0.8 if max(len(one.x) for one in series) >= 50 else 0.0
@@ -284,10 +289,8 @@ def published_table(published: Mapping[str, Mapping[str, float]]) -> Html:
     """What the paper reports, Llama-2-7B on full-hh-rlhf, for comparison with runs at that scale."""
     if not published:
         return paragraph("None given.", "quiet")
-    names = list(dict.fromkeys(name for row in published.values() for name in row))
-    rows = [[method, *(row.get(name) for name in names)] for method, row in published.items()]
     note = "Llama-2-7B on full-hh-rlhf: MT-Bench by turn, and AlpacaEval. Other data and models are on another scale."
-    return table_html(["method", *names], rows, note)
+    return paper_table("method", published, note)
 
 
 def duration(seconds: float) -> str:
@@ -301,12 +304,8 @@ def duration(seconds: float) -> str:
 def _samples(samples: Sequence[Sample], kind: Literal["reward", "label"], absent: str) -> Html:
     if not samples:
         return paragraph(absent, "quiet")
-    legends = [legend_html("label"), legend_html()] if kind == "label" else [legend_html()]
-    hint = (
-        "Hover over a token, or touch it, for its values. Tokens outside the neutral zone, max(D, 1 − D) ≥ 0.6, are "
-        "underlined: straight where positive, in waves where negative."
-    )
-    return join([*legends, paragraph(hint, "note"), *map(sample_html, samples)])
+    legends = explained("label", "reward") if kind == "label" else explained("reward")
+    return join([legends, *map(sample_html, samples)])
 
 
 def _known(row: Mapping, key: str) -> bool:

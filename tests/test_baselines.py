@@ -9,8 +9,10 @@ from conftest import byte_level_tokenizer, tiny_llama
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
-import baselines.dpo.main as dpo
-import baselines.figa.main as figa
+import baselines.dpo.main
+import baselines.dpo.train as dpo
+import baselines.figa.main
+import baselines.figa.train as figa
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -39,7 +41,7 @@ def test_dpo_loss_against_token_by_token_arithmetic(tiny, tmp_path, smoothing):
     texts = [("Human: hi Assistant:", " yes", " no, maybe"), ("Human: hi hi Assistant:", " maybe yes", " yes")]
     pairs, _ = text_pairs(texts, tokenizer, 64, "train")
     data = Dataset.from_list(dpo.rows(pairs))
-    options = dpo.parse_args(
+    options = baselines.dpo.main.parse_args(
         ["--model_name_or_path", "x", "--output_dir", str(tmp_path), "--beta", "0.3"]
         + ["--label_smoothing", str(smoothing)]
     )
@@ -67,7 +69,7 @@ def test_dpo_loss_against_token_by_token_arithmetic(tiny, tmp_path, smoothing):
 
 def test_dpo_refuses_a_smoothing_that_is_none():
     with pytest.raises(InputError, match=r"--label_smoothing 0\.5"):
-        dpo.smoothed_loss(0.5)
+        baselines.dpo.main.parse_args(["--model_name_or_path", "m", "--label_smoothing", "0.5"])
 
 
 def test_figa_looks_at_edits_and_at_the_modified_eos():
@@ -110,10 +112,10 @@ def test_nll_of_chosen_tokens_belongs_to_the_logits_before_them():
 def test_both_through_their_entry_points(tiny, tmp_path, in_process):
     common = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--dtype", "fp32")
     common = (*common, "--per_device_train_batch_size", 4, "--learning_rate", 3e-3)
-    in_process(dpo.main, *common, "--output_dir", tmp_path / "dpo")
-    in_process(dpo.main, *common, "--output_dir", tmp_path / "once", "--offload_reference_model")
+    in_process(baselines.dpo.main.main, *common, "--output_dir", tmp_path / "dpo")
+    in_process(baselines.dpo.main.main, *common, "--output_dir", tmp_path / "once", "--offload_reference_model")
     revisions = ("--revisions", tiny / "revisions.jsonl", "--num_train_epochs", 2)
-    in_process(figa.main, *common, *revisions, "--output_dir", tmp_path / "figa")
+    in_process(baselines.figa.main.main, *common, *revisions, "--output_dir", tmp_path / "figa")
     logs = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in ("dpo", "once", "figa")}
     losses = {name: [line["train/loss"] for line in log if "train/loss" in line] for name, log in logs.items()}
     assert losses["dpo"][0] == pytest.approx(math.log(2), abs=1e-6)  # the policy still is the reference

@@ -68,6 +68,7 @@ PAPER = {
     "sft_zero_stage": 2,
     "sft_offload": False,
     "sft_gradient_checkpointing": True,
+    "sft_tokens_per_micro_batch": 0,
     "discriminator_batch_size": 16,
     "discriminator_accumulation_steps": 1,
     "discriminator_epochs": 2,

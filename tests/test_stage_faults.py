@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ import baselines.dpo.main
 import baselines.figa.main
 import step1_sft.main
 import step2_discriminator.main
-from deepspeed_chat_tlcr.checkpoints import SETTINGS, newest_checkpoint
+from deepspeed_chat_tlcr.checkpoints import SETTINGS, UNFINISHED, newest_checkpoint
 from deepspeed_chat_tlcr.errors import InputError, RunError, exits_cleanly
+from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.metrics import MetricsLog, read_metrics
 from deepspeed_chat_tlcr.training import StageTrainer
 
@@ -139,8 +141,64 @@ def test_a_finished_stage_is_left_alone(stage, tmp_path, capsys):
     stage("sft", tmp_path)
     assert "finished already" in capsys.readouterr().out
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
-    stage("sft", tmp_path, "--seed", 5)
+    with pytest.raises(InputError, match=r"result of another command \(other: --seed\); choose another folder"):
+        stage("sft", tmp_path, "--seed", 5)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
+    stage("sft", tmp_path, "--seed", 5, "--resume", "never")
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns > written
+
+
+def test_a_model_of_somebody_elses_is_left_alone(stage, tiny, tmp_path):
+    folder = shutil.copytree(tiny / "model", tmp_path / "theirs")
+    with pytest.raises(InputError, match=r"config\.json in it is not of this program"):
+        stage("sft", folder)
+    with pytest.raises(InputError, match="is the model that the stage begins with"):
+        stage("sft", folder, "--model_name_or_path", folder)
+
+
+def test_only_our_own_checkpoints_are_deleted(stage, tmp_path):
+    """Names that look like it, links, and folders beside them stay; a foreign checkpoint is refused before training."""
+    (tmp_path / "checkpoint-notes.txt").write_text("mine")
+    (tmp_path / "checkpoint-best").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "checkpoint-7").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "checkpoint-9" / UNFINISHED).touch()  # of a run that was killed while it saved
+    stage("sft", tmp_path, "--save_interval", 2)
+    left = {"checkpoint-notes.txt", "checkpoint-best", "checkpoint-7"}
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == left
+    assert (tmp_path / "elsewhere").is_dir()
+    (tmp_path / "checkpoint-4").mkdir()
+    (tmp_path / "checkpoint-4" / "model.safetensors").touch()
+    with pytest.raises(InputError, match=r"checkpoint-4 is no checkpoint of this program; choose another --output_dir"):
+        stage("sft", tmp_path, "--resume", "never")
+    assert (tmp_path / "checkpoint-4" / "model.safetensors").is_file()
+
+
+def test_a_poisoned_checkpoint_runs_nothing(stage, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, kill)
+        with pytest.raises(Killed):
+            stage("sft", tmp_path / "half", "--save_interval", 2)
+    ran = tmp_path / "ran"
+    for file in newest_checkpoint(tmp_path / "half").rglob("*model_states.pt"):
+        torch.save({"module": Poison(str(ran))}, file)
+    with pytest.raises(InputError, match="cannot be read"):
+        stage("sft", tmp_path / "half", "--save_interval", 2)
+    assert not ran.exists()
+
+
+class Poison:
+    def __init__(self, path: str):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_two_runs_do_not_share_a_folder(stage, tmp_path):
+    with lock(tmp_path), pytest.raises(InputError, match="another run is writing there"):
+        stage("sft", tmp_path)
 
 
 def test_killed_after_the_checkpoint_of_an_epochs_end(stage, tmp_path, monkeypatch):
@@ -213,10 +271,7 @@ def test_sigterm_saves_and_says_how_to_go_on(stage, tmp_path, monkeypatch, capsy
         at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
         stage("sft", tmp_path / "half")
     # The signal comes while a step is logged, so it is the next one's end that heeds it; step 3 ends an epoch.
-    assert (
-        f"stopped by SIGTERM after step {step + 1} of 6, all saved; resume with the same command"
-        in capsys.readouterr().out
-    )
+    assert f"stopped after step {step + 1} of 6, all saved; resume with the same command" in capsys.readouterr().out
     assert not (tmp_path / "half" / "results.json").exists()
     stage("sft", tmp_path / "half")
     require_same_end(tmp_path / "whole", tmp_path / "half")

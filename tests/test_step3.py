@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig
 
 import step3_ppo_tlcr.main as step3
+import step3_ppo_tlcr.train as training
 from deepspeed_chat_tlcr import runtime as runtimes
 from deepspeed_chat_tlcr.generation import Decoding
 from deepspeed_chat_tlcr.metrics import read_metrics
@@ -107,7 +108,7 @@ def test_remax_weights_by_hand():
 
 def test_remax_clips_the_difference_of_scores_and_not_the_scores(run, tmp_path):
     """The reward model's scores, times 1000, are beyond +-5: clipped ones would make every difference 0 or 10."""
-    seen, weigh = [], step3.ReMax.score
+    seen, weigh = [], training.ReMax.score
 
     def noting(self, rollouts, averages):
         found = weigh(self, rollouts, averages)
@@ -115,7 +116,7 @@ def test_remax_clips_the_difference_of_scores_and_not_the_scores(run, tmp_path):
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step3.ReMax, "score", noting)
+        patch.setattr(training.ReMax, "score", noting)
         patch.setattr(engines, "token_scores", lambda *args: 1000 * token_scores(*args))
         run("unclipped", "--algo", "remax", "--test_stop_step", 1, critic="rm")
     assert max(scores.abs().max() for scores in seen[0]) > 5
@@ -552,7 +553,7 @@ def test_what_does_not_fit_a_checkpoint_is_named_before_a_model_is_loaded(run, t
         (("--enable_ema",), "--enable_ema: False -> True"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(step3, "build", lambda *args: pytest.fail("a model is loaded"))
+            patch.setattr(training, "build", lambda *args: pytest.fail("a model is loaded"))
             with pytest.raises(SystemExit) as ended:
                 run("unfit", *reward, *more)
         assert ended.value.code == 2
@@ -590,19 +591,19 @@ def test_other_data_than_before_is_said(run, tiny, tmp_path, monkeypatch, capsys
 
 def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeypatch, capsys):
     """The last step's checkpoint stands: the same command has only the models to save; once more, nothing at all."""
-    save, calls = step3.Run.save_models, []
+    save, calls = training.Run.save_models, []
 
-    def full(self):
+    def full(self, *args):
         def no_space(*args, **kwargs):
             raise OSError(28, "No space left on device")
 
         calls.append(self.done)
         with monkeypatch.context() as patch:
             patch.setattr(type(self.trainer.models.actor.module), "save_pretrained", no_space)
-            save(self)
+            save(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(step3.Run, "save_models", full)
+        patch.setattr(training.Run, "save_models", full)
         patch.setattr(os, "_exit", lambda code: (_ for _ in ()).throw(SystemExit(code)))
         with pytest.raises(SystemExit) as ended:
             run("models")
@@ -621,14 +622,14 @@ def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeyp
     run("models")
     assert "finished already" in capsys.readouterr().out
     assert (tmp_path / "models" / "actor" / "model.safetensors").stat().st_mtime_ns == written
-    run("models", "--actor_learning_rate", 1e-2)
+    run("models", "--actor_learning_rate", 1e-2, "--resume", "never")
     after = weights(tmp_path / "models" / "actor")
     assert any(not before[name].equal(after[name]) for name in before), "another command is carried out"
 
 
 def test_a_checkpoint_at_each_epochs_end_where_no_interval_is_given(run, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(step3.Run, "save", lambda self, step: saved.append(step))
+    monkeypatch.setattr(training.Run, "save", lambda self, step: saved.append(step))
     run("epochs", "--save_interval", 0, "--num_train_epochs", 2, "--test_stop_step", 9)
     per_epoch = saved[0]
     assert saved[:2] == [per_epoch, min(2 * per_epoch, 9)]

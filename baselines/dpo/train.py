@@ -98,9 +98,10 @@ def train(options: Options, runtime: Runtime) -> None:
 
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     pairs, data = {}, {}
-    for split in ("train", "eval"):
+    folders = {split: Path(options.output_dir) / f"pairs-{split}" for split in ("train", "eval")}
+    for split, folder in folders.items():
         pairs[split], summary = preference_pairs(options, tokenizer, split)
-        data[split] = on_disk(rows(pairs[split]), Path(options.output_dir) / f"pairs-{split}", runtime)
+        data[split] = on_disk(rows(pairs[split]), folder, runtime)
         runtime.say(summary)
     require_batch(options, runtime, len(pairs["train"]))
 
@@ -123,7 +124,7 @@ def train(options: Options, runtime: Runtime) -> None:
         stage=options,
         train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
     )
-    results = run(trainer, tokenizer, {"stage": "dpo", "train_pairs": len(pairs["train"])}, scratch="pairs-*")
+    results = run(trainer, tokenizer, {"stage": "dpo", "train_pairs": len(pairs["train"])}, list(folders.values()))
     if results:
         accuracy = results["eval/rewards/accuracies"]
         runtime.say(f"DPO: held-out pair accuracy {accuracy:.4f}; saved in {options.output_dir}")

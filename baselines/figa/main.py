@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from baselines.figa.options import Options, parse_args
 from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.programs import as_program
 
 __all__ = ["Options", "main", "parse_args"]
 
@@ -21,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_stage(options, train, [options.model_name_or_path])
 
 
-if __name__ == "__main__":
-    main()
-    from deepspeed_chat_tlcr.runtime import leave
+program = as_program(main)
 
-    leave()
+if __name__ == "__main__":
+    program()

@@ -21,15 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_chat_tlcr.asking.dialect import LIMIT_FIELDS
-from deepspeed_chat_tlcr.asking.dispatch import (
-    DOUBTFUL,
-    Dispatcher,
-    Limits,
-    count,
-    lost_by,
-    on_stop_signals,
-    record_answer,
-)
+from deepspeed_chat_tlcr.asking.dispatch import DOUBTFUL, REFUSED, Asker, Dispatcher, Limits, on_stop_signals
 from deepspeed_chat_tlcr.asking.endpoint import (
     ChatAnswer,
     ChatRequest,
@@ -75,22 +67,19 @@ class Chunk:
         return set(self.ids)
 
 
-class BatchRunner:
+class BatchRunner(Asker):
     """Has the interface of ``Dispatcher``: ``run`` returns why it stopped early, or None."""
 
     def __init__(self, endpoint: Endpoint, folder: RunFolder, account: Account, limits: Limits, state: State):
-        self.endpoint, self.folder, self.account, self.limits, self.state = endpoint, folder, account, limits, state
-        self.accepted = self.failed = 0
+        super().__init__(endpoint, folder, account, limits, state)
         self.steps, self.files = folder.path / "batches.jsonl", folder.path / "batches"
         self.size = limits.batch_size
         self.failed_in_a_row = 0
         self.most_live = math.inf  # batches on their way at a time; fewer once the endpoint enqueues no more
         self.ended: Exception | None = None  # what a line of a batch says of the whole run: no credit, no such model
-        self.learning = self.answered = False  # does the first batch ask alone; has any brought an answer
+        self.learning = False  # does the first batch ask alone
         self.retries: Counter = Counter()
         self.waiting: dict[str, list[ChatRequest]] = {}  # requests of this wave without an outcome, by id
-        self.stopping = asyncio.Event()
-        self.stop_reason: str | None = None
 
     async def run(self, requests: Iterable[ChatRequest], on_outcome=lambda runner: None) -> str | None:
         """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk)."""
@@ -100,7 +89,7 @@ class BatchRunner:
         if not self.live and not await self._learn(source):
             return self.stop_reason
         try:
-            with on_stop_signals(self._stop):
+            with on_stop_signals(self.stop):
                 while not self.stopping.is_set():
                     for request in islice(source, WAVE):
                         self.waiting.setdefault(request.id, []).append(request)
@@ -108,7 +97,7 @@ class BatchRunner:
                         return None
                     await self._finish_wave()
         except Outage as outage:
-            self._stop(str(outage))
+            self.stop(str(outage))
         return self.stop_reason
 
     async def _learn(self, source: Iterator[ChatRequest]) -> bool:
@@ -136,18 +125,13 @@ class BatchRunner:
         self.accepted, self.failed = self.accepted + plain.accepted, self.failed + plain.failed
         return self.stop_reason is None
 
-    def _stop(self, reason: str):
-        """The batches go on at the endpoint; the next run finds them."""
-        self.stop_reason = self.stop_reason or reason
-        self.stopping.set()
-
     # ---- what is on disk ----
 
     def _restore(self) -> tuple[str, list[Chunk]]:
         """This folder's name in the batches' metadata, and the batches of earlier runs that are not merged yet."""
         self.files.mkdir(exist_ok=True)
         self.folder.repair(self.steps)
-        run_id, chunks = "", {}
+        run_id, chunks = "", dict[int, Chunk]()
         for _, line in read_jsonl(self.steps) if self.steps.exists() else ():
             if "run" in line:
                 run_id = line["run"]
@@ -203,7 +187,7 @@ class BatchRunner:
                 return
             over = [status for chunk in ours if (status := await self._look_at(chunk))]
             if not ours:
-                self._stop("cost cap")  # requests wait, and not one fits under the cap
+                self.stop("cost cap")  # requests wait, and not one fits under the cap
             elif not over or "failed" in over or NOTHING in over:
                 await self._pause(self.limits.batch_poll)
 
@@ -364,9 +348,9 @@ class BatchRunner:
                         raise error
                 self.on_outcome(self)
 
-    async def _take(self, chunk: Chunk, line: bytes):
+    async def _take(self, chunk: Chunk, text: bytes):
         try:
-            line = parse_json(line)
+            line = parse_json(text)
             custom_id = line["custom_id"]
             error, response = line.get("error"), line.get("response")
             if not isinstance(custom_id, str) or not isinstance(response, dict | None):
@@ -396,7 +380,7 @@ class BatchRunner:
             await self._no_answer(chunk, request, custom_id, "malformed_body", str(error), lost)
             return
         except Fault as fault:
-            lost = lost_by(self, request, fault, self._limit_of(chunk, custom_id))
+            lost = self._lost_by(request, fault, self._limit_of(chunk, custom_id))
             await self._no_answer(chunk, request, custom_id, fault.kind, str(fault), lost)
             return
         except (Outage, EndpointRefused) as error:
@@ -413,18 +397,17 @@ class BatchRunner:
                 return
             chunk.done.add(custom_id)
             self._settled(request)
-            await self.folder.add_failure(request.id, "refused_by_endpoint", str(refused))
+            await self._fail(request, REFUSED, str(refused))
             self.folder.note(id=request.id, outcome="refused", **where)
-            self.failed += 1
             return
         chunk.done.add(custom_id)
         self.answered = True
         attempts = self.state.attempts.pop(request.id, 0)
         self._settled(request)
         limit = self._limit_of(chunk, custom_id)
-        usage, usd, book = count(self, request, answer, limit)
+        usage, usd, book = self._count(request, answer, limit)
         self.account.settle(0.0, spent=usd)
-        attempts = await record_answer(self, request, answer, usage, usd, attempts, limit, **where, **book)
+        attempts = await self._record(request, answer, usage, usd, attempts, limit, **where, **book)
         if attempts > 0:
             self.state.attempts[request.id] = attempts
             self.waiting.setdefault(request.id, []).append(request)
@@ -456,7 +439,7 @@ class BatchRunner:
             return
         sent = next(line["body"] for _, line in read_jsonl(self._input(chunk)) if line["custom_id"] == custom_id)
         messages, limit = sent["messages"], self._limit_of(chunk, custom_id)
-        usage, usd, book = count(self, ChatRequest(_id(custom_id), messages, _never), answer, limit)
+        usage, usd, book = self._count(ChatRequest(_id(custom_id), messages, _never), answer, limit)
         self.account.settle(0.0, spent=usd)
         where = {"batch": chunk.number, "custom_id": custom_id, **book}
         self.folder.note(id=_id(custom_id), outcome=ACCEPTED, usage=usage.as_dict(), usd=usd, **where)
@@ -472,8 +455,7 @@ class BatchRunner:
         self.retries[request.id] += 1
         if self.retries[request.id] > self.limits.max_retries:
             self._settled(request)
-            await self.folder.add_failure(request.id, kind, detail)
-            self.failed += 1
+            await self._fail(request, kind, detail)
 
     def _settled(self, request: ChatRequest):
         rest = self.waiting[request.id]
@@ -498,13 +480,6 @@ class BatchRunner:
             except RequestRefused as refused:
                 raise EndpointRefused(f"{self.endpoint.shown_url} does not take batches: {refused}") from None
         raise Outage(f"the endpoint's Batch API gives no answer ({last})")
-
-    async def _pause(self, seconds: float):
-        if seconds > 0 and not self.stopping.is_set():
-            try:
-                await asyncio.wait_for(self.stopping.wait(), seconds)
-            except asyncio.TimeoutError:
-                return
 
 
 async def described(call: Awaitable):

@@ -30,6 +30,7 @@ LONGEST_WAIT = 900.0  # seconds; a server that asks for more is asked again by t
 TRIES_TO_CONNECT = 3  # before the first answer: a wrong address should not take minutes to tell
 GIVEN_UP_IN_A_ROW = 20  # requests without any answer in between: the endpoint is down, not the requests
 DOUBTFUL = 5  # requests refused alike before any was answered: the settings are wrong, not the requests
+REFUSED = "refused_by_endpoint"
 LONE_FAULTS = 3  # calls without an answer after which the first request no longer keeps the others waiting
 
 
@@ -47,22 +48,98 @@ class Limits:
     batch_poll: float = 60.0  # seconds between two looks at the batches
 
 
-class Dispatcher:
-    """Runs requests once; ``run`` returns why it stopped early, or None when every request has its outcome."""
+class Asker:
+    """What both ways of asking share, one by one and in batches: money and counts, answers written down, a stop."""
 
     def __init__(self, endpoint: Endpoint, folder: RunFolder, account: Account, limits: Limits, state: State):
         self.endpoint, self.folder, self.account, self.limits, self.state = endpoint, folder, account, limits, state
+        self.accepted = self.failed = 0
+        self.answered = False  # has the endpoint answered anything in this run
+        self.stopping = asyncio.Event()
+        self.stop_reason: str | None = None
+
+    def stop(self, reason: str):
+        """Start no further call; those in flight may end."""
+        self.stop_reason = self.stop_reason or reason
+        self.stopping.set()
+
+    async def _pause(self, seconds: float):
+        """Sleep, but not beyond a stop."""
+        if seconds > 0 and not self.stopping.is_set():
+            try:
+                await asyncio.wait_for(self.stopping.wait(), seconds)
+            except asyncio.TimeoutError:
+                return
+
+    async def _fail(self, request: ChatRequest, kind: str, detail: str):
+        """The request has its outcome: none."""
+        await self.folder.add_failure(request.id, kind, detail)
+        self.failed += 1
+
+    def _count(self, request: ChatRequest, answer: ChatAnswer, limit: int) -> tuple[Usage, float, dict]:
+        """Tokens and US$ of an answer, and what else the account book notes of it.
+
+        Endpoint and account take in what the answer says of how the endpoint bills.
+        """
+        shown = answer.text + answer.thinking
+        usage = counted_usage(answer.usage, request.messages, shown, limit, self.endpoint.thinks)
+        usd = self.account.usd(usage)
+        overrun = self.account.watch(usd, request.messages, limit)
+        return usage, usd, ({"overrun": round(overrun, 3)} if overrun > 1 else {})
+
+    def _lost_by(self, request: ChatRequest, fault: Fault, limit: int) -> float:
+        """The most that a call without an answer may have cost, US$, by its limit or by what it reports itself."""
+        if not fault.maybe_billed:
+            return 0.0
+        usage = counted_usage(fault.usage, request.messages, "", limit)
+        if usage.estimated:
+            return self.account.most(request.messages, limit)
+        usd = self.account.usd(usage)
+        self.account.watch(usd, request.messages, limit)
+        return usd
+
+    async def _record(
+        self, request: ChatRequest, answer: ChatAnswer, usage: Usage, usd: float, attempts: int, limit: int, **where
+    ) -> int:
+        """Write down what became of an answer: -1 where the request has its outcome, else its unusable answers so far.
+
+        ``where`` is noted too.
+        """
+        book = {"id": request.id, "usage": usage.as_dict(), "usd": usd, **where}
+        self.state.prompt_tokens += usage.prompt_tokens
+        self.state.completion_tokens += usage.completion_tokens
+        self.state.reasoning_tokens += usage.reasoning_tokens
+        cut = self.endpoint.observe(request, answer, limit)
+        try:
+            if cut and not answer.text.strip():
+                raise Unusable(CUT)
+            line = request.accept(answer, {**usage.as_dict(), "usd": round(usd, 8)})
+        except Unusable as unusable:
+            self.state.unusable[unusable.reason] += 1
+            if attempts + 1 < self.limits.attempts:
+                self.folder.note(**book, outcome="unusable", unusable=unusable.reason)
+                return attempts + 1
+            await self._fail(request, unusable.reason, answer.text)
+            self.folder.note(**book, outcome=FAILED, unusable=unusable.reason)
+            return -1
+        await self.folder.add_result(line)
+        self.folder.note(**book, outcome=ACCEPTED)
+        self.accepted += 1
+        return -1
+
+
+class Dispatcher(Asker):
+    """Runs requests once; ``run`` returns why it stopped early, or None when every request has its outcome."""
+
+    def __init__(self, endpoint: Endpoint, folder: RunFolder, account: Account, limits: Limits, state: State):
+        super().__init__(endpoint, folder, account, limits, state)
         self.slots = AdaptiveLimit(limits.concurrency)
         self.requests = RateLimit(limits.requests_per_minute)
         self.tokens = RateLimit(limits.tokens_per_minute)
-        self.accepted = self.failed = 0
-        self.answered = False  # has the endpoint answered anything in this run
         self.given_up_in_a_row = 0
         self.doubtful: dict[str, list[tuple[ChatRequest, str]]] = {}  # refused before any answer, by like words
         self.lone_faults = self.lone_refusals = 0
         self.let_loose = asyncio.Event()  # the first request has told how to ask: the others may follow
-        self.stopping = asyncio.Event()
-        self.stop_reason: str | None = None
         self.error: BaseException | None = None
 
     async def run(self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None) -> str | None:
@@ -76,8 +153,8 @@ class Dispatcher:
         workers = [loop.create_task(self._work(source, alone=number == 0)) for number in range(count)]
         with on_stop_signals(lambda name: self._on_signal(workers, name)):
             stopped = loop.create_task(self.stopping.wait())
-            everything = asyncio.gather(*workers)
-            await asyncio.wait({stopped, everything}, return_when=asyncio.FIRST_COMPLETED)
+            everything: asyncio.Future = asyncio.gather(*workers)
+            await asyncio.wait([stopped, everything], return_when=asyncio.FIRST_COMPLETED)
             if self.stopping.is_set():
                 await asyncio.wait(workers, timeout=self.limits.grace)
                 for worker in workers:
@@ -91,10 +168,7 @@ class Dispatcher:
         return self.stop_reason
 
     def stop(self, reason: str):
-        """Start no further call; those in flight may end."""
-        if self.stop_reason is None:
-            self.stop_reason = reason
-        self.stopping.set()
+        super().stop(reason)
         self.let_loose.set()
 
     def _on_signal(self, workers: list[asyncio.Task], name: str):
@@ -138,8 +212,7 @@ class Dispatcher:
                 if self.lone_faults >= LONE_FAULTS:
                     self.let_loose.set()
                 if self._is_hopeless(fault, retry):
-                    await self.folder.add_failure(request.id, fault.kind, str(fault))
-                    self.failed += 1
+                    await self._fail(request, fault.kind, str(fault))
                     attempts = -1
                 else:
                     await self._pause(back_off(retry, fault.wait))
@@ -169,7 +242,7 @@ class Dispatcher:
                 answer = await self.endpoint.ask(request, attempts, limit)
             except (Fault, RequestRefused, EndpointRefused, Outage) as error:
                 rate_limited = isinstance(error, Fault) and error.kind == "rate_limited"
-                lost = lost_by(self, request, error, limit) if isinstance(error, Fault) else 0.0
+                lost = self._lost_by(request, error, limit) if isinstance(error, Fault) else 0.0
                 self.account.settle(most, lost=lost)
                 kind = error.kind if isinstance(error, Fault) else "refused"
                 self.folder.note(id=request.id, outcome=kind, lost=lost)
@@ -177,10 +250,10 @@ class Dispatcher:
             answered = self.answered = True
             self.let_loose.set()
             self.given_up_in_a_row = 0
-            usage, usd, book = count(self, request, answer, limit)
+            usage, usd, book = self._count(request, answer, limit)
             self.tokens.correct(usage.prompt_tokens + usage.completion_tokens - expected)
             self.account.settle(most, spent=usd)
-            return await record_answer(self, request, answer, usage, usd, attempts, limit, **book)
+            return await self._record(request, answer, usage, usd, attempts, limit, **book)
         finally:
             self.slots.release(rate_limited, answered)
 
@@ -207,7 +280,7 @@ class Dispatcher:
         Then nothing is written down, so that the mended command asks about them.
         """
         if self.answered or self.state.results.size or refused.is_of_one_request:
-            await self._fail(request, str(refused))
+            await self._fail(request, REFUSED, str(refused))
             self.lone_refusals += 1
             if self.lone_refusals >= DOUBTFUL:
                 self.let_loose.set()
@@ -221,19 +294,7 @@ class Dispatcher:
 
     async def _settle_doubtful(self):
         for request, message in [one for alike in self.doubtful.values() for one in alike]:
-            await self._fail(request, message)
-
-    async def _fail(self, request: ChatRequest, message: str):
-        await self.folder.add_failure(request.id, "refused_by_endpoint", message)
-        self.failed += 1
-
-    async def _pause(self, seconds: float):
-        """Sleep, but not beyond a stop."""
-        if seconds > 0 and not self.stopping.is_set():
-            try:
-                await asyncio.wait_for(self.stopping.wait(), seconds)
-            except asyncio.TimeoutError:
-                return
+            await self._fail(request, REFUSED, message)
 
 
 @contextmanager
@@ -249,60 +310,3 @@ def on_stop_signals(call: Callable[[str], None]) -> Iterator[None]:
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-
-
-def count(run, request: ChatRequest, answer: ChatAnswer, limit: int) -> tuple[Usage, float, dict]:
-    """Tokens and US$ of an answer, and what else the account book notes of it.
-
-    ``run`` has ``endpoint`` and ``account``, which take in what the answer says of how the endpoint bills.
-    """
-    shown = answer.text + answer.thinking
-    usage = counted_usage(answer.usage, request.messages, shown, limit, run.endpoint.thinks)
-    usd = run.account.usd(usage)
-    overrun = run.account.watch(usd, request.messages, limit)
-    return usage, usd, ({"overrun": round(overrun, 3)} if overrun > 1 else {})
-
-
-def lost_by(run, request: ChatRequest, fault: Fault, limit: int) -> float:
-    """The most that a call without an answer may have cost, US$, by its limit or by what it reports itself."""
-    if not fault.maybe_billed:
-        return 0.0
-    most = run.account.most(request.messages, limit)
-    usage = counted_usage(fault.usage, request.messages, "", limit)
-    if usage.estimated:
-        return most
-    usd = run.account.usd(usage)
-    run.account.watch(usd, request.messages, limit)
-    return usd
-
-
-async def record_answer(
-    run, request: ChatRequest, answer: ChatAnswer, usage: Usage, usd: float, attempts: int, limit: int, **where
-) -> int:
-    """Write down what became of an answer: -1 where the request has its outcome, else its unusable answers so far.
-
-    ``run`` has ``endpoint``, ``folder``, ``state``, ``limits`` and the counters ``accepted`` and ``failed``; ``where``
-    is noted too.
-    """
-    book = {"id": request.id, "usage": usage.as_dict(), "usd": usd, **where}
-    run.state.prompt_tokens += usage.prompt_tokens
-    run.state.completion_tokens += usage.completion_tokens
-    run.state.reasoning_tokens += usage.reasoning_tokens
-    cut = run.endpoint.observe(request, answer, limit)
-    try:
-        if cut and not answer.text.strip():
-            raise Unusable(CUT)
-        line = request.accept(answer, {**usage.as_dict(), "usd": round(usd, 8)})
-    except Unusable as unusable:
-        run.state.unusable[unusable.reason] += 1
-        if attempts + 1 < run.limits.attempts:
-            run.folder.note(**book, outcome="unusable", unusable=unusable.reason)
-            return attempts + 1
-        await run.folder.add_failure(request.id, unusable.reason, answer.text)
-        run.folder.note(**book, outcome=FAILED, unusable=unusable.reason)
-        run.failed += 1
-        return -1
-    await run.folder.add_result(line)
-    run.folder.note(**book, outcome=ACCEPTED)
-    run.accepted += 1
-    return -1

@@ -11,10 +11,11 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from typing import Any, NoReturn
 
 import openai
 
@@ -25,7 +26,7 @@ from deepspeed_chat_tlcr.asking.redaction import MOST_MESSAGE, printable, read_k
 from deepspeed_chat_tlcr.errors import InputError
 
 # The HTTP library that openai's client uses: httpx2 since its version 3, httpx before.
-httpx = sys.modules[type(openai.DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0]]
+httpx: Any = sys.modules[type(openai.DEFAULT_CONNECTION_LIMITS).__module__.partition(".")[0]]
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,7 @@ class Endpoint:
         limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
             max_connections=None, max_keepalive_connections=CALLS_PER_CLIENT
         )
-        common = {
+        common: dict[str, Any] = {
             "api_key": self.key,
             "max_retries": 0,  # retries are the dispatcher's, which counts, paces and reports them
             "timeout": self.timeout,
@@ -186,9 +187,10 @@ class Endpoint:
             # A compressed answer of a megabyte can be a gigabyte.
             "default_headers": {"Accept-Encoding": "identity"},
         }
+        client: openai.AsyncOpenAI
         if self.azure_api_version:
             version = self.azure_api_version
-            client = openai.AsyncAzureOpenAI(azure_endpoint=self.base_url, api_version=version, **common)
+            client = openai.AsyncAzureOpenAI(azure_endpoint=self.base_url or "", api_version=version, **common)
         else:
             client = openai.AsyncOpenAI(base_url=self.base_url or OPENAI_URL, **common)
         self.clients.append(client)
@@ -250,7 +252,7 @@ class Endpoint:
                 body = self.body(request, attempt, limit)
                 try:
                     # Below client.chat.completions: its work on types takes a quarter of a call's processor time.
-                    call = client.post("/chat/completions", body=body, cast_to=object)
+                    call: Awaitable[Any] = client.post("/chat/completions", body=body, cast_to=object)
                     with self.errors_told_apart():
                         # The overall limit: a server that drips bytes would never meet a read timeout.
                         return self.read(await asyncio.wait_for(call, self.timeout))
@@ -323,7 +325,7 @@ class Endpoint:
         except (ValueError, RecursionError) as error:  # not JSON, or nested too deep
             raise Fault("malformed_body", self.told(f"{type(error).__name__}: {error}"), maybe_billed=True) from None
 
-    def raise_for(self, status: int, code: str, message: str, wait: float | None = None, param: str = ""):
+    def raise_for(self, status: int, code: str, message: str, wait: float | None = None, param: str = "") -> NoReturn:
         """Raise what an error means. ``status`` 0: an error inside an answer; ``code``: its machine-readable kind."""
         refused = Outage if self.answered else EndpointRefused
         if status == 402 or credit_is_used_up(status, code, message):

@@ -19,10 +19,11 @@ from pathlib import Path
 
 import numpy as np
 
-from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.errors import InputError, reading
 from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.records import parse_json, read_json, read_jsonl
 
+OTHER_FOLDER = "choose another --output_dir, or mend it: it counts what was paid"
 ACCEPTED, FAILED, LOST = "accepted", "failed", "lost"
 
 
@@ -137,10 +138,10 @@ class RunFolder:
         # A setting that an earlier version did not have cannot speak against going on with what it paid for.
         names = [name for name in before if before[name] != settings.get(name)]
         if names:
-            lines = "".join(f"\n  {name}: {_difference(before.get(name), settings.get(name))}" for name in names)
+            told = "; ".join(f"{name}: {_difference(before.get(name), settings.get(name))}" for name in names)
             raise InputError(
-                f"--output_dir {self.path} holds a run with other settings, and mixing them would spoil it:{lines}\n"
-                "Use the earlier settings to continue it, or another --output_dir"
+                f"--output_dir {self.path} holds a run with other settings, and mixing them would spoil it ({told}); "
+                "use the earlier settings to continue it, or another --output_dir"
             )
 
     def write_summary(self, summary: dict):
@@ -155,13 +156,15 @@ class RunFolder:
         state = State(line_ids(self.results), np.array([], "S1"))
         self._drop_settled_failures(state.results, samples)
         state.failures = line_ids(self.failures)
-        state.seconds = float(self.saved_summary().get("seconds") or 0.0)
+        with reading(self.summary, OTHER_FOLDER):
+            state.seconds = float(self.saved_summary().get("seconds") or 0.0)
         open_calls: dict[str, list[float]] = {}
-        for _, line in read_jsonl(self.calls) if self.calls.exists() else ():
-            if "sent" in line:
-                open_calls.setdefault(line["sent"], []).append(line["usd"])
-            else:
-                _count_call(state, line, open_calls)
+        for number, line in read_jsonl(self.calls) if self.calls.exists() else ():
+            with reading(f"{self.calls}:{number}", OTHER_FOLDER):
+                if "sent" in line:
+                    open_calls.setdefault(line["sent"], []).append(float(line["usd"]))
+                else:
+                    _count_call(state, line, open_calls)
         lost = [usd for calls in open_calls.values() for usd in calls]
         state.usd_lost += sum(lost)
         if lost:

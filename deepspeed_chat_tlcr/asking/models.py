@@ -18,6 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from deepspeed_chat_tlcr.asking.redaction import MOST_MESSAGE, printable
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.records import read_json
 
 PRICES = Path(__file__).parent / "prices.json"
 OPENAI_URL = "https://api.openai.com/v1"
@@ -81,13 +82,11 @@ def end_of_life(model: str, shutdown: datetime.date, today: datetime.date, succe
 def read_table(path: str | Path = PRICES) -> dict[str, KnownModel]:
     """The table by model. Raises ``InputError`` naming the file and the model where it is not as it should be."""
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        if not isinstance(table, dict):
-            raise ValueError("not an object")
-    except OSError as error:
-        raise InputError(f"--prices {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"--prices {path}: not a JSON object of models ({error})") from None
+        table = read_json(path)
+    except InputError as error:
+        raise InputError(f"--prices {error}") from None
+    if not isinstance(table, dict):
+        raise InputError(f"--prices {path}: not a JSON object of models")
     return {name: _read_entry(path, name, entry) for name, entry in table.items()}
 
 

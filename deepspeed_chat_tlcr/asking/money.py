@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from deepspeed_chat_tlcr.asking.models import Price
 
@@ -128,7 +129,7 @@ def counted_usage(reported: dict, messages: list[dict], text: str, limit: int, t
     """
 
     def count(*path: str) -> int:
-        value = reported
+        value: Any = reported
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
         if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):

@@ -7,6 +7,7 @@ release's), so a prompt and response read here join to the text DeepSpeed-Chat t
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.turns import assistant_turn, render, shared_start
@@ -219,8 +220,8 @@ class ChatRecords:
         header = self._render(prompt, generation=True)
         if not all(text is None or text.startswith(header) for text in texts):
             header = self._shared_header(prompt, header)
-        responses = [None if text is None else self._response(text, header) for text in texts]
-        return header.removeprefix(self.own_bos), *responses, conversation(prompt)
+        chosen, rejected = (None if text is None else self._response(text, header) for text in texts)
+        return header.removeprefix(self.own_bos), chosen, rejected, conversation(prompt)
 
     def prompt(self, messages: list[dict]) -> str:
         """The text behind which the model answers these messages, to be tokenised as any prompt."""
@@ -313,7 +314,7 @@ def _messages(value: object, field: str, role_of_string: str | None = None) -> l
     return messages
 
 
-def _last_turns(shared: list[dict], *conversations: list[dict] | None) -> list[dict | None]:
+def _last_turns(shared: list[dict], *conversations: list[dict] | None) -> Any:
     """The last message of each conversation, which has to be the assistant's and all that follows ``shared``."""
     if not shared:
         raise InputError("the prompt is empty: a conversation needs a message before the assistant's answer")

@@ -100,7 +100,7 @@ def _reader(source: Source, records: Records, tokenizer) -> tuple[Callable[[dict
     except InputError as error:
         raise InputError(f"{records}: {error}") from None
     template = [tokenizer.chat_template, tokenizer.eos_token, tokenizer.bos_token, reader.own_bos, reader.end]
-    return reader, json.dumps(template, sort_keys=True)
+    return reader, json.dumps(template, sort_keys=True)  # type: ignore[return-value] # with context, a fourth text
 
 
 def _triples(source: Source, records: Records, read: Callable[[dict], Triple]) -> Iterator[tuple]:
@@ -112,7 +112,8 @@ def _triples(source: Source, records: Records, read: Callable[[dict], Triple]) -
         try:
             if read is own_strings and has_messages(record):
                 raise InputError("chat messages, while the first record has strings; use one form per data set")
-            prompt, chosen, rejected, *context = read(record)
+            texts: tuple = read(record)
+            prompt, chosen, rejected, *context = texts
             for text in (prompt, chosen, rejected):
                 if text is not None:
                     text.encode()

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,7 +54,7 @@ def read_records(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dic
             yield from read_jsonl(path)
         elif name.endswith((".json", ".json.gz")):
             with gzip.open(path, "rb") if name.endswith(".gz") else path.open("rb") as file:
-                yield from _read_json(path, file)
+                yield from _read_json(path, file)  # type: ignore[arg-type] # a GzipFile reads bytes
         elif name.endswith(".parquet"):
             yield from _read_parquet(path, fields)
         else:
@@ -65,7 +65,7 @@ def read_records(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, dic
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
-def _read_json(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict]]:
+def _read_json(path: Path, file: IO[bytes]) -> Iterator[tuple[int, dict]]:
     """One array of objects, or objects one after another (one per line, or pretty-printed); bounded memory."""
     text = _JsonText(path, file)
     in_array = text.next_character() == "["
@@ -92,7 +92,7 @@ def _read_json(path: Path, file: BinaryIO) -> Iterator[tuple[int, dict]]:
 class _JsonText:
     """A window that moves over a JSON text and decodes one value at a time."""
 
-    def __init__(self, path: Path, file: BinaryIO):
+    def __init__(self, path: Path, file: IO[bytes]):
         self.path, self.file = path, file
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.window, self.at, self.line, self.ended = "", 0, 1, False
@@ -198,7 +198,7 @@ class FileRecords:
 class ArrowRecords:
     """Records of one split of a ``datasets`` data set on disk."""
 
-    dataset: object  # datasets.Dataset
+    dataset: Any  # datasets.Dataset
     name: str
     fields: tuple[str, ...]
 

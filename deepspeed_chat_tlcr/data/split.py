@@ -37,7 +37,8 @@ def parse_data_split(data_split: str) -> tuple[float, float, float]:
     if not any(math.isclose(total, whole) for whole in (1, 10, 100)):
         shares = ", ".join(f"{100 * weight / total:.1f} %" for weight in weights)
         log.warning("--data_split %s adds up to %g, not 1, 10 or 100: read as %s", data_split, total, shares)
-    return tuple(weight / total for weight in weights)
+    sft, reward, rl = (weight / total for weight in weights)
+    return sft, reward, rl
 
 
 def split_indices(size: int, fractions: Sequence[float], seed: int) -> "list[np.ndarray]":
@@ -61,7 +62,8 @@ def part_sizes(size: int, data_split: str) -> tuple[int, int, int]:
     (22410, 44821, 44821)
     """
     ends = _boundaries(size, parse_data_split(data_split))
-    return tuple(end - start for start, end in itertools.pairwise(ends))
+    sft, reward, rl = (end - start for start, end in itertools.pairwise(ends))
+    return sft, reward, rl
 
 
 def _boundaries(size: int, fractions: Sequence[float]) -> list[int]:

@@ -17,6 +17,7 @@ from deepspeed_chat_tlcr.pictures.colors import DARK, LIGHT, token_color
 from deepspeed_chat_tlcr.pictures.heatmap import (
     Sample,
     TokenScores,
+    explained,
     heatmap_html,
     heatmap_terminal,
     legend_html,
@@ -37,6 +38,7 @@ __all__ = [
     "cards",
     "columns",
     "escape",
+    "explained",
     "heatmap_html",
     "heatmap_terminal",
     "histogram",

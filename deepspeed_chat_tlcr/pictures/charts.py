@@ -318,7 +318,7 @@ class _Plot:
         for place, (left, right) in zip(places, pairwise(edges), strict=True):
             words = [f"{x_label or 'x'} {short(place)}"]
             for (one, line), known in zip(lines, finite, strict=True):
-                last = bisect_right(known, place, key=lambda i, xs=one.x: xs[i]) - 1
+                last = bisect_right(known, place, key=one.x.__getitem__) - 1
                 if last >= 0:
                     at = known[last]
                     also = f" (smoothed {short(line[at])})" if smoothed else ""

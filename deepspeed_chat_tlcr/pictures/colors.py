@@ -48,4 +48,5 @@ def strength(value: float | None) -> float:
 def token_color(value: float | None, theme: Theme = LIGHT) -> Color:
     """Background of a token: the theme's paper, blended towards positive or negative by ``|value|``."""
     amount, full = strength(value), theme.positive if (value or 0) > 0 else theme.negative
-    return tuple(round(p + (f - p) * amount) for p, f in zip(theme.paper, full, strict=True))
+    red, green, blue = (round(p + (f - p) * amount) for p, f in zip(theme.paper, full, strict=True))
+    return red, green, blue

@@ -140,6 +140,15 @@ def legend_html(kind: Literal["reward", "label"] = "reward") -> Html:
     )
 
 
+def explained(*kinds: Literal["reward", "label"]) -> Html:
+    """The legends that stand above heat-maps, and how they are read."""
+    hint = (
+        "Hover over a token, or touch it, for its values. Tokens outside the neutral zone, max(D, 1 − D) ≥ 0.6, are "
+        "underlined: straight where positive, in waves where negative."
+    )
+    return join([*map(legend_html, kinds), Html(f'<p class="note">{escape(hint)}</p>')])
+
+
 def terminal_theme(environ: Mapping[str, str] = os.environ) -> Theme:
     """``LIGHT`` where the terminal says (``COLORFGBG``) that its background is light, else ``DARK``."""
     background = environ.get("COLORFGBG", "").split(";")[-1]

@@ -17,7 +17,8 @@ def heatmap_png(path: str | Path, texts: Sequence[TokenScores], width: float = 9
     axes.set_axis_off()
     measure = figure.canvas.get_renderer()
     line = font_size * 1.9 / 72 * figure.dpi
-    right, x, y, drawn = width * figure.dpi - 20, 20.0, 20.0, []
+    right, x, y = width * figure.dpi - 20, 20.0, 20.0
+    drawn: list[tuple[float, float, str, float, float | None]] = []
 
     def extent(text: str, size: float) -> float:
         # Matplotlib measures no trailing space, so a mark is measured along and taken off again.
@@ -97,32 +98,11 @@ def line_chart_png(
     figure.savefig(path)
 
 
-def bar_chart_png(
-    path: str | Path,
-    groups: Sequence[str],
-    series: dict[str, Sequence[float | None]],
-    title: str,
-    y_label: str = "",
-    size: tuple[float, float] = (6.0, 3.6),
-) -> None:
-    """``bar_chart`` as a PNG of ``size`` inches; None is a missing bar."""
-    figure, axes = _figure(*size)
-    room = 0.76 / len(series)
-    for index, (name, row) in enumerate(series.items()):
-        places = [place + 0.12 + room * (index + 0.5) for place in range(len(groups))]
-        heights = [float("nan") if value is None else value for value in row]
-        axes.bar(places, heights, room * 0.92, color=LIGHT.series[index % 8], label=visible(name))
-    axes.set_xticks([place + 0.5 for place in range(len(groups))], [visible(group) for group in groups])
-    axes.axhline(0, color=_QUIET, lw=0.8)
-    _finish(figure, axes, title, "", y_label, len(series) > 1)
-    figure.savefig(path)
-
-
 def _figure(width: float, height: float):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=160, facecolor=[channel / 255 for channel in LIGHT.paper])
+    figure = Figure(figsize=(width, height), dpi=160, facecolor=f"#{bytes(LIGHT.paper).hex()}")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
 

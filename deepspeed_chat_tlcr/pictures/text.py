@@ -89,4 +89,6 @@ def token_strings(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> l
 
 
 def _decode(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    return tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+    if not ids:
+        return ""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

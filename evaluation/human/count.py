@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.records import read_json
 from evaluation.policies import OutOptions
 from evaluation.report import refresh_report
@@ -34,7 +34,11 @@ def read_key(out: str) -> dict:
     path = Path(out) / "human" / "key.json"
     if not path.is_file():
         raise InputError(f"{path} is not there: --out must be that of evaluation/human/make.py, which writes it")
-    return read_json(path)
+    key = read_json(path)
+    with reading(path, "make.py writes it with the pages"):
+        # Its parts, and so that they are of the right kind.
+        slots = {name: {id: list(models) for id, models in shown.items()} for name, shown in key["slots"].items()}
+        return {"study": str(key["study"]), "models": list(key["models"]), "tie": bool(key["tie"]), "slots": slots}
 
 
 def read_votes(path: str, key: Mapping) -> tuple[str, dict[str, str]]:
@@ -49,7 +53,7 @@ def read_votes(path: str, key: Mapping) -> tuple[str, dict[str, str]]:
         raise InputError(f"--votes {path}: not a file that a voting page exported ({error!r})") from None
     if study != key["study"]:
         raise InputError(f"--votes {path}: votes on other items (study {study}, the key is of {key['study']})")
-    if annotator not in key["slots"]:
+    if not isinstance(annotator, str) or annotator not in key["slots"]:
         raise InputError(f"--votes {path}: {annotator!r} has no page in this study")
     shown = key["slots"][annotator]
     if foreign := [id for id in given if id not in shown]:

@@ -5,12 +5,12 @@ from a file (--revisions), where the world has another reviser.
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions
+from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions, write_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 from labeling.main import main as label
 from testbed.serve import MODEL, serve_in_thread
@@ -67,7 +67,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = {}
     for split, step in (("train", options.one_of), ("eval", 1)):
         kept = find(options, split)[::step]
-        text = "".join(revision.to_json() + "\n" for revision in kept)
-        (Path(options.output_dir) / f"{split}.jsonl").write_text(text, encoding="utf-8")
-        counts[split] = len(kept)
+        counts[split] = write_jsonl(Path(options.output_dir) / f"{split}.jsonl", map(asdict, kept))
     write_json(Path(options.output_dir) / "results.json", counts)

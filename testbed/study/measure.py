@@ -11,11 +11,11 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import exits_cleanly
-from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
+from deepspeed_chat_tlcr.generation import Answer, Decoding, seeded_answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.records import parse_json, read_jsonl
@@ -23,6 +23,7 @@ from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.scoring import sequence_scores, token_probs
+from step3_ppo_tlcr.rewards import continuous_reward, fixed_reward
 from testbed.study.truth import TESTBED, Scorer, checked, load_scorer
 
 GREEDY = "greedy"
@@ -60,10 +61,9 @@ def name_of(temperature: float) -> str:
 
 def answer(policy: PreTrainedModel, tokenizer, prompts: Sequence[str], temperature: float, options: Options):
     """One answer to each prompt."""
-    set_seed(options.seed)
     ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
     decoding = Decoding(options.max_answer_seq_len, temperature)
-    return list(answers(policy, tokenizer, ids, decoding, options.batch_size))
+    return seeded_answers(policy, tokenizer, ids, decoding, options.batch_size, options.seed)
 
 
 def measures(prompts: Sequence[str], written: Sequence[Answer], scorer: Scorer | None) -> dict:
@@ -84,10 +84,11 @@ def rewards(options: Options, written: Sequence[Answer], pad_id: int) -> dict[st
     examples, found = as_examples(written), {}
     if options.discriminator:
         discriminator = load_token_classifier(options.discriminator, 2, torch.float32).eval()
-        token_rewards = [2 * torch.tensor(probs) - 1 for probs in token_probs(discriminator, examples, pad_id)]
+        probs = [torch.tensor(row) for row in token_probs(discriminator, examples, pad_id)]
+        token_rewards = [continuous_reward(row, torch.ones_like(row)) for row in probs]
         found["token_reward"] = torch.cat(token_rewards).mean().item()
-        fixed = [torch.sign(row) * (row.abs() >= 0.2) for row in token_rewards]  # max(D, 1 - D) >= 0.6
         found["continuous_reward_sum"] = statistics.fmean(row.sum().item() for row in token_rewards)
+        fixed = (fixed_reward(row, torch.ones_like(row)) for row in probs)
         found["discrete_reward_sum"] = statistics.fmean(row.sum().item() for row in fixed)
     if options.reward_model:
         reward_model = load_token_classifier(options.reward_model, 1, torch.float32).eval()

@@ -6,8 +6,7 @@ OUTPUT_DIR/texts/{train,eval}.jsonl                     both responses of the SF
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.data.sources import find_source
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.records import Preference, read_jsonl
+from deepspeed_chat_tlcr.records import Preference, read_jsonl, write_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 
 
@@ -34,18 +33,6 @@ class Options:
     validation: int = option(256, "prompts that settings are chosen on")
     test: int = option(256, "other prompts, that are reported on")
     output_dir: str = option(MISSING, "folder for the parts")
-
-
-def write(path: Path, records: Iterable[dict]) -> int:
-    """Write JSON lines; returns how many."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    path.write_text("".join(lines), encoding="utf-8")
-    return len(lines)
-
-
-def pair(one: Preference) -> dict:
-    return {"prompt": one.prompt, "chosen": one.chosen, "rejected": one.rejected}
 
 
 def read_prompts(file: str) -> list[str]:
@@ -105,18 +92,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         candidates = [one.prompt for (_, split), ones in loaded.items() if split == "eval" for one in ones]
     loaded["rl", "train"] = loaded["rl", "train"][: options.rl_prompts]
     counts = {
-        f"{part}_{split}": write(folder / part / f"{split}.jsonl", map(pair, ps))
+        f"{part}_{split}": write_jsonl(folder / part / f"{split}.jsonl", map(Preference.as_pair, ps))
         for (part, split), ps in loaded.items()
     }
     rl = loaded["rl", "train"]
-    write(folder / "rl_half" / "train.jsonl", map(pair, rl[: len(rl) // 2]))
-    write(folder / "rl_half" / "eval.jsonl", map(pair, loaded["rl", "eval"]))
+    write_jsonl(folder / "rl_half" / "train.jsonl", map(Preference.as_pair, rl[: len(rl) // 2]))
+    write_jsonl(folder / "rl_half" / "eval.jsonl", map(Preference.as_pair, loaded["rl", "eval"]))
     for split in ("train", "eval"):
         texts = [{"prompt": p.prompt, "chosen": text} for p in loaded["sft", split] for text in (p.chosen, p.rejected)]
-        write(folder / "texts" / f"{split}.jsonl", texts)
+        write_jsonl(folder / "texts" / f"{split}.jsonl", texts)
     trained_on = {one.prompt for (_, split), ones in loaded.items() if split == "train" for one in ones}
     prompts = test_prompts(options, candidates, trained_on)
-    write(folder / "validation.jsonl", ({"prompt": prompt} for prompt in prompts[: options.validation]))
+    write_jsonl(folder / "validation.jsonl", ({"prompt": prompt} for prompt in prompts[: options.validation]))
     rest = prompts[options.validation : options.validation + options.test]
-    write(folder / "test.jsonl", ({"prompt": prompt} for prompt in rest))
+    write_jsonl(folder / "test.jsonl", ({"prompt": prompt} for prompt in rest))
     write_json(folder / "results.json", counts)

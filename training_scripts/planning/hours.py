@@ -4,10 +4,8 @@ import math
 
 from training_scripts.planning import duration, memory
 from training_scripts.planning.model_shapes import ModelShape
-from training_scripts.planning.recipe import Recipe, Training
+from training_scripts.planning.recipe import Recipe
 
-ALONE = {"step1": "sft", "step2": "discriminator", "step2_sequence": "sequence", "dpo": "dpo", "figa": "figa"}
-"""Stages that train one model, and the prefix of their variables."""
 CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
 """Stages that train a token classifier, and its labels."""
 
@@ -24,17 +22,18 @@ def saving(parameters: int, checkpoints: int, models: int, size: int) -> float:
 
 
 def trained_alone(
-    recipe: Recipe, shape: ModelShape, stage: str, training: Training, examples: int, prompt: float, answer: float
+    recipe: Recipe, shape: ModelShape, stage: str, examples: int, prompt: float, answer: float
 ) -> dict[str, float]:
     """Steps 1 and 2, DPO, FIGA. Batches are formed by length, so padding is left out.
 
     ``prompt`` and ``answer``: mean tokens. SFT has one answer to a prompt, the others have two.
     """
     card, ranks, nodes = duration.CARDS[recipe.gpu_card], recipe.world_size, len(recipe.hosts())
+    training = recipe.trainings[stage]
     labels = CLASSIFIERS.get(stage)
     parameters = shape.classifier_parameters(labels) if labels else shape.causal_parameters
     row = min(prompt + answer, recipe.max_seq_len)
-    packed = labels and getattr(recipe, f"{ALONE[stage]}_tokens_per_micro_batch")
+    packed = labels and training.tokens_per_micro_batch
     second = 0 if stage == "step1" else min(answer, row) if packed else row
     tokens = training.epochs * examples * (row + second)
     passes = 4 if training.gradient_checkpointing else 3

@@ -19,8 +19,8 @@ from pathlib import Path
 from deepspeed_chat_tlcr.errors import InputError
 from training_scripts.planning.memory import GIB
 from training_scripts.planning.model_shapes import ModelShape, shape_of
-from training_scripts.planning.plan import ALONE, stage_needs
-from training_scripts.planning.recipe import Recipe
+from training_scripts.planning.plan import stage_needs
+from training_scripts.planning.recipe import ALONE, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,7 +138,7 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
                 "(PLAN=1 shows what each saves)",
             )
     stages = recipe.folders()
-    offloads = [recipe.training(ALONE[stage]).offload for stage in stages if stage in ALONE]
+    offloads = [recipe.trainings[stage].offload for stage in stages if stage in ALONE]
     if any(offloads) or (recipe.ppo_offload is not False and "step3" in stages):
         yield from _host_memory(recipe)
 

@@ -20,10 +20,10 @@ from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from labeling.prompt import TEMPLATE
 from training_scripts.planning import duration, hours, memory
-from training_scripts.planning.hours import ALONE, CLASSIFIERS, optimizer_steps
+from training_scripts.planning.hours import CLASSIFIERS, optimizer_steps
 from training_scripts.planning.memory import GIB, Need
 from training_scripts.planning.model_shapes import ModelShape, shape_of
-from training_scripts.planning.recipe import Recipe
+from training_scripts.planning.recipe import ALONE, Recipe
 
 HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}
 """Training records of hub data sets that the plan knows without the network."""
@@ -103,7 +103,7 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
     needs = {}
     for stage, folder in recipe.folders().items():
         if stage in ALONE:
-            training = recipe.training(ALONE[stage])
+            training = recipe.trainings[stage]
             labels = CLASSIFIERS.get(stage)
             needs[folder] = memory.trained_alone(
                 shape,
@@ -237,7 +237,7 @@ def steps_report(recipe: Recipe, texts: Texts | str) -> str:
     rows = []
     for stage, folder in recipe.folders().items():
         if stage in ALONE:
-            training = recipe.training(ALONE[stage])
+            training = recipe.trainings[stage]
             examples = sft if stage == "step1" else reward
             per_device, accumulation, epochs = training.batch_size, training.accumulation_steps, training.epochs
         elif stage == "step3":
@@ -260,8 +260,8 @@ def stage_seconds(recipe: Recipe, shape: ModelShape, texts: Texts) -> dict[str, 
     seconds = {}
     for stage, folder in recipe.folders().items():
         if stage in ALONE:
-            training, examples = recipe.training(ALONE[stage]), sft if stage == "step1" else reward
-            seconds[folder] = hours.trained_alone(recipe, shape, stage, training, examples, prompt, answer)
+            examples = sft if stage == "step1" else reward
+            seconds[folder] = hours.trained_alone(recipe, shape, stage, examples, prompt, answer)
         elif stage == "step3":
             sizes = recipe.ppo_batch_size, recipe.ppo_accumulation_steps, recipe.world_size, recipe.prompt_epochs
             steps = optimizer_steps(rl, *sizes)
@@ -328,7 +328,7 @@ def memory_report(recipe: Recipe, shape: ModelShape) -> str:
     settings = {}
     for stage, folder in recipe.folders().items():
         if stage in ALONE:
-            training = recipe.training(ALONE[stage])
+            training = recipe.trainings[stage]
             settings[folder] = f"ZeRO-{training.zero_stage}" + ", offload" * training.offload
         elif stage == "step3":
             critic = f"critic {recipe.critic_zero_stage}, " if recipe.with_critic else "no critic, "

@@ -38,8 +38,8 @@ from training_scripts.planning.machine_checks import (
     package_problems,
 )
 from training_scripts.planning.memory import GIB
-from training_scripts.planning.plan import ALONE, disk_needs, label_price, most_disk
-from training_scripts.planning.recipe import Recipe
+from training_scripts.planning.plan import disk_needs, label_price, most_disk
+from training_scripts.planning.recipe import ALONE, Recipe
 
 RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes first
 
@@ -185,7 +185,7 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
     batches = []
     for stage in recipe.folders():
         if stage in ALONE:
-            training = recipe.training(ALONE[stage])
+            training = recipe.trainings[stage]
             batch = training.batch_size * training.accumulation_steps * ranks
             batches.append(("SFT", sft, batch) if stage == "step1" else ("reward", reward, batch))
         elif stage == "step3":

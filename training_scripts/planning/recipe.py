@@ -7,7 +7,7 @@ import os
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
@@ -16,7 +16,10 @@ from training_scripts.planning.duration import CARDS
 
 @dataclass(frozen=True)
 class Training:
-    """How a stage trains its one model; ``batch_size`` counts records per device and micro-batch."""
+    """How a stage trains its one model: the variables PREFIX_BATCH_SIZE and so on of its prefix.
+
+    ``batch_size`` counts records per device and micro-batch.
+    """
 
     batch_size: int
     accumulation_steps: int
@@ -24,11 +27,19 @@ class Training:
     zero_stage: int
     offload: bool
     gradient_checkpointing: bool
+    tokens_per_micro_batch: int = 0  # DPO and FIGA have no packs
+
+
+ALONE = {"step1": "SFT", "step2": "DISCRIMINATOR", "step2_sequence": "SEQUENCE", "dpo": "DPO", "figa": "FIGA"}
+"""Stages that train one model, and the prefix of their variables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run. Each field is the variable of the same name in capitals; recipe.sh says what it means."""
+    """One run. Each field is the variable of the same name in capitals; recipe.sh says what it means.
+
+    ``trainings``: by stage, those of ``ALONE``.
+    """
 
     model: str
     model_config: str
@@ -50,38 +61,6 @@ class Recipe:
     label_price: str
     api_key_env: str
     max_seq_len: int
-    sft_batch_size: int
-    sft_accumulation_steps: int
-    sft_epochs: int
-    sft_zero_stage: int
-    sft_offload: bool
-    sft_gradient_checkpointing: bool
-    discriminator_batch_size: int
-    discriminator_accumulation_steps: int
-    discriminator_epochs: int
-    discriminator_zero_stage: int
-    discriminator_offload: bool
-    discriminator_gradient_checkpointing: bool
-    discriminator_tokens_per_micro_batch: int
-    sequence_batch_size: int
-    sequence_accumulation_steps: int
-    sequence_epochs: int
-    sequence_zero_stage: int
-    sequence_offload: bool
-    sequence_gradient_checkpointing: bool
-    sequence_tokens_per_micro_batch: int
-    dpo_batch_size: int
-    dpo_accumulation_steps: int
-    dpo_epochs: int
-    dpo_zero_stage: int
-    dpo_offload: bool
-    dpo_gradient_checkpointing: bool
-    figa_batch_size: int
-    figa_accumulation_steps: int
-    figa_epochs: int
-    figa_zero_stage: int
-    figa_offload: bool
-    figa_gradient_checkpointing: bool
     algo: str
     generation_batch_size: int
     generation_batches: int
@@ -104,31 +83,21 @@ class Recipe:
     sequence_folder: str
     revisions: str
     made_here: str
+    trainings: Mapping[str, Training]
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> "Recipe":
         """Read every field. Raises ``InputError`` that lists all variables that are missing or malformed, at once."""
-        values, problems = {}, []
-        for name, kind in typing.get_type_hints(cls).items():
-            variable = name.upper()
-            text = environment.get(variable)
-            if text is None:
-                problems.append(f"{variable} is not set")
-                continue
-            try:
-                values[name] = _READERS[kind](text)
-            except ValueError:
-                problems.append(f"{variable}={text}: expected {_EXPECTED[kind]}")
-                continue
-            if name.endswith("zero_stage") and values[name] not in (0, 1, 2, 3):
-                problems.append(f"{variable}={text}: expected 0, 1, 2 or 3")
-            if name == "gpu_card" and text not in CARDS:
-                problems.append(f"{variable}={text}: known are {', '.join(CARDS)}")
-            if name == "algo" and text not in ("ppo", "remax"):
-                problems.append(f"{variable}={text}: expected ppo or remax")
-            if kind is int and not name.endswith("zero_stage") and values[name] < (name not in _MAY_BE_ZERO):
-                problems.append(f"{variable}={text}: must be at least {int(name not in _MAY_BE_ZERO)}")
-        if len(problems) == len(fields(cls)):
+        problems: list[str] = []
+        values = {name: _read(name, kind, environment, problems) for name, kind in _kinds(cls).items()}
+        values["trainings"] = {}
+        for stage, prefix in ALONE.items():
+            names = [
+                name for name in _kinds(Training) if name != "tokens_per_micro_batch" or stage not in ("dpo", "figa")
+            ]
+            found = {name: _read(f"{prefix}_{name}", _kinds(Training)[name], environment, problems) for name in names}
+            values["trainings"][stage] = Training(**found)
+        if not any(name.upper() in environment for name in values):
             raise InputError("run this through training_scripts/run_7b.sh (or source training_scripts/recipe.sh first)")
         if problems:
             raise InputError("; ".join(problems))
@@ -159,10 +128,6 @@ class Recipe:
         """Whether the run asks an external model, rather than using revisions that it was given."""
         own = Path(self.output) / "labeling" / "revisions.jsonl"
         return "label" in self.folders() and Path(self.revisions) == own
-
-    def training(self, prefix: str) -> "Training":
-        """The variables PREFIX_BATCH_SIZE and so on of a stage that trains one model."""
-        return Training(*(getattr(self, f"{prefix}_{field.name}") for field in fields(Training)))
 
     @property
     def with_critic(self) -> bool:
@@ -211,6 +176,35 @@ class Recipe:
         return 4 if self.dtype == "fp32" else 2
 
 
+def _kinds(record: type) -> dict[str, type]:
+    return {name: kind for name, kind in typing.get_type_hints(record).items() if name != "trainings"}
+
+
+def _read(name: str, kind: type, environment: Mapping[str, str], problems: list[str]):
+    """The value of a variable; what is wrong with it joins ``problems``."""
+    variable, field = name.upper(), name.lower()
+    text = environment.get(variable)
+    if text is None:
+        problems.append(f"{variable} is not set")
+        return None
+    try:
+        value = _READERS[kind](text)
+    except ValueError:
+        problems.append(f"{variable}={text}: expected {_EXPECTED[kind]}")
+        return None
+    least = int(not field.endswith(_MAY_BE_ZERO))
+    if field.endswith("zero_stage"):
+        if value not in (0, 1, 2, 3):
+            problems.append(f"{variable}={text}: expected 0, 1, 2 or 3")
+    elif kind is int and value < least:
+        problems.append(f"{variable}={text}: must be at least {least}")
+    if field == "gpu_card" and text not in CARDS:
+        problems.append(f"{variable}={text}: known are {', '.join(CARDS)}")
+    if field == "algo" and text not in ("ppo", "remax"):
+        problems.append(f"{variable}={text}: expected ppo or remax")
+    return value
+
+
 def _switch(text: str) -> bool:
     if text not in ("0", "1"):
         raise ValueError
@@ -222,7 +216,6 @@ def _switch_or_auto(text: str) -> bool | None:
 
 
 _READERS = {str: str, int: int, float: float, bool: _switch, bool | None: _switch_or_auto}
-_MAY_BE_ZERO = ("decode_batch_size", "ppo_save_interval", "ppo_tokens_per_micro_batch")
-_MAY_BE_ZERO += ("discriminator_tokens_per_micro_batch", "sequence_tokens_per_micro_batch")
+_MAY_BE_ZERO = ("decode_batch_size", "ppo_save_interval", "tokens_per_micro_batch")
 _EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}
 _EXPECTED[bool | None] = "1 (on), 0 (off) or auto"
