@@ -55,7 +55,7 @@ preflight
 run_stage labeling is_labelled python3 "${at}labeling/main.py" --from "$QA_FEEDBACK" --passages "$PASSAGES" \
   --output_dir "$OUTPUT/labeling"
 run_stage prepared has_results python3 "${at}evaluation/qa_feedback.py" prepare --qa_feedback "$QA_FEEDBACK" \
-  --revisions "$OUTPUT/labeling/revisions.jsonl" --output_dir "$OUTPUT/prepared" --held_out_share "$HELD_OUT_SHARE" \
+  --revisions "$OUTPUT/labeling/revisions.jsonl" --passages "$PASSAGES" --output_dir "$OUTPUT/prepared" --held_out_share "$HELD_OUT_SHARE" \
   --vocabulary "$VOCABULARY" --hidden_size "$HIDDEN_SIZE" --layers "$LAYERS" \
   --max_positions "$MAX_SEQ_LEN" --seed "$SEED"
 
