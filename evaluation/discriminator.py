@@ -236,7 +236,7 @@ def run(options: Options) -> None:
     save_results(options.out, "discriminator", results)
     print(
         f"discriminator: {results['edited_accuracy']:.3f} accuracy on edited tokens of {results['revisions']} held-out "
-        f"revisions (majority guess {results['majority_accuracy']:.3f}), AUROC {results['auroc']:.3f}, "
+        f"revisions (always the majority class: {results['majority_accuracy']:.3f}), AUROC {results['auroc']:.3f}, "
         f"calibration error {results['calibration']['edited']['ece']:.3f}"
     )
 

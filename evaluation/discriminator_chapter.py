@@ -89,7 +89,7 @@ def by_kind(kinds: Mapping[str, dict]) -> Html:
 
 def kinds_table(kinds: Mapping[str, dict]) -> Html:
     keys = ("tokens", "edited", "edited_accuracy", "majority_accuracy", "reward")
-    header = ["kind of token", "tokens", "edited", "accuracy", "majority guess", "mean reward"]
+    header = ["kind of token", "tokens", "edited", "accuracy", "always the majority class", "mean reward"]
     return table_html(header, [[kind, *(row[key] for key in keys)] for kind, row in kinds.items()], digits=3)
 
 

@@ -70,6 +70,7 @@ class PrepareOptions:
     qa_feedback: str = option(MISSING, "QA-feedback records, .jsonl or .jsonl.gz")
     revisions: str = option(MISSING, "the same records as labeling/main.py --from has imported them")
     output_dir: str = option(MISSING, "folder for pairs/, revisions/, texts/ (train and eval) and model/")
+    passages: int = option(0, "how many passages stand before the question in the revisions' prompts", least=0)
     held_out_share: float = option(0.2, "share of the prompts that are held out, chosen by hash", above=0, below=1)
     vocabulary: int = option(4096, "tokens of the byte-level BPE")
     hidden_size: int = option(128, "width of the Llama; a head for every 32")
@@ -78,7 +79,7 @@ class PrepareOptions:
     seed: int = seed_option(1234, "seed of the Llama's initial weights")
 
 
-def raw_texts(path: str, prompts: set[str]) -> list[dict]:
+def raw_texts(path: str, prompts: set[str], passages: int = 0) -> list[dict]:
     """What the base model reads of the records with these prompts: passages behind their titles, sampled answers behind
     questions (of every quality, and nothing says which), as records that step 1 takes.
 
@@ -87,7 +88,7 @@ def raw_texts(path: str, prompts: set[str]) -> list[dict]:
     texts = {}  # each once: questions share passages
     for line, record in read_jsonl(path):
         try:
-            prompt = qa_feedback_preference(record).prompt
+            prompt = qa_feedback_preference(record, passages).prompt
             if prompt in prompts:
                 for title, *sentences in record["passages"]:
                     texts[f"{title}\n", " ".join(sentences)] = None
@@ -144,7 +145,10 @@ def prepare(argv: Sequence[str]) -> None:
     folder = Path(options.output_dir)
     train, held_out = hold_out(list(read_revisions(options.revisions)), options.held_out_share)
     revisions = {"train": train, "eval": held_out}
-    texts = {split: raw_texts(options.qa_feedback, {r.prompt for r in revisions[split]}) for split in revisions}
+    texts = {
+        split: raw_texts(options.qa_feedback, {r.prompt for r in revisions[split]}, options.passages)
+        for split in revisions
+    }
     for split, kept in revisions.items():
         if not texts[split]:
             raise InputError(f"{options.qa_feedback}: none of its {split} questions are in {options.revisions}")

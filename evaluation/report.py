@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
-from deepspeed_chat_tlcr.pictures import Html, cards, join, paragraph, table_html, write_page
+from deepspeed_chat_tlcr.pictures import Html, cards, join, origin, paragraph, table_html, write_page
+from deepspeed_chat_tlcr.provenance import provenance
+from deepspeed_chat_tlcr.records import read_json
 from evaluation import discriminator_chapter, sections
 from evaluation.judging import Shortfall
 from evaluation.results import load_results
@@ -40,12 +42,20 @@ PARTS = [
 
 
 def refresh_report(out: str | Path) -> Path:
-    """Draw OUT/report.html from the parts' results; parts that are missing are named as missing."""
+    """Draw OUT/report.html from the parts' results: the verdicts, what was measured, how, and what was not."""
     out = Path(out)
     found = {part.folder: load_results(out, part.folder) for part in PARTS}
-    drawn = {part.heading: drawn_part(part, out, found[part.folder]) for part in PARTS}
-    chapters: list[tuple[str, Html]] = [("What was measured", overview(found)), *drawn.items()]
-    lead = cards(items) if (items := sections.headline(found)) else Html("")
+    drawn = [(part.heading, drawn_part(part, out, results)) for part in PARTS if (results := found[part.folder])]
+    chapters: list[tuple[str, Html]] = [("What was measured", overview(found)), *drawn]
+    chapters.append(("How this was made", join([origin(provenance()), *map(paragraph, commands(out))])))
+    if missing := [part for part in PARTS if not found[part.folder]]:
+        told = [
+            f"{part.heading}: not run. evaluation/{part.program or part.folder + '.py'} measures it."
+            for part in missing
+        ]
+        chapters.append(("Missing", join([paragraph(words, "quiet") for words in told])))
+    figures = [cards(items)] if (items := sections.headline(found)) else []
+    lead = join([*(paragraph(words, "lead") for words in sections.verdicts(found)), *figures])
     names = dict.fromkeys(name for results in found.values() if results for name in results.get("models", ()))
     title = f"Evaluation: {', '.join(names)}" if names else "Evaluation"
     page = write_page(out / "report.html", title, chapters, lead)
@@ -53,13 +63,22 @@ def refresh_report(out: str | Path) -> Path:
     return page
 
 
-def drawn_part(part: Part, out: Path, results: dict | None) -> Html:
+def commands(out: Path) -> list[str]:
+    """What the evaluation was asked for, where it was run as a whole."""
+    try:
+        options = read_json(out / "run_options.json")
+    except (OSError, ValueError):
+        return []
+    given = [f"--{name} {value}" for name, value in options.items() if value not in (None, "", [], False)]
+    return [f"evaluation/main.py {' '.join(given)}"]
+
+
+def drawn_part(part: Part, out: Path, results: dict) -> Html:
     """A part's chapter. Raises ``InputError`` for results that were damaged since."""
-    if results is None:
-        return paragraph(f"Missing: not run. evaluation/{part.program or part.folder + '.py'} measures it.", "quiet")
     with reading(out / part.folder / "results.json", "remove it and run the part again"):
         # The headline and the overview read it too: what is wrong is said here, where the file is known.
         sections.headline({part.folder: results})
+        sections.verdicts({part.folder: results})
         part.facts(results)
         list(results.get("models", ()))
         return part.draw(results)
@@ -87,7 +106,8 @@ def overview(found: dict[str, dict | None]) -> Html:
     rows = []
     for part in PARTS:
         results = found[part.folder]
-        rows.append([part.heading, *(part.facts(results) if results else ["missing: not run", None, None, None])])
+        if results:
+            rows.append([part.heading, *part.facts(results)])
     missing = [part.heading for part in PARTS if not found[part.folder]]
     words = f"Missing: {', '.join(missing)}." if missing else "Every part was run."
     if spent := [row[-1] for row in rows if row[-1]]:

@@ -47,9 +47,32 @@ def headline(found: Mapping[str, dict | None]) -> list[tuple[str, str]]:
         items.append((f"{number(percent(part), 0)} %", words))
     if judge := found.get("discriminator"):
         guess = number(judge["majority_accuracy"])
-        words = f"discriminator’s accuracy on edited tokens (majority guess {guess})"
+        words = f"discriminator’s accuracy on edited tokens (always the majority class: {guess})"
         items.append((number(judge["edited_accuracy"]), words))
     return items
+
+
+def verdicts(found: Mapping[str, dict | None]) -> list[str]:
+    """For each comparison that was made, in a sentence, whether the last model is better than the others."""
+    told = []
+    for name, row in ((found.get("mt_bench") or {}).get("differences") or {}).items():
+        gap = f"MT-Bench {number(row['overall'])}, 95 % interval {interval(row['interval'])}"
+        told.append(f"{name} is rated {compared(row['interval'], 0)} {row['against']} ({gap}).")
+    alpaca = found.get("alpaca_eval") or {}
+    for row in alpaca.get("head_to_head", []):
+        if row["model"] == alpaca["models"][-1]:
+            rate = f"{number(percent(row['win_rate']), 0)} % of prompts"
+            gap = f"{rate}, 95 % interval {interval(row['interval'], 0, percent=True)}"
+            told.append(f"{row['model']} is judged {compared(row['interval'], 0.5)} {row['against']} ({gap}).")
+    return told
+
+
+def compared(pair, even: float) -> str:
+    if not pair or pair[0] is None:
+        return "(no interval) against"
+    return (
+        "better than" if pair[0] > even else "worse than" if pair[1] < even else "not measurably better or worse than"
+    )
 
 
 def interval(pair, digits: int = 2, percent: bool = False) -> str:
@@ -80,7 +103,7 @@ def missing_note(results: dict) -> Html:
 def mt_bench_facts(results: dict) -> list:
     return [
         "ratings 1 to 10 of two-turn answers",
-        f"{results['questions']:,} questions",
+        counted(results["questions"], "question"),
         results["judge"],
         results["usd"],
     ]
@@ -128,7 +151,7 @@ def mt_bench(results: dict) -> Html:
 def alpaca_eval_facts(results: dict) -> list:
     judges = [name for name in (results["judge"], results["annotators_config"]) if name]
     spent = [usd for usd in (results["usd"], *(row.get("usd") for row in results["package"])) if usd is not None]
-    items = f"{results['questions']:,} prompts"
+    items = counted(results["questions"], "prompt")
     return ["win rates, two answers to one prompt", items, ", ".join(judges), sum(spent) if spent else None]
 
 
@@ -199,7 +222,8 @@ def percent(value: float | None) -> float | None:
 
 
 def human_facts(results: dict) -> list:
-    return [f"votes of {results['annotators']} people", f"{results['items']:,} items", "people", None]
+    people = "1 person" if results["annotators"] == 1 else f"{results['annotators']} people"
+    return [f"votes of {people}", counted(results["items"], "item"), "people", None]
 
 
 def human(results: dict) -> Html:
@@ -238,7 +262,12 @@ def human(results: dict) -> Html:
 
 
 def side_by_side_facts(results: dict) -> list:
-    return [f"answers of {len(results['models'])} models", f"{len(results['samples']):,} prompts", None, None]
+    return [
+        f"answers of {counted(len(results['models']), 'model')}",
+        counted(len(results["samples"]), "prompt"),
+        None,
+        None,
+    ]
 
 
 def side_by_side(results: dict) -> Html:
@@ -254,7 +283,7 @@ def side_by_side(results: dict) -> Html:
 def reward_scores_facts(results: dict) -> list:
     return [
         f"answers of {len(results['models'])} models under {len(results['rewards'])} rewards",
-        f"{results['prompts']:,} prompts",
+        counted(results["prompts"], "prompt"),
         None,
         None,
     ]
@@ -306,8 +335,8 @@ def paper_table(corner: str, published: Mapping[str, Mapping[str, float]], capti
 
 def curves_facts(results: dict) -> list:
     return [
-        f"{len(results['charts'])} metrics of {len(results['runs'])} runs",
-        f"{max(results['runs'].values()):,} steps",
+        f"{counted(len(results['charts']), 'metric')} of {counted(len(results['runs']), 'run')}",
+        counted(max(results["runs"].values()), "step"),
         None,
         None,
     ]
@@ -331,6 +360,10 @@ def curves(results: dict) -> Html:
 def sample_of(record: dict) -> Html:
     texts = [TokenScores(**text) for text in record["texts"]]
     return sample_html(Sample(record["prompt"], texts, record.get("title", ""), record.get("note", "")))
+
+
+def counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" + "s" * (count != 1)
 
 
 def nan(value: float | None) -> float:

@@ -22,14 +22,16 @@ from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, seeded_answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
+from deepspeed_chat_tlcr.provenance import provenance
 from deepspeed_chat_tlcr.records import read_jsonl, read_revisions, results_of_stages
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from evaluation.logprobs import as_examples, response_logprobs
 from evaluation.scoring import heatmap, revision_heatmaps
 from step2_discriminator.revisions import hold_out
+from testbed.base import BOS
 from testbed.report import Run, policy_name, verdict, write_report
-from testbed.world import World, repeats_a_fact
+from testbed.world import REWARDED, World, repeats_a_fact
 
 SHOWN = 4
 """Prompts, and revisions, whose tokens the report shows."""
@@ -67,16 +69,21 @@ class Policy:
     temperature: float = 1.0
 
     def summary(self) -> dict[str, float]:
-        count = len(self.answers)
+        repeats = [float(repeats_a_fact(answer.text)) for answer in self.answers]
         return {
-            "true_score": statistics.fmean(self.scores),
-            "true_score_standard_error": statistics.stdev(self.scores) / count**0.5,
-            "response_length": statistics.fmean(len(answer.response_ids) for answer in self.answers),
-            "eos_rate": sum(answer.ended for answer in self.answers) / count,
-            "repeats": sum(repeats_a_fact(answer.text) for answer in self.answers) / count,
+            **with_error("true_score", self.scores),
+            **with_error("response_length", [float(len(answer.response_ids)) for answer in self.answers]),
+            "eos_rate": sum(answer.ended for answer in self.answers) / len(self.answers),
+            **with_error("repeats", repeats),
             "temperature": self.temperature,
-            "prompts": count,
+            "prompts": len(self.answers),
         }
+
+
+def with_error(name: str, values: Sequence[float]) -> dict[str, float]:
+    """A measure's mean over the prompts and its standard error."""
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return {name: statistics.fmean(values), f"{name}_standard_error": error}
 
 
 def sample(
@@ -97,10 +104,10 @@ def sample(
     return Policy(written, scores, temperature)
 
 
-def kl(policy: Policy, model: PreTrainedModel, sft: PreTrainedModel, pad_id: int) -> float:
-    """KL of the policy, as it was sampled, to the SFT model at temperature 1: nats per response."""
+def kl(policy: Policy, model: PreTrainedModel, sft: PreTrainedModel, pad_id: int) -> dict[str, float]:
+    """KL of the policy, as it was sampled, to the SFT model at temperature 1, with its error: nats per response."""
     own = response_logprobs(model, policy.answers, pad_id, policy.temperature) if policy.temperature else 0.0
-    return (own - response_logprobs(sft, policy.answers, pad_id)).mean().item()
+    return with_error("kl", (own - response_logprobs(sft, policy.answers, pad_id)).tolist())
 
 
 def difference(policy: Policy, other: Policy) -> dict[str, float]:
@@ -131,6 +138,17 @@ def revision_samples(path: Path, tokenizer: PreTrainedTokenizerFast, discriminat
     return [Sample(r.prompt, revision_heatmaps(tokenizer, discriminator, r, 4096)) for r in shown]
 
 
+def scores_in_training(run: Path, world: World, eos: str) -> dict[int, list[float]]:
+    """True scores of the answers that each step of PPO learnt from, where the run has saved them."""
+    scores: dict[int, list[float]] = {}
+    for file in sorted((run / "step3_ppo_tlcr").glob("answers-*.jsonl")):
+        for _, line in read_jsonl(file):
+            prompt = line["prompt"].removeprefix(BOS)
+            score = world.score(prompt, line["answer"].removesuffix(eos), line["answer"].endswith(eos))
+            scores.setdefault(line["step"], []).append(score)
+    return scores
+
+
 def print_table(results: dict) -> None:
     table = Table(title="Held-out prompts; the true score is never shown to training")
     for column in ("policy", "true score (1-10)", "repeat a fact", "response length", "KL to SFT at T=1"):
@@ -146,7 +164,7 @@ def print_table(results: dict) -> None:
     console.print(verdict(results))
     console.print(
         f"discriminator: {judge['edited_accuracy']:.3f} accuracy on held-out edited tokens "
-        f"(majority guess {judge['majority_accuracy']:.3f})"
+        f"(always the majority class: {judge['majority_accuracy']:.3f})"
     )
 
 
@@ -176,8 +194,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for suffix, of in (("", policies), ("_best", best)):
         for name, policy in of.items():
             away = kl(policy, models[name], models["SFT"], pad_id)
-            measured[name.lower() + suffix] = {**policy.summary(), "kl": away}
+            measured[name.lower() + suffix] = {**policy.summary(), **away}
     judge = {key.removeprefix("eval/"): v for key, v in stages["discriminator"].items() if key.startswith("eval/")}
+    made = provenance(["bash", "training_scripts/run_tiny.sh", str(run)])
     results = {
         **measured,
         "tlcr_over_sft": {
@@ -188,6 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "discriminator": judge,
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
         "seed": options.seed,
+        "made": made,
     }
 
     discriminator = load_token_classifier(str(run / "step2_discriminator"), 2, torch.float32).eval()
@@ -207,6 +227,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{len(prompts)} held-out prompts, seed {options.seed}. A policy’s best temperature was chosen on "
             f"{len(others)} other prompts."
         ),
+        scores=scores_in_training(run, world, tokenizer.eos_token),
+        world=REWARDED,
+        made=made,
     )
     print_table(results)
     print(f"report: {run / 'report.html'}")

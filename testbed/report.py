@@ -1,8 +1,9 @@
 """The report of a whole run: one HTML file with its results, its curves and its token rewards, open anywhere."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.pictures import (
     Html,
     Sample,
+    Series,
     cards,
     columns,
     escape,
@@ -17,11 +19,14 @@ from deepspeed_chat_tlcr.pictures import (
     join,
     line_chart,
     missing_chart,
+    number,
+    origin,
     paragraph,
     sample_html,
     table_html,
     write_page,
 )
+from deepspeed_chat_tlcr.pictures.charts import Limits
 from evaluation.curves import series_of
 from evaluation.published import MEASURES, PUBLISHED
 from evaluation.sections import paper_table
@@ -49,12 +54,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Chart:
-    """Which metrics are drawn over the steps, by the names of their lines; ``optional`` ones may be absent."""
+    """Which metrics are drawn over the steps, by the names of their lines.
+
+    ``limits``: the least and the greatest value that they can have.
+    """
 
     title: str
     unit: str
     lines: Mapping[str, str]
-    optional: bool = False
+    limits: Limits = (None, None)
+
+
+COLORS = {"SFT": 0, "TLCR": 1}
+"""Each policy's colour, the same in every chart."""
+SHARE, POSITIVE = (0.0, 1.0), (0.0, None)
 
 
 CHARTS: dict[Stage, list[Chart]] = {
@@ -66,9 +79,10 @@ CHARTS: dict[Stage, list[Chart]] = {
             "share of tokens",
             {
                 "edited tokens": "eval/edited_accuracy",
-                "always the majority": "eval/majority_accuracy",
+                "always the majority class": "eval/majority_accuracy",
                 "three classes": "eval/three_class_accuracy",
             },
+            SHARE,
         ),
         Chart(
             "Held-out reward by label",
@@ -77,17 +91,19 @@ CHARTS: dict[Stage, list[Chart]] = {
         ),
     ],
     "ppo": [
-        Chart("Reward per token", "mean 2D − 1", {"": "reward/per_token"}),
-        Chart("True score", "1 to 10", {"": "eval/true_score"}, optional=True),
-        Chart("KL to SFT", "nats per response", {"": "policy/kl"}),
-        Chart("Response length", "tokens", {"": "rollout/response_length"}),
-        Chart("Responses that end", "share with EOS", {"": "rollout/eos_rate"}),
-        Chart("Entropy", "nats per token", {"": "policy/entropy"}),
-        Chart("Perplexity of responses", "", {"policy": "policy/perplexity", "SFT": "rollout/ref_perplexity"}),
+        Chart("Reward per token", "mean 2D − 1", {"TLCR": "reward/per_token"}, (-1.0, 1.0)),
+        Chart("KL to SFT", "nats per response", {"TLCR": "policy/kl"}, POSITIVE),
+        Chart("Response length", "tokens", {"TLCR": "rollout/response_length"}, POSITIVE),
+        Chart("Responses that end", "share with EOS", {"TLCR": "rollout/eos_rate"}, SHARE),
+        Chart("Entropy", "nats per token", {"TLCR": "policy/entropy"}, POSITIVE),
+        Chart("Perplexity of responses", "", {"TLCR": "policy/perplexity", "SFT": "rollout/ref_perplexity"}),
         Chart(
-            "Sign of the rewards", "share", {"positive": "reward/positive_share", "negative": "reward/negative_share"}
+            "Sign of the rewards",
+            "share",
+            {"positive": "reward/positive_share", "negative": "reward/negative_share"},
+            SHARE,
         ),
-        Chart("Value loss", "", {"": "value/loss"}),
+        Chart("Value loss", "", {"": "value/loss"}, POSITIVE),
     ],
 }
 
@@ -102,6 +118,9 @@ def write_report(
     published: Mapping[str, Mapping[str, float]] = PUBLISHED,
     title: str = "TLCR: from preference pairs to a policy",
     about: str = "",
+    scores: Mapping[int, Sequence[float]] | None = None,
+    world: str = "",
+    made: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the page and return its path. What is missing is named as missing, never left out silently.
 
@@ -110,7 +129,8 @@ def write_report(
     stand beside ``sft`` and ``tlcr``, such as ``sft_best`` and ``tlcr_best`` with their ``temperature``; ``repeats`` is
     the share of answers that state a fact twice, ``tlcr_over_sft`` what ``verdict`` reads. ``answers``: one prompt with
     several policies' answers each. ``revisions``: held-out pairs, labels beside rewards. ``about``: what was run, on
-    what, in a sentence or two.
+    what, in a sentence or two. ``scores``: true scores of the answers that each step of PPO learnt from. ``world``:
+    what the true score rewards. ``made``: where the numbers come from (``provenance``).
     """
     words = [paragraph(text, "lead") for text in (verdict(results), about) if text]
     lead = join([*words, headline(results)])
@@ -118,9 +138,13 @@ def write_report(
         ("Results", result_tables(results)),
         ("Answers, token by token", _samples(answers, "reward", "No answers were given to this report.")),
         ("Held-out revisions", _samples(revisions, "label", "No held-out revisions were given to this report.")),
-        ("Training", training_curves(runs)),
+        ("Training", training_curves(runs, scores)),
         ("The paper’s numbers", published_table(published)),
     ]
+    if world:
+        sections.insert(1, ("What the true score rewards", paragraph(world)))
+    if made:
+        sections.append(("How this was made", origin(made)))
     return write_page(path, title, sections, lead)
 
 
@@ -158,13 +182,18 @@ def headline(results: Mapping) -> Html:
         sft, trained = (results.get(key + suffix) or {} for key in ("sft", "tlcr"))
         if _known(sft, "true_score") and _known(trained, "true_score"):
             gain = trained["true_score"] - sft["true_score"]
-            shown = f"true score of 10, SFT → TLCR ({gain:+.2f}){words}".replace("-", "−")
+            sides = [f"{name}{_error(row, 'true_score')}" for name, row in (("SFT", sft), ("TLCR", trained))]
+            shown = f"true score of 10, {' → '.join(sides)} ({gain:+.2f}){words}".replace("-", "−")
             items.append((f"{sft['true_score']:.2f} → {trained['true_score']:.2f}", shown))
     if _known(judge, "edited_accuracy"):
-        base = f" (majority guess {judge['majority_accuracy']:.2f})" if _known(judge, "majority_accuracy") else ""
+        base = (
+            f" (always the majority class: {judge['majority_accuracy']:.2f})"
+            if _known(judge, "majority_accuracy")
+            else ""
+        )
         items.append((f"{judge['edited_accuracy']:.2f}", f"discriminator’s accuracy on edited tokens{base}"))
     if _known(tlcr, "kl"):
-        items.append((f"{tlcr['kl']:.1f}", "KL of TLCR to SFT, nats per response"))
+        items.append((number(with_error(tlcr, "kl")), "KL of TLCR to SFT, nats per response"))
     if seconds := _seconds(results):
         items.append((duration(sum(seconds.values())), "all stages"))
     return cards(items) if items else Html("")
@@ -175,16 +204,16 @@ def result_tables(results: Mapping) -> Html:
     policies = {key: results.get(key) or {} for key in NAMES}
     policies |= {key: row for key, row in results.items() if isinstance(row, Mapping) and "true_score" in row}
     itself = {"sft": 0.0} if policies["sft"] else {}  # the SFT model's KL to itself
+    columns_of = {"true_score": "true score (1–10)", "response_length": "response length, tokens"}
+    columns_of["kl"] = "KL to SFT, nats per response"
+    if any("repeats" in row for row in policies.values()):
+        columns_of["repeats"] = "answers that repeat a fact, %"
     rows = [
-        [policy_name(key, row), with_error(row), row.get("response_length"), row.get("kl", itself.get(key))]
+        [policy_name(key, row), *(with_error({"kl": itself.get(key), **row}, name) for name in columns_of)]
         for key, row in policies.items()
     ]
-    header = ["policy", "true score (1–10) ± standard error", "response length, tokens", "KL to SFT, nats per response"]
-    if any("repeats" in row for row in policies.values()):
-        header.append("answers that repeat a fact, %")
-        shares = [row.get("repeats") for row in policies.values()]
-        rows = [[*row, None if share is None else 100 * share] for row, share in zip(rows, shares, strict=True)]
-    note = "Held-out prompts; the true score is never shown to training. “—”: not measured."
+    header = ["policy", *columns_of.values()]
+    note = "Held-out prompts, ± standard error; the true score is never shown to training. “—”: not measured."
     judge = results.get("discriminator") or {}
     measured = [[words, judge.get(key)] for key, words in MEASURES.items() if key in judge or key in MEASURES_ALWAYS]
     seconds = _seconds(results)
@@ -200,15 +229,22 @@ def result_tables(results: Mapping) -> Html:
     )
 
 
-def with_error(row: Mapping) -> object:
-    """A true score with its standard error, where that is known."""
-    if not _known(row, "true_score") or not _known(row, "true_score_standard_error"):
-        return row.get("true_score")
-    return f"{row['true_score']:.2f} ± {row['true_score_standard_error']:.2f}"
+def with_error(row: Mapping, name: str) -> object:
+    """A measure with its standard error, where that is known; repeats in %."""
+    scale = 100 if name == "repeats" else 1
+    error = f"{name}_standard_error"
+    if not _known(row, name) or not _known(row, error):
+        return None if row.get(name) is None else scale * row[name]
+    return f"{scale * row[name]:.2f} ± {scale * row[error]:.2f}"
 
 
-def training_curves(runs: Sequence[Run]) -> Html:
-    """All charts of every stage; several runs of a stage are drawn over each other."""
+def _error(row: Mapping, name: str) -> str:
+    error = row.get(f"{name}_standard_error")
+    return "" if error is None else f" ± {error:.2f}"
+
+
+def training_curves(runs: Sequence[Run], scores: Mapping[int, Sequence[float]] | None = None) -> Html:
+    """All charts of every stage; several runs of a stage are drawn over each other. ``scores``: see write_report."""
     parts = []
     for stage, heading in STAGES.items():
         parts.append(Html(f"<h3>{escape(heading)}</h3>"))
@@ -216,23 +252,37 @@ def training_curves(runs: Sequence[Run]) -> Html:
         if not any(logs.values()):
             parts.append(paragraph("No metrics.jsonl of this stage was found.", "quiet"))
             continue
-        parts.append(columns(*(drawn for chart in CHARTS[stage] if (drawn := draw(chart, logs))), kind="charts"))
+        first = [true_score_chart(scores)] if stage == "ppo" and scores else []
+        parts.append(columns(*first, *(draw(chart, logs) for chart in CHARTS[stage]), kind="charts"))
     return join(parts)
 
 
-def draw(chart: Chart, logs: Mapping[str, Sequence[Mapping]], x_label: str = "step") -> Html | None:
+def draw(chart: Chart, logs: Mapping[str, Sequence[Mapping]], x_label: str = "step") -> Html:
     """One chart over the metrics of one or several runs (name: lines of its metrics.jsonl).
 
-    Long lines are smoothed, their raw values left faintly behind. None where an optional chart has no values.
+    Long lines are smoothed, their raw values left faintly behind.
     """
     series = []
     for run, log in logs.items():
         for line, key in chart.lines.items():
-            series += series_of({" · ".join(filter(None, (run, line))) or chart.title: log}, key)
+            lines = series_of({" · ".join(filter(None, (run, line))) or chart.title: log}, key)
+            series += [replace(one, color=None if len(logs) > 1 else COLORS.get(line)) for one in lines]
     if not series:
-        return None if chart.optional else missing_chart(chart.title, "not recorded")
+        return missing_chart(chart.title, "not recorded")
     smoothing = 0.8 if max(len(one.x) for one in series) >= 50 else 0.0
-    return line_chart(series, chart.title, x_label, chart.unit, smoothing)
+    return line_chart(series, chart.title, x_label, chart.unit, smoothing, limits=chart.limits)
+
+
+def true_score_chart(scores: Mapping[int, Sequence[float]]) -> Html:
+    """The policy's true score over training, by step: the mean of that step's sampled answers ± standard error."""
+    steps = sorted(scores)
+    means = [statistics.fmean(scores[step]) for step in steps]
+    errors = [statistics.stdev(scores[step]) / len(scores[step]) ** 0.5 for step in steps]
+    low, high = ([mean + sign * error for mean, error in zip(means, errors, strict=True)] for sign in (-1, 1))
+    line = Series("TLCR", steps, means, low, high, COLORS["TLCR"])
+    return line_chart(
+        [line], "True score of the step’s answers ± standard error", "step", "1 to 10", limits=(1.0, 10.0)
+    )
 
 
 def published_table(published: Mapping[str, Mapping[str, float]]) -> Html:

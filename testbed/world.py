@@ -50,6 +50,15 @@ STRAY_COST = 0.2
 STRAY_LIMIT = 3.0
 NO_END_COST = 1.0
 
+REWARDED = (
+    "A prompt names a topic and a manner and asks for a number of facts. The true score, from 1 to 10, rewards an "
+    "answer that states as many right facts about the topic as asked for, none of them twice; that opens, words its "
+    "facts and closes in the manner asked for; and that ends. Wrong or repeated facts cost up to 8 points, a wrong "
+    "manner up to 4.8, every fact too many 1, words that belong to nothing up to 3, no end 1. Training never sees this "
+    "score, only preferences drawn from it and minimal edits."
+)
+"""What a report says of the true score to those who have not read this file."""
+
 
 @dataclass(frozen=True)
 class Request:

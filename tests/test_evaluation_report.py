@@ -57,7 +57,10 @@ def test_one_command_measures_everything_and_names_what_is_missing(evaluated):
     text = texts_of(evaluated / "report.html")
     assert "Evaluation: sft, tlcr" in text
     assert "Missing: Human votes." in text
-    assert "Missing: not run. evaluation/human/make.py, then count.py, measures it." in text
+    assert "Human votes: not run. evaluation/human/make.py, then count.py, measures it." in text
+    # The verdict stands first; the judge's stand-in prefers neither.
+    assert "tlcr is rated" in text[: text.index("What was measured")]
+    assert "evaluation/main.py --" in text
     for number in ("5.04", "84.89", "45.23", "4.28", "0.814"):
         assert (number in text) == (number != "45.23"), number  # the votes' chapter is not there
     assert json.loads((evaluated / "run_options.json").read_text())["judge"] == "judge"
@@ -137,7 +140,7 @@ def test_the_page_fits_laptops_and_phones_in_both_themes_and_shows_values(evalua
 
 def test_an_empty_folder_is_a_report_of_missing_parts(tmp_path):
     text = texts_of(report.refresh_report(tmp_path))
-    assert text.count("Missing: not run.") == len(PARTS)
+    assert text.count(": not run. ") == len(PARTS)
 
 
 def test_results_that_are_none_are_refused(tmp_path, capsys):

@@ -438,8 +438,8 @@ def test_charts_are_well_formed_xml(text):
     series = [Series(text, [0, 1, 2], [0.0, math.nan, 2.0], [0, 0, 1], [1, 1, 3]), Series("b", [0, 1, 2], [1, 2, 3])]
     svg = svg_of(line_chart(series, text, text, text, smoothing=0.5))
     titles = ["".join(title.itertext()) for title in svg.findall(".//{*}title")]
-    # Smoothed by hand: (0/4 + 2) / (1 + 1/4) over the gap, (1/4 + 2/2 + 3) / (1 + 1/2 + 1/4).
-    assert titles[-1] == f"{visible(text)} 2\n{visible(text)}: 2 (smoothed 1.6)\nb: 3 (smoothed 2.429)"
+    # A line ends where its values do; the middle one of the other is their mean, (1/2 + 2 + 3/2) / 2.
+    assert titles[-1] == f"{visible(text)} 2\n{visible(text)}: 2 (smoothed 2)\nb: 3 (smoothed 3)"
     svg_of(bar_chart([text, "x"], {text: [1.0, None], "b": [-2.0, math.nan]}, text, text, {text: [(0.5, 1.5), None]}))
     svg_of(histogram([1.0, 2.0], text, text))
 
@@ -514,10 +514,26 @@ def test_histogram_counts():
 
 
 def test_smoothing_weighs_both_sides():
-    # Weights 1, 1/2, 1/4 by distance: (0 + 0 + 4/4) / (7/4), (4/2) / 2, 4 / (7/4).
-    assert smooth([0, 0, 4], 0.5) == pytest.approx([4 / 7, 1, 16 / 7])
+    # Weights 1 and 1/2 by distance, as far to the left as to the right: (0/2 + 0 + 4/2) / 2; the ends stay.
+    assert smooth([0, 0, 4], 0.5) == pytest.approx([0, 1, 4])
+    assert smooth([0, 1, 2, 3, 4], 0.8) == pytest.approx([0, 1, 2, 3, 4])
     assert smooth([3, math.nan, 3], 0.5)[0] == 3
     assert math.isnan(smooth([3, math.nan, 3], 0.5)[1])
+
+
+def test_no_axis_or_band_goes_beyond_what_a_measure_can_be():
+    assert ticks(1, 1, limits=(0, 1))[-1] == 1
+    assert ticks(0, 0, limits=(0, None))[0] == 0
+    chart = line_chart([Series("kl", [1, 2], [0.5, 1], [-0.5, 0], [1.5, 2])], "KL", limits=(0, None))
+    numbers = [text.text for text in svg_of(chart).findall(".//{*}text")]
+    assert "−0.5" not in numbers
+    assert "2" in numbers
+
+
+def test_a_series_keeps_its_own_colour():
+    chart = line_chart([Series("TLCR", [1, 2], [0, 1], color=1)], "t")
+    assert "--k:var(--s1)" in chart
+    assert "--k:var(--s0)" not in chart
 
 
 def test_ticks_are_round_and_enclose():
@@ -583,6 +599,9 @@ def test_report_shows_results_curves_and_samples(tmp_path):
         revisions=[sample],
         runs=[Run("ppo", log), Run("sft", tmp_path / "nowhere.jsonl")],
         about="A <tiny> run",
+        scores={1: [2.0, 4.0], 2: [5.0, 7.0]},
+        world="Right facts.",
+        made={"command": "bash run_tiny.sh", "code": "0123"},
     )
     parsed = Parsed(path.read_text(encoding="utf-8"))
     assert_harmless(parsed, scripts=1)
@@ -591,11 +610,13 @@ def test_report_shows_results_curves_and_samples(tmp_path):
         assert piece in text, piece
     for piece in ("the prompt", "SFT answer", "TLCR answer", "Reward per token", "5.04", "84.89"):
         assert piece in text, piece
-    assert "step 60\nReward per token: 0.6" in text
+    assert "step 60\nTLCR: 0.6" in text
     assert text.count("No metrics.jsonl of this stage was found.") == 2  # SFT and discriminator
-    assert "True score" not in [data for _, data in parsed.texts]  # not recorded, and only sometimes is
+    assert "step 2\nTLCR: 6" in text  # the mean true score of the second step's answers
+    for piece in ("Right facts.", "bash run_tiny.sh", "0123"):
+        assert piece in text, piece
     charts = re.findall(r'<figure class="chart">.*?</figure>', path.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(charts) == 8
+    assert len(charts) == 9
     assert sum("not recorded" in chart for chart in charts) == 6
     for chart in charts:
         ElementTree.fromstring(chart)

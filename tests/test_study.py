@@ -36,7 +36,7 @@ from testbed.study.methods import (
     penalties,
 )
 from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world, known_steps
-from testbed.study.pages import at_edge, write_study_page
+from testbed.study.pages import at_edge, verdicts, write_study_page
 from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
 from testbed.study.truth import checked
 
@@ -495,6 +495,8 @@ def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
         "sensitivity": {"labelled pairs": levels, "neutral weight": levels | {"1/4": levels["all"]}},
         "runs": runs,
     }
+    gaps = {"greedy": {"difference": -0.5, "low": -0.8, "high": -0.2, "unit": "seed"}}
+    gaps["T=1"] = {"difference": 1.0, "low": 0.5, "high": 1.5, "unit": "seed"}
     text = write_study_page(tmp_path / "study.html", results).read_text().replace("\N{NO-BREAK SPACE}", " ")
     for part in ("5.50 ± 0.71", "6.50 ± 0.00", "6.25 ± 0.00", "41,234 ± 0", "+1.00 [+1.00, +1.00]"):
         assert f"<td>{part}</td>" in text  # score of PPO_seq, best, last, tokens, TLCR - PPO_seq
@@ -506,7 +508,13 @@ def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
     assert "No finished run: DPO." in text
     assert "Not run (--stage sensitivity): labelled pairs." in text
     assert "Neutral weight" in text
-    assert ">neutral weight: 1/4</th><td>6.50 ± 0.71</td><td>-1.25 [-2.00, -0.50]</td>" in text
+    assert "How this was made" in text
+    sentence = verdicts({"paper": {name: {"differences": {"tlcr - sft": gap}} for name, gap in gaps.items()}})
+    assert sentence[0].endswith(
+        "greedy TLCR measures lower than SFT in true score. TLCR − SFT: −0.50 [−0.80, −0.20] greedy; "
+        "+1.00 [+0.50, +1.50] T=1 (95 % intervals over seeds).</p>"
+    )
+    assert ">neutral weight: 1/4</th><td>6.50 ± 0.71</td><td>−1.25 [−2.00, −0.50]</td>" in text
 
 
 # ---- a whole one -----------------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${REWARD_ZERO_STAGE:=3}"
 : "${PPO_OFFLOAD:=auto}"                    # actor's and critic's optimisers in host memory; auto: where they must be
 : "${PPO_GRADIENT_CHECKPOINTING:=1}"
+: "${PPO_SAVE_ANSWERS:=0}"                # every answer that it learns from, in PPO_FOLDER/answers-RANK.jsonl
 : "${PPO_SAVE_INTERVAL:=50}"                # steps between checkpoints to continue from; 0: an epoch
 
 # ---- where one stage finds what another made; set them to start from something of your own ----

@@ -6,12 +6,14 @@
 # Hardware: 2 CPU cores, 4 GB of memory, no GPU, no network once the packages are installed. Time: about 6 minutes.
 # Launch:   bash training_scripts/run_qa_feedback.sh [OUTPUT]
 #           QA_FEEDBACK=dev_feedback.jsonl SEED=2 bash training_scripts/run_qa_feedback.sh
+#           PASSAGES=2 MAX_PROMPT_LEN=256 bash training_scripts/run_qa_feedback.sh    passages before the question
 #           MORE_METHODS="ppo_seq tlcr_fixed" bash training_scripts/run_qa_feedback.sh    beside TLCR, from the same models
 # Started again it reuses the stages that are finished.
 
 # ---- variables: what is not as in the paper's recipe (the environment wins, as everywhere) ----
 set -a
 : "${QA_FEEDBACK:=../shared/data/qa_feedback_dev.jsonl.gz}" # FineGrainedRLHF's records, one JSON a line
+: "${PASSAGES:=0}" # how many of a question's passages stand before it in the prompt
 : "${SEED:=1}"
 : "${MORE_METHODS:=}" # besides TLCR: ppo_seq tlcr_fixed tlcr_positive_only tlcr_negative_only tlcr_released_code random
 OUTPUT=${1:-${OUTPUT:-output/qa-feedback-seed$SEED}}
@@ -50,9 +52,10 @@ done
 preflight
 
 # People's corrections as revisions; then data, tokenizer and an untrained Llama, with a fifth of the prompts held out.
-run_stage labeling is_labelled python3 "${at}labeling/main.py" --from "$QA_FEEDBACK" --output_dir "$OUTPUT/labeling"
+run_stage labeling is_labelled python3 "${at}labeling/main.py" --from "$QA_FEEDBACK" --passages "$PASSAGES" \
+  --output_dir "$OUTPUT/labeling"
 run_stage prepared has_results python3 "${at}evaluation/qa_feedback.py" prepare --qa_feedback "$QA_FEEDBACK" \
-  --revisions "$OUTPUT/labeling/revisions.jsonl" --output_dir "$OUTPUT/prepared" --held_out_share "$HELD_OUT_SHARE" \
+  --revisions "$OUTPUT/labeling/revisions.jsonl" --passages "$PASSAGES" --output_dir "$OUTPUT/prepared" --held_out_share "$HELD_OUT_SHARE" \
   --vocabulary "$VOCABULARY" --hidden_size "$HIDDEN_SIZE" --layers "$LAYERS" \
   --max_positions "$MAX_SEQ_LEN" --seed "$SEED"
 

@@ -28,6 +28,7 @@ LABEL_BASE_URL=http://127.0.0.1:PORT/v1
 : "${ACTOR_LEARNING_RATE:=3e-4}" "${CRITIC_LEARNING_RATE:=1e-3}" "${WHITEN_ADVANTAGES:=1}"
 : "${ACTOR_ZERO_STAGE:=0}" "${CRITIC_ZERO_STAGE:=0}" "${REFERENCE_ZERO_STAGE:=0}" "${REWARD_ZERO_STAGE:=0}"
 : "${PPO_OFFLOAD:=0}" "${PPO_GRADIENT_CHECKPOINTING:=0}" "${PPO_SAVE_INTERVAL:=0}"
+: "${PPO_SAVE_ANSWERS:=1}" # their true scores are a chart of the report
 set +a
 
 # shellcheck source=training_scripts/recipe.sh

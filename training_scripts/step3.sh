@@ -53,6 +53,7 @@ switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --critic_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"
 switch --offload "$PPO_OFFLOAD"
 switch --enable_ema "$PPO_EMA"
+switch --save_answers "$PPO_SAVE_ANSWERS"
 switch --whiten_advantages "$WHITEN_ADVANTAGES"
 
 # Braces, because bash reads them whole: editing this file while it runs does no harm.

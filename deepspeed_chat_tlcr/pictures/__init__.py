@@ -23,7 +23,7 @@ from deepspeed_chat_tlcr.pictures.heatmap import (
     legend_html,
     sample_html,
 )
-from deepspeed_chat_tlcr.pictures.page import cards, columns, number, page, paragraph, table_html, write_page
+from deepspeed_chat_tlcr.pictures.page import cards, columns, number, origin, page, paragraph, table_html, write_page
 from deepspeed_chat_tlcr.pictures.radar import radar_chart
 from deepspeed_chat_tlcr.pictures.text import Html, escape, join, long_text, shorten, token_strings, visible
 
@@ -48,6 +48,7 @@ __all__ = [
     "long_text",
     "missing_chart",
     "number",
+    "origin",
     "page",
     "paragraph",
     "point_chart",

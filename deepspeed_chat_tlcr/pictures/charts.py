@@ -4,7 +4,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 
 from deepspeed_chat_tlcr.pictures.text import Html, escape, join
 
@@ -21,13 +21,17 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
 
 @dataclass(frozen=True)
 class Series:
-    """One line: ``y`` over ``x`` with an optional band from ``low`` to ``high`` (all of one length)."""
+    """One line: ``y`` over ``x`` with an optional band from ``low`` to ``high`` (all of one length).
+
+    ``color``: its number among the style sheet's; None: its place in the chart.
+    """
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     low: Sequence[float] | None = None
     high: Sequence[float] | None = None
+    color: int | None = None
 
     def __post_init__(self):
         sizes = {len(values) for values in (self.x, self.y, self.low, self.high) if values is not None}
@@ -36,26 +40,41 @@ class Series:
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Weighted mean of all values, by ``weight ** distance`` to both sides: no lag. Gaps (NaN) stay gaps."""
-    known = [(value, 1.0) if math.isfinite(value) else (0.0, 0.0) for value in values]
+    """Weighted mean of the values around each, by ``weight ** distance``, as far to one side as to the other.
 
-    def sums(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-        return list(accumulate(pairs, lambda old, new: (weight * old[0] + new[0], weight * old[1] + new[1])))
+    So a line begins and ends where its values do, and a straight one stays straight. Gaps (NaN) stay gaps.
+    """
+    reach = math.ceil(math.log(1e-3) / math.log(weight)) if weight > 0 else 0  # beyond it the weights are nothing
+    smoothed = []
+    for place, value in enumerate(values):
+        half = min(place, len(values) - 1 - place, reach)
+        around = range(place - half, place + half + 1)
+        known = [(weight ** abs(at - place), values[at]) for at in around if math.isfinite(values[at])]
+        mean = sum(share * one for share, one in known) / sum(share for share, _ in known) if known else math.nan
+        smoothed.append(mean if math.isfinite(value) else math.nan)
+    return smoothed
 
-    both = zip(sums(known), reversed(sums(known[::-1])), known, strict=True)
-    return [(a + b - v) / (n + m - 1) if one else math.nan for (a, n), (b, m), (v, one) in both]
+
+Limits = tuple[float | None, float | None]
+"""Least and greatest value that a measure can have, where there is one: no axis or band goes beyond."""
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
+def ticks(low: float, high: float, about: int = 5, limits: Limits = (None, None)) -> list[float]:
     """Round numbers that enclose ``[low, high]``, with steps of 1, 2 or 5 times a power of ten."""
     if not high > low:
         pad = abs(low) * 0.1 or 1.0
-        low, high = low - pad, high + pad
+        low, high = within(low - pad, limits), within(high + pad, limits)
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def within(value: float, limits: Limits) -> float:
+    """The value, or the limit that it is beyond."""
+    low, high = limits
+    return max(value, low) if low is not None and value < low else min(value, high if high is not None else value)
 
 
 def short(value: float) -> str:
@@ -74,33 +93,36 @@ def line_chart(
     y_label: str = "",
     smoothing: float = 0.0,
     y_range: tuple[float, float] | None = None,
+    limits: Limits = (None, None),
 ) -> Html:
     """Several runs in one chart. With ``smoothing`` in (0, 1) the raw values stay behind as a faint line.
 
     Values that are not finite leave a gap. The hover text of each position lists every series' value there.
     """
-    lines = [(index, one) for index, one in enumerate(series) if any(map(math.isfinite, one.y))]
+    colored = [(index if one.color is None else one.color, one) for index, one in enumerate(series)]
+    lines = [(color, one) for color, one in colored if any(map(math.isfinite, one.y))]
     if not lines:
         return missing_chart(title, "nothing recorded")
-    smoothed = {index: smooth(one.y, smoothing) if smoothing else list(one.y) for index, one in lines}
-    seen = [
-        value for _, one in lines for value in (*one.y, *(one.low or ()), *(one.high or ())) if math.isfinite(value)
-    ]
+    smoothed = [smooth(one.y, smoothing) if smoothing else list(one.y) for _, one in lines]
+    edges = [within(edge, limits) for _, one in lines for edge in (*(one.low or ()), *(one.high or ()))]
+    seen = [value for value in (*(y for _, one in lines for y in one.y), *edges) if math.isfinite(value)]
     xs = [value for _, one in lines for value in one.x]
-    plot = _Plot(min(xs), max(xs), ticks(*(y_range or (min(seen), max(seen)))))
+    plot = _Plot(min(xs), max(xs), ticks(*(y_range or (min(seen), max(seen))), limits=limits))
     body = [plot.frame(x_label, y_label, [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)])]
     for index, one in lines:
         if one.low is not None:
             kept = [i for i in range(len(one.x)) if math.isfinite(one.low[i]) and math.isfinite(one.high[i])]
-            edge = [(one.x[i], one.high[i]) for i in kept] + [(one.x[i], one.low[i]) for i in reversed(kept)]
+            edge = [(one.x[i], within(one.high[i], limits)) for i in kept]
+            edge += [(one.x[i], within(one.low[i], limits)) for i in reversed(kept)]
             points = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in edge)
             body.append(Html(f'<polygon class="band" style="--k:var(--s{index % 8})" points="{points}"/>'))
         if smoothing:
             body.append(plot.path(one.x, one.y, "series raw", f'style="--k:var(--s{index % 8})"'))
-    for index, one in lines:
+    for (index, one), line in zip(lines, smoothed, strict=True):
         style = f'style="--k:var(--s{index % 8});stroke-dasharray:{DASHES[index % 8] or "none"}"'
-        body.append(plot.path(one.x, smoothed[index], "series", style))
-    body.append(plot.hovers([(one, smoothed[index]) for index, one in lines], x_label, bool(smoothing)))
+        body.append(plot.path(one.x, line, "series", style))
+    named = [(one, line) for (_, one), line in zip(lines, smoothed, strict=True)]
+    body.append(plot.hovers(named, x_label, bool(smoothing)))
     key = legend([(one.name, index, True) for index, one in lines]) if len(lines) > 1 else ""
     return figure(title, key, join(body))
 

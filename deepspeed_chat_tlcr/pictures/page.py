@@ -4,7 +4,7 @@ import base64
 import hashlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -74,6 +74,12 @@ def cards(items: Sequence[tuple[str, str]]) -> Html:
         [Html(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>') for big, small in items]
     )
     return Html(f'<div class="cards">{inner}</div>')
+
+
+def origin(made: Mapping[str, str]) -> Html:
+    """A table of where a page's numbers come from (``provenance.provenance``)."""
+    note = "Seconds, memory and, by rounding, scores differ from machine to machine."
+    return table_html(["made", ""], [[name, value] for name, value in made.items()], note)
 
 
 def number(value: object, digits: int = 2) -> str:

@@ -78,7 +78,8 @@ def line_chart_png(
 ) -> None:
     """``line_chart`` as a PNG of ``size`` inches."""
     figure, axes = _figure(*size)
-    for index, one in enumerate(series):
+    for place, one in enumerate(series):
+        index = place if one.color is None else one.color
         color = LIGHT.series[index % 8]
         if one.low is not None:
             axes.fill_between(one.x, one.low, one.high, color=color, alpha=0.16, lw=0)

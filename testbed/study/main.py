@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from deepspeed_chat_tlcr.arguments import parse
-from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.locking import lock
 from deepspeed_chat_tlcr.saving import write_json
 from testbed.study import results as tables
@@ -286,6 +286,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nstopped; the same command continues", flush=True)
         return EXIT_RESUMABLE
     found = study.results()
+    if options.stage == "report" and options.known and not found["runs"]:
+        raise InputError(
+            "--known: holds no run of these settings, so there is nothing to report; repeat the options that the runs "
+            "were made with, --scale (as in --scale dtype=bf16), --seeds and --methods among them"
+        )
     write_json(folder / "results.json", found)
     write_json(folder / "known.json", study.store.told(study.reported()))
     page = write_study_page(folder / "study.html", found)

@@ -11,12 +11,14 @@ from deepspeed_chat_tlcr.pictures import (
     join,
     line_chart,
     number,
+    origin,
     paragraph,
     point_chart,
     smooth,
     table_html,
     write_page,
 )
+from deepspeed_chat_tlcr.provenance import provenance
 from testbed.study.analysis import band
 from testbed.study.methods import AS_TLCR
 from testbed.study.results import DECODINGS
@@ -35,6 +37,9 @@ NAMES = {
     "tlcr_released_code": "released code",
     "random": "random reward",
 }
+COLORS = {"sft": 0, "tlcr": 1, "ppo_seq": 2, "tlcr_fixed": 3, "ppo_synthetic": 4, "remax": 5, "dpo": 6, "figa": 7}
+COLORS |= {"tlcr_positive_only": 2, "tlcr_negative_only": 3, "tlcr_released_code": 4, "random": 5}
+"""Each method's colour, the same in every chart of curves."""
 VARIANTS = {
     "paper": (
         "At the paper's settings",
@@ -68,11 +73,12 @@ CURVE_GROUPS = {
 FIGURE_6 = ("ppo_seq", "tlcr_fixed", "tlcr")
 SMOOTHING = 0.7
 CURVES = {
-    "true_score": ("true score of sampled answers", "true score"),
-    "response_length": ("response length", "tokens"),
-    "kl": ("KL to SFT", "nats per response"),
-    "perplexity": ("perplexity of answers", "perplexity"),
+    "true_score": ("true score of sampled answers", "true score", (1, 10)),
+    "response_length": ("response length", "tokens", (0, None)),
+    "kl": ("KL to SFT", "nats per response", (0, None)),
+    "perplexity": ("perplexity of answers", "perplexity", (1, None)),
 }
+"""Charts of a measure over the updates: title, unit, and what the measure can be."""
 
 
 def write_study_page(path: Path, results: Mapping) -> Path:
@@ -103,7 +109,27 @@ def write_study_page(path: Path, results: Mapping) -> Path:
         "sampling SFT colder does: a method is better than SFT only where its best decoding beats SFT's best.",
         "lead",
     )
-    return write_page(path, "Which reward pays", sections, lead)
+    sections.append(("How this was made", origin(results.get("made") or provenance())))
+    return write_page(path, "Which reward pays", sections, join([*verdicts(results["comparisons"]), lead]))
+
+
+def verdicts(comparisons: Mapping[str, Mapping]) -> list[Html]:
+    """For each variant, whether TLCR is better than SFT, above all greedily, where sampling SFT colder gains nothing;
+    no word where it was not measured."""
+    told = []
+    for variant, compared in comparisons.items():
+        found = {name: compared.get(name, {}).get("differences", {}).get("tlcr - sft") for name in DECODINGS}
+        last = found[DECODINGS[-1]]
+        if not last or last["low"] is None:
+            continue
+        words = "higher than" if last["low"] > 0 else "lower than" if last["high"] < 0 else "no other than"
+        gaps = "; ".join(f"{difference(gap)} {name}" for name, gap in reversed(found.items()) if gap)
+        heading = VARIANTS.get(variant, (variant, ""))[0]
+        over = "the prompts of one seed" if last["unit"] == "prompt" else "seeds"
+        sentence = f"{heading}, {DECODINGS[-1]} TLCR measures {words} SFT in true score."
+        sentence += f" TLCR − SFT: {gaps} (95 % intervals over {over})."
+        told.append(paragraph(sentence, "lead"))
+    return told
 
 
 def spread(entry: Mapping | None, digits: int = 2) -> str:
@@ -186,7 +212,8 @@ def difference(found: Mapping | None) -> str:
     if found is None:
         return "—"
     low, high = found["low"], found["high"]
-    return f"{found['difference']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+    shown = f"{found['difference']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
+    return shown.replace("-", "−")
 
 
 def intervals_of(differences: Iterable[Mapping | None]) -> str:
@@ -214,7 +241,8 @@ def curves(records: Sequence[Mapping], methods: Sequence[str], measure: str) -> 
         found = [curve for curve in mine if curve]
         if found:
             means, lows, highs = (smooth(line, SMOOTHING) for line in band(found))
-            series.append(Series(NAMES[method], list(range(1, len(means) + 1)), means, lows, highs))
+            updates = list(range(1, len(means) + 1))
+            series.append(Series(NAMES[method], updates, means, lows, highs, COLORS[method]))
     return series
 
 
@@ -232,8 +260,8 @@ def curve_group(name: str, records: Sequence[Mapping]) -> Html:
     if methods in ([], ["tlcr"]) and absent:  # TLCR alone is no comparison
         return join(told)
     charts = [
-        line_chart(curves(records, methods, measure), f"{name}: {title}", "update", unit)
-        for measure, (title, unit) in CURVES.items()
+        line_chart(curves(records, methods, measure), f"{name}: {title}", "update", unit, limits=limits)
+        for measure, (title, unit, limits) in CURVES.items()
     ]
     return join([columns(*charts), *told])
 
@@ -267,7 +295,7 @@ def score_against_kl(rows: Mapping[str, Mapping], methods: Sequence[str], title:
     scored = {method: rows[method] for method in methods if "kl" in rows.get(method, ())}
     points = [(NAMES[method], row["kl"]["mean"], row["true_score T=1"]["mean"]) for method, row in scored.items()]
     whiskers = [row["true_score T=1"]["interval"] for row in scored.values()]
-    return point_chart(points, title, "nats per response", "true score", whiskers)
+    return point_chart(points, title, "KL to SFT, nats per response", "true score", whiskers)
 
 
 def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -> Html:
