@@ -83,7 +83,8 @@ def accepted_or_refused(call, *arguments):
     except InputError as error:
         line = one_line(error)
         assert line.strip()
-        assert line.isprintable()
+        assert len(line.splitlines()) == 1
+        assert not set(line) & {chr(code) for code in (*range(32), 127)}
         line.encode()
         return None
 

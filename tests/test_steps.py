@@ -304,7 +304,8 @@ def refusal(main, arguments: tuple, capsys) -> str:
 
 def test_bad_input_of_step_1(tiny, tmp_path, capsys):
     good = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / "a")
-    batches, optimizer = tmp_path / "batches.json", tmp_path / "optimizer.json"
+    batches, optimizer, misspelt = (tmp_path / f"{name}.json" for name in ("batches", "optimizer", "misspelt"))
+    misspelt.write_text(json.dumps({"zero_optimisation": {}, "gradient_clipping": 1.0}))
     batches.write_text(json.dumps({"train_batch_size": 8}))
     optimizer.write_text(json.dumps({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}}))
     few = tmp_path / "few_positions"
@@ -320,6 +321,7 @@ def test_bad_input_of_step_1(tiny, tmp_path, capsys):
         (("--deepspeed_config", tmp_path / "none.json"), "none.json"),
         (("--deepspeed_config", batches), "take out 'train_batch_size'"),
         (("--deepspeed_config", optimizer), "take out 'optimizer'"),
+        (("--deepspeed_config", misspelt), "knows no 'zero_optimisation': did you mean 'zero_optimization'"),
         (("--num_train_epochs", 0), "--num_train_epochs 0"),
         (("--learning_rate", "nan"), "--learning_rate nan"),
         (("--learning_rate", -1), "--learning_rate -1"),
