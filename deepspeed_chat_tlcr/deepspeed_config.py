@@ -101,37 +101,13 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
 
 
 # What DeepSpeed's table of constants does not have.
-_KNOWN = [
-    "zero_optimization",
-    "activation_checkpointing",
-    "aio",
-    "amp",
-    "autotuning",
-    "comms_logger",
-    "comet",
-    "compile",
-    "compression_training",
-    "csv_monitor",
-    "curriculum_learning",
-    "data_efficiency",
-    "eigenvalue",
-    "elasticity",
-    "expert_parallel",
-    "flops_profiler",
-    "hybrid_engine",
-    "monitor_config",
-    "nebula",
-    "pipeline",
-    "progressive_layer_drop",
-    "sequence_parallel_size",
-    "sparse_attention",
-    "sparse_gradients",
-    "tensor_parallel",
-    "tensorboard",
-    "timers",
-    "wandb",
-    "weight_quantization",
-]
+_NAMES = (
+    "zero_optimization activation_checkpointing aio amp autotuning comms_logger comet compile "
+    "compression_training csv_monitor curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
+    "flops_profiler hybrid_engine monitor_config nebula pipeline progressive_layer_drop sequence_parallel_size "
+    "sparse_attention sparse_gradients tensor_parallel tensorboard timers wandb weight_quantization"
+)
+_KNOWN = _NAMES.split()
 _BY_FLAGS = {
     "train_batch_size": "the product of the batch-size flags and ranks",
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size (step 3: --per_device_training_batch_size)",

@@ -335,9 +335,14 @@ def test_a_deepspeed_config_overrides_what_flags_do_not_say(tmp_path):
     file = tmp_path / "config.json"
     zero = {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}
     scheduler = {"type": "auto", "params": {"warmup_num_steps": "auto"}}
-    said = {"train_batch_size": "auto", "zero_optimization": zero, "scheduler": scheduler, "zero_force_ds_cpu": True}
+    said = {
+        "train_batch_size": "auto",
+        "zero_optimization": zero,
+        "scheduler": scheduler,
+        "zero_allow_untested_optimizer": True,
+    }
     file.write_text(json.dumps(said))
-    assert read_overrides(file) == {"zero_optimization": {"stage": 2}, "zero_force_ds_cpu": True}
+    assert read_overrides(file) == {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
     sizes = {"zero_stage": 0, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "world_size": 4}
     config = build_config(dtype="fp32", **sizes, overrides=file)
     assert (config["train_batch_size"], config["zero_optimization"]["stage"]) == (24, 2)
