@@ -1,5 +1,6 @@
 """The DeepSpeed config of every engine, built from DeepSpeed-Chat's flags."""
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,25 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
     for name, flags in _BY_FLAGS.items():
         if name in overrides:
             raise InputError(f"--deepspeed_config {path}: take out {name!r}, which {flags} decide(s) here")
+    from deepspeed.runtime import constants  # late: DeepSpeed is slow to import, and few runs have such a file
+
+    known = set(_KNOWN) | {value for name, value in vars(constants).items() if name.isupper() and type(value) is str}
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f": did you mean {near[0]!r}?" if near else ""
+            raise InputError(f"--deepspeed_config {path}: DeepSpeed knows no {name!r}{hint}")
     return overrides
 
 
+# What DeepSpeed's table of constants does not have.
+_NAMES = (
+    "zero_optimization activation_checkpointing aio amp autotuning comms_logger comet compile "
+    "compression_training csv_monitor curriculum_learning data_efficiency eigenvalue elasticity expert_parallel "
+    "flops_profiler hybrid_engine monitor_config nebula pipeline progressive_layer_drop sequence_parallel_size "
+    "sparse_attention sparse_gradients tensor_parallel tensorboard timers wandb weight_quantization"
+)
+_KNOWN = _NAMES.split()
 _BY_FLAGS = {
     "train_batch_size": "the product of the batch-size flags and ranks",
     "train_micro_batch_size_per_gpu": "--per_device_train_batch_size (step 3: --per_device_training_batch_size)",

@@ -95,7 +95,7 @@ def lost_a_rank(error: RuntimeError) -> bool:
     return "DistError" in kinds or "gloo/transport" in str(error)
 
 
-_ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MOST_SHOWN = 2000  # characters of a message
 
 

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TypeVar
 
 from deepspeed_chat_tlcr import runtime as runtimes
@@ -41,7 +40,7 @@ def run_stage(options: Options, train: Callable[[Options, Runtime], None], input
 
 def refuse_inputs(output_dir: str, inputs: Iterable[str | None]) -> None:
     """Raise ``InputError`` where a stage would write into a folder that it reads."""
-    output = Path(output_dir).resolve()
+    output = os.path.realpath(output_dir)  # which takes links in a circle as they are
     for path in filter(None, inputs):
-        if Path(path).resolve() == output:
+        if os.path.realpath(path) == output:
             raise InputError(f"--output_dir {output_dir}: is the model that the stage begins with; choose another")

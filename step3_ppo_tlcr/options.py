@@ -152,6 +152,7 @@ class PPOOptions:
         None,
         "end a rollout's updates once the policy moved this far, nats per token; with --algo remax, as in its release: "
         "end the run once the held-out KL per token is above it (without --eval_interval: that of the rollouts)",
+        better="off unless it is given; ReMax's is 1.0 by default",
     )
     clip_reward_value: float = option(5.0, "bound of a sequence reward model's score, and of ReMax's difference")
     scale_rewards: bool = option(False, "divide rewards by the running standard deviation of their sums per response")

@@ -18,7 +18,9 @@ from transformers import (
     AutoTokenizer,
     GPTNeoXConfig,
     LlamaConfig,
+    MixtralConfig,
     OPTConfig,
+    Qwen2MoeConfig,
     set_seed,
 )
 
@@ -30,7 +32,7 @@ import step3_ppo_tlcr.main
 from deepspeed_chat_tlcr.chat_format import to_chat_critic, write_chat_folder
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.models import label_count, load_causal_lm, load_token_classifier
+from deepspeed_chat_tlcr.models import head_of, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 
 IDS = torch.arange(3, 23).view(2, 10)
@@ -189,6 +191,46 @@ def test_reward_models_saved_as_sequence_classifiers_load(tmp_path, family, labe
     assert label_count(str(tmp_path / "rm")) == 1
     with torch.no_grad():
         assert torch.allclose(values_of(tmp_path / "rm")[:, -1], model(IDS).logits[:, 0], atol=1e-6)
+
+
+EXPERTS = SIZES | {"num_key_value_heads": 2, "intermediate_size": 32}
+OTHER_NAMES = {
+    # What transformers 4.45 calls them, which DeepSpeed-Chat runs on; version 5 has other names in memory.
+    "gpt-neox": (FAMILIES["gpt-neox"], {"embed_out.weight"}),
+    "mixtral": (
+        MixtralConfig(**EXPERTS, num_local_experts=2),
+        {f"model.layers.1.block_sparse_moe.experts.1.w{n}.weight" for n in (1, 2, 3)},
+    ),
+    "qwen2-moe": (
+        Qwen2MoeConfig(
+            **EXPERTS, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8, shared_expert_intermediate_size=8
+        ),
+        {f"model.layers.1.mlp.experts.1.{name}_proj.weight" for name in ("gate", "up", "down")},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHER_NAMES)
+def test_keys_are_those_of_transformers_4(tmp_path, family):
+    config, names = OTHER_NAMES[family]
+    tokenizer = byte_level_tokenizer(["a cat"], vocab_size=320)
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    write_chat_folder(model, model.state_dict(), tokenizer, tmp_path / "lm")
+    assert names <= torch.load(tmp_path / "lm" / "pytorch_model.bin", weights_only=True).keys()
+    with torch.no_grad():
+        assert torch.equal(load_causal_lm(str(tmp_path / "lm"), torch.float32).eval()(IDS).logits, model(IDS).logits)
+
+    config = copy.deepcopy(config)
+    config.num_labels, config.classifier_dropout = 1, 0.0
+    critic = AutoModelForTokenClassification.from_config(config).eval()
+    head, _ = head_of(critic)
+    weights = to_chat_critic(critic.state_dict(), critic, head, len(tokenizer))
+    backbone = {name.partition(".")[2] for name in names if "layers" in name}
+    assert {f"rwtransformer.{name}" for name in backbone} <= weights.keys()
+    write_chat_folder(critic, weights, tokenizer, tmp_path / "critic")
+    with torch.no_grad():
+        assert torch.allclose(values_of(tmp_path / "critic"), critic(IDS).logits.squeeze(-1), atol=1e-6)
 
 
 def test_what_the_format_cannot_hold_is_refused_before_training(tiny, tmp_path, in_process, capsys):

@@ -304,7 +304,8 @@ def refusal(main, arguments: tuple, capsys) -> str:
 
 def test_bad_input_of_step_1(tiny, tmp_path, capsys):
     good = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / "a")
-    batches, optimizer = tmp_path / "batches.json", tmp_path / "optimizer.json"
+    batches, optimizer, misspelt = (tmp_path / f"{name}.json" for name in ("batches", "optimizer", "misspelt"))
+    misspelt.write_text(json.dumps({"zero_optimisation": {}, "gradient_clipping": 1.0}))
     batches.write_text(json.dumps({"train_batch_size": 8}))
     optimizer.write_text(json.dumps({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}}))
     few = tmp_path / "few_positions"
@@ -320,6 +321,7 @@ def test_bad_input_of_step_1(tiny, tmp_path, capsys):
         (("--deepspeed_config", tmp_path / "none.json"), "none.json"),
         (("--deepspeed_config", batches), "take out 'train_batch_size'"),
         (("--deepspeed_config", optimizer), "take out 'optimizer'"),
+        (("--deepspeed_config", misspelt), "knows no 'zero_optimisation': did you mean 'zero_optimization'"),
         (("--num_train_epochs", 0), "--num_train_epochs 0"),
         (("--learning_rate", "nan"), "--learning_rate nan"),
         (("--learning_rate", -1), "--learning_rate -1"),
@@ -333,9 +335,14 @@ def test_a_deepspeed_config_overrides_what_flags_do_not_say(tmp_path):
     file = tmp_path / "config.json"
     zero = {"stage": 2, "reduce_bucket_size": "auto", "offload_optimizer": {"device": "auto"}}
     scheduler = {"type": "auto", "params": {"warmup_num_steps": "auto"}}
-    said = {"train_batch_size": "auto", "zero_optimization": zero, "scheduler": scheduler, "zero_force_ds_cpu": True}
+    said = {
+        "train_batch_size": "auto",
+        "zero_optimization": zero,
+        "scheduler": scheduler,
+        "zero_allow_untested_optimizer": True,
+    }
     file.write_text(json.dumps(said))
-    assert read_overrides(file) == {"zero_optimization": {"stage": 2}, "zero_force_ds_cpu": True}
+    assert read_overrides(file) == {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
     sizes = {"zero_stage": 0, "micro_batch_size": 2, "gradient_accumulation_steps": 3, "world_size": 4}
     config = build_config(dtype="fp32", **sizes, overrides=file)
     assert (config["train_batch_size"], config["zero_optimization"]["stage"]) == (24, 2)

@@ -57,8 +57,7 @@ def _gptj_pairwise(row: dict) -> Triple:
 
 def _reward_datasets(row: dict) -> Triple:
     def after_marker(text: str) -> str:
-        _, marker, rest = text.partition("Assistant:")
-        return rest if marker else text
+        return text.lstrip().removeprefix("Assistant:") if text.lstrip().startswith("Assistant:") else text
 
     return row["prompt"] + "Assistant:", after_marker(row["chosen"]), after_marker(row["rejected"])
 
