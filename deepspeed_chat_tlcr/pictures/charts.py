@@ -107,7 +107,8 @@ def line_chart(
     edges = [within(edge, limits) for _, one in lines for edge in (*(one.low or ()), *(one.high or ()))]
     seen = [value for value in (*(y for _, one in lines for y in one.y), *edges) if math.isfinite(value)]
     xs = [value for _, one in lines for value in one.x]
-    plot = _Plot(min(xs), max(xs), ticks(*(y_range or (min(seen), max(seen))), limits=limits))
+    low, high = y_range or (min(seen), max(seen))
+    plot = _Plot(min(xs), max(xs), ticks(low, high, limits=limits))
     body = [plot.frame(x_label, y_label, [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)])]
     for index, one in lines:
         if one.low is not None:
