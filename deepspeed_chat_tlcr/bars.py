@@ -2,8 +2,10 @@
 
 import sys
 import time
+from typing import TYPE_CHECKING
 
-from tqdm.std import tqdm
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
 
 SECONDS_BETWEEN_LINES, SHORTEST_SHOWN = 30.0, 1.0
 
@@ -13,11 +15,15 @@ def lines_instead_of_bars() -> None:
 
     A bar redraws itself with carriage returns, which a log keeps: a training of an hour would be one line of megabytes.
     """
+    try:
+        from tqdm.std import tqdm
+    except ImportError:
+        return  # a plan and the preflight work without packages, and draw no bars
     if not sys.stderr.isatty():
         tqdm.display, tqdm.close, tqdm.clear = _display, _close, _clear
 
 
-def _display(bar: tqdm, msg: str | None = None, pos: int | None = None) -> None:
+def _display(bar: "tqdm", msg: str | None = None, pos: int | None = None) -> None:
     now = time.monotonic()
     before = getattr(bar, "last_line_at", None)
     if before is None:
@@ -26,7 +32,7 @@ def _display(bar: tqdm, msg: str | None = None, pos: int | None = None) -> None:
         _write(bar, now)
 
 
-def _close(bar: tqdm) -> None:
+def _close(bar: "tqdm") -> None:
     if bar.disable:
         return
     bar.disable = True
@@ -35,11 +41,11 @@ def _close(bar: tqdm) -> None:
         _write(bar, time.monotonic())
 
 
-def _clear(bar: tqdm, nolock: bool = False) -> None:
+def _clear(bar: "tqdm", nolock: bool = False) -> None:
     """A line stays: ``tqdm.write`` has nothing to clear away."""
 
 
-def _write(bar: tqdm, now: float) -> None:
+def _write(bar: "tqdm", now: float) -> None:
     bar.last_line_at = now
     bar.fp.write(f"{bar.format_meter(**bar.format_dict | {'ncols': 100})}\n")
     bar.fp.flush()

@@ -95,8 +95,7 @@ def require_new_file(flag: str, path: str | Path, *inputs: str | Path) -> None:
     try:
         if path.is_dir():
             raise InputError(f"{flag} {path}: is a directory; name a file")
-        if not path.parent.is_dir():
-            raise InputError(f"{flag} {path}: {path.parent} is no directory")
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and any(path.samefile(one) for one in inputs if Path(one).exists()):
             raise InputError(f"{flag} {path}: is the file that is read; it would be overwritten")
     except OSError as error:

@@ -113,7 +113,7 @@ def adopt_launcher() -> None:
     """Take rank and world size from srun or mpirun, where these have started several processes.
 
     Otherwise each of them would take itself for a run of one rank, and all would write one folder. Raises
-    ``InputError`` where nobody has said at which address they meet.
+    ``InputError`` where nobody has said at which address they meet, and for variables that no launcher sets so.
     """
     for size, (program, rank, local_rank) in LAUNCHERS.items():
         ranks = os.environ.get(size, "")
@@ -126,6 +126,15 @@ def adopt_launcher() -> None:
             )
         os.environ.update(RANK=os.environ[rank], WORLD_SIZE=ranks)
         os.environ.setdefault("LOCAL_RANK", os.environ.get(local_rank, "0"))
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise InputError(f"{name}={os.environ[name]} in the environment: expected a whole number")
+    if "RANK" in os.environ:
+        lacking = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if lacking:
+            raise InputError(f"RANK is set, but {' and '.join(lacking)} is not: start it with deepspeed or torchrun")
+        if int(os.environ["RANK"]) >= int(os.environ["WORLD_SIZE"]) or int(os.environ["MASTER_PORT"]) > 65_535:
+            raise InputError("RANK must be below WORLD_SIZE, MASTER_PORT at most 65535; the launcher sets them")
 
 
 @contextlib.contextmanager

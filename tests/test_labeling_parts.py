@@ -163,8 +163,8 @@ def test_prices(tmp_path):
     assert price_of("my-model", "http://gpu-node-3:8000/v1") == price_of("m", "http://10.0.0.7/v1") == Price(0, 0)
     wrong = {
         "[]": "not a JSON object",
-        "{": "not a JSON object",
-        "[" * 100_000: "not a JSON object",
+        "{": "not JSON",
+        "[" * 100_000: "not JSON",
         '{"m": {"input": 1}}': "m: expected",
         '{"m": {"input": -1, "output": 0}}': "m: expected",
         '{"m": {"input": 1, "output": 1, "efforts": ["little"]}}': "unknown effort 'little'",

@@ -42,4 +42,19 @@ def test_several_processes_without_a_meeting_place_are_refused(started):
 def test_one_task_and_a_launcher_that_sets_ranks_are_left_alone(started):
     assert started(**SRUN | {"SLURM_STEP_NUM_TASKS": "1"})["RANK"] is None
     known = {"RANK": "3", "LOCAL_RANK": "3", "WORLD_SIZE": "4"}
-    assert started(**SRUN, **known) == known
+    assert started(**SRUN, **known, **MEETING) == known
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT is not: start it with deepspeed"),
+        ({"RANK": "0", "WORLD_SIZE": "x", **MEETING}, "WORLD_SIZE=x in the environment: expected a whole number"),
+        ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, "RANK must be below WORLD_SIZE"),
+        ({"RANK": "0", "WORLD_SIZE": "1", **MEETING, "MASTER_PORT": "99999999"}, "MASTER_PORT at most 65535"),
+        ({"OMP_NUM_THREADS": "all"}, "OMP_NUM_THREADS=all"),
+    ],
+)
+def test_variables_that_no_launcher_sets_so(variables, words, started):
+    with pytest.raises(InputError, match=words):
+        started(**variables)

@@ -740,7 +740,7 @@ def test_show_stops_at_the_limit_and_cuts_as_training_does(revisions, capsys):
 @pytest.mark.parametrize(
     ("content", "flags", "message"),
     [
-        (None, [], "input.jsonl: no such file"),
+        (None, [], "input.jsonl: cannot be read (no such file)"),
         ("", [], "input.jsonl: no revisions in it"),
         ('{"id": 1}\n', [], "input.jsonl:1: 'id' is of type int"),
         ("", ["--limit", "-1"], "--limit -1: must be 0 or more"),

@@ -241,6 +241,7 @@ def test_run_tiny_differs_only_in_its_variables(plan_7b):
             "--offload",
             "--whiten_advantages",
             "--tokens_per_micro_batch",
+            "--save_answers",  # the true score over training is drawn from them
         }
         options = options_of(stage, tiny[stage])
         assert (options.seed, options.output_dir) == (1, f"output/tiny-seed1/{stage}")

@@ -13,12 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-from conftest import patience
-
 if os.environ.get("PRETENDED_GPU"):
     from pretended import gpu
 
     gpu.install()
+
+from conftest import patience
 
 from deepspeed_chat_tlcr.metrics import read_metrics
 from testbed.study import forked
