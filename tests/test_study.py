@@ -1,5 +1,6 @@
 """The study: artefacts and their order, what is computed from runs, and a whole small one on a foreign world."""
 
+import functools
 import gzip
 import json
 import math
@@ -73,6 +74,21 @@ def test_arguments_of_several_parts_and_of_another_step_s_result(tmp_path):
         store.arguments(step)
 
 
+def in_a_process_of_its_own(test):
+    """Forks need as much memory promised as their parent holds, and a worker that has run ZeRO-3 holds tens of GB."""
+
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        if "FORKING" in os.environ:
+            return test(*args, **kwargs)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
+        done = subprocess.run(command, env=os.environ | {"FORKING": "1"}, capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stdout
+
+    return run
+
+
+@in_a_process_of_its_own
 def test_a_failed_step_stops_only_what_needs_it_and_nothing_is_made_twice(tmp_path, capsys):
     """Real forks: base, then one step that fails and one that does not; after mending, only the rest runs."""
     stopper = tmp_path / "stop"
@@ -104,6 +120,7 @@ def ran(store: Store, step: Step) -> Path:
     return store.folder(step).with_name(f"{store.folder(step).name}.ran")
 
 
+@in_a_process_of_its_own
 def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_path):
     """This process gets the signal while its first step sleeps."""
     slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
