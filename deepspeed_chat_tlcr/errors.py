@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from deepspeed_chat_tlcr.bars import lines_instead_of_bars
 
@@ -45,36 +46,38 @@ def exits_cleanly(main: Callable) -> Callable:
                 print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(EXIT_INPUT)
         except KeyboardInterrupt:
-            print("interrupted; the same command goes on from the newest checkpoint, if there is one", file=sys.stderr)
-            sys.stderr.flush()
-            os._exit(EXIT_INTERRUPTED)
+            end("interrupted; the same command goes on from the newest checkpoint, if there is one", EXIT_INTERRUPTED)
         except RunError as error:
-            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-            # At once: exit handlers would wait for ranks that are waiting for this one.
-            os._exit(EXIT_RUN)
+            end(f"error: {one_line(error)}")
         except RuntimeError as error:
-            if not lost_a_rank(error):
-                raise
-            print("error: another rank is gone; its own message, if any, stands above", file=sys.stderr)
-            print("checkpoints so far are whole: the same command continues", file=sys.stderr, flush=True)
-            os._exit(EXIT_RUN)
+            if "EADDRINUSE" in str(error):
+                end(f"error: port {os.environ.get('MASTER_PORT')} is in use; choose another with --master_port")
+            if lost_a_rank(error):
+                end(
+                    "error: another rank is gone; its own message, if any, stands above\n"
+                    "checkpoints so far are whole: the same command continues"
+                )
+            raise
         except BrokenPipeError:
             os._exit(EXIT_RUN)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 where = f" in {one_line(error.filename)}" if error.filename else ""
-                print(f"error: no space left to write{where}; checkpoints so far are whole", file=sys.stderr)
-                sys.stderr.flush()
-                os._exit(EXIT_RUN)
+                end(f"error: no space left to write{where}; checkpoints so far are whole")
             if not error.filename or not error.strerror:
                 raise
             print(f"error: {one_line(error.filename)}: {error.strerror}", file=sys.stderr, flush=True)
             sys.exit(EXIT_INPUT)
         except MemoryError:
-            print("error: out of memory; give this program more, or smaller batches", file=sys.stderr, flush=True)
-            os._exit(EXIT_RUN)
+            end("error: out of memory; give this program more, or smaller batches")
 
     return wrapped
+
+
+def end(message: str, status: int = EXIT_RUN) -> NoReturn:
+    """Say why and leave at once: exit handlers would wait for ranks that are waiting for this one."""
+    print(message, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 @contextmanager

@@ -70,10 +70,8 @@ def start(dtype: str, seed: int) -> Runtime:
     adopt_launcher()
     if "RANK" not in os.environ:
         # Started as plain `python main.py`: one rank, on a port nobody uses.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **here)
     accelerator = get_accelerator()
     resolved = resolve_dtype(dtype)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -99,6 +97,13 @@ def start(dtype: str, seed: int) -> Runtime:
         else torch.device("cpu"),
         dtype=resolved,
     )
+
+
+def free_port() -> str:
+    """A port of this machine on which nobody listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 LAUNCHERS = {

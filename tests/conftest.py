@@ -150,11 +150,12 @@ def patience(seconds: float) -> float:
 
 def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
     """Run an entry point: plainly with Python, or with ``ranks`` under the DeepSpeed launcher."""
+    from deepspeed_chat_tlcr.runtime import free_port  # imports DeepSpeed, which few tests need
+
     command = [sys.executable]
     if ranks:
-        port = str(random.randint(20_000, 60_000))
         launcher = str(Path(sys.executable).with_name("deepspeed"))
-        command += [launcher, "--num_accelerators", str(ranks), "--master_port", port]
+        command += [launcher, "--num_accelerators", str(ranks), "--master_port", free_port()]
     command += [str(ROOT / script), *map(str, arguments)]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=patience(300))

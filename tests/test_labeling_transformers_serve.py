@@ -4,7 +4,6 @@ Its answers are nonsense, so every pair must end in failures.jsonl, and nothing 
 """
 
 import importlib.util
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ import urllib.request
 import pytest
 from conftest import patience
 
+from deepspeed_chat_tlcr.runtime import free_port
 from tests.conftest import byte_level_tokenizer, tiny_llama
 from tests.labeling_helpers import ids, label, lines, run_json, write_pairs
 
@@ -29,11 +29,9 @@ def served(tmp_path_factory):
     tokenizer = byte_level_tokenizer(["the quick brown fox jumps over the lazy dog"])
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     tiny_llama(folder, tokenizer)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     start = "import sys; from transformers.cli.transformers import main; sys.exit(main())"
-    flags = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    flags = ["serve", str(folder), "--host", "127.0.0.1", "--port", port, "--device", "cpu"]
     log = (folder / "log").open("w+")
     process = subprocess.Popen([sys.executable, "-c", start, *flags], stdout=log, stderr=subprocess.STDOUT)
     try:

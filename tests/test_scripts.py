@@ -20,6 +20,7 @@ from conftest import ROOT, patience, preferences, write_jsonl
 from deepspeed.launcher.multinode_runner import PDSHRunner
 from test_plan import PAPER
 
+from deepspeed_chat_tlcr.runtime import free_port
 from tests.labeling_helpers import fault_server
 from training_scripts.planning.machine_checks import package_problems
 from training_scripts.planning.preflight import main
@@ -540,12 +541,15 @@ def preflight(tiny, tmp_path, monkeypatch, capsys):
     """Runs the preflight on inputs that are all there, but for the changes; returns status, output and problems."""
 
     def check(**changes) -> tuple[int, str, list[str]]:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            port = probe.getsockname()[1]
         sizes = dict.fromkeys(("sft_batch_size", "discriminator_batch_size", "generation_batch_size"), 2)
         inputs = {"model": tiny / "model", "data": tiny / "data.jsonl", "output": tmp_path / "out"}
-        own = {"num_gpus": 1, "master_port": port, "dtype": "fp32", "ppo_batch_size": 2, "label_base_url": ""}
+        own = {
+            "num_gpus": 1,
+            "master_port": int(free_port()),
+            "dtype": "fp32",
+            "ppo_batch_size": 2,
+            "label_base_url": "",
+        }
         settings = PAPER | sizes | inputs | own | changes
         settings["revisions"] = changes.get("revisions", settings["output"] / "labeling" / "revisions.jsonl")
         for name, value in settings.items():
@@ -604,9 +608,7 @@ def test_a_password_in_an_address_is_in_no_log(tmp_path):
 
 
 def test_preflight_of_each_input(preflight, tiny, tmp_path, monkeypatch):
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        nobody = closed.getsockname()[1]
+    nobody = free_port()
     no_eos, no_weights = tmp_path / "no_eos", tmp_path / "no_weights"
     shutil.copytree(tiny / "model", no_eos)
     config = json.loads((no_eos / "tokenizer_config.json").read_text())

@@ -415,5 +415,9 @@ def test_a_lost_rank_ends_the_others_with_a_message(monkeypatch, capsys):
         main("[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer")
     assert ended.value.code == 1
     assert capsys.readouterr().err.startswith("error: another rank is gone")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(SystemExit):
+        main("The server socket has failed to listen on any local network address. code: -98, name: EADDRINUSE")
+    assert capsys.readouterr().err.startswith("error: port 29500 is in use; choose another")
     with pytest.raises(RuntimeError, match="something else"):
         main("something else")

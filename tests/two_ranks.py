@@ -8,7 +8,6 @@ With ``PRETENDED_GPU`` set they run on the pretended CUDA device.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -21,13 +20,8 @@ if os.environ.get("PRETENDED_GPU"):
 from conftest import patience
 
 from deepspeed_chat_tlcr.metrics import read_metrics
+from deepspeed_chat_tlcr.runtime import free_port
 from testbed.study import forked
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(program: str, arguments: list[str], ranks: int, log: Path, port: str) -> list[int]:
