@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -37,6 +38,7 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.model_folders import check_folder, loading
 
 NEGATIVE, POSITIVE = 0, 1
+TOKEN_AGGREGATE = "token_aggregate"  # in the config of a model whose one label is each token's reward
 TOKEN_LABELS = {NEGATIVE: "NEGATIVE", POSITIVE: "POSITIVE"}
 _HEAD_NAMES = ("score", "classifier")
 _OF_TOKENS, _OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
@@ -283,6 +285,17 @@ def label_count(path: str) -> int | None:
     None for another kind of model.
     """
     return 1 if is_chat_critic(path) else _labels_of(load_config(path))
+
+
+def squash(scores: torch.Tensor) -> torch.Tensor:
+    """Token rewards between 0 and about 1, smoothly, in fp32 (preference-grounded guidance, Yang et al., 2023)."""
+    below_one = 1 - F.softplus(1 - scores.float())
+    return 1e-8 + F.softplus(below_one - 1e-8)
+
+
+def token_aggregate(path: str) -> str | None:
+    """How a token reward model (``--objective token_pairs``) sums up its tokens; None for any other model."""
+    return getattr(load_config(path), TOKEN_AGGREGATE, None)
 
 
 def freeze_head_bias(model: PreTrainedModel) -> None:

@@ -122,9 +122,25 @@ class PPOOptions:
     reward: list[str] = option(
         ["auto"],
         "NAME[:PATH][@WEIGHT] terms, summed: tlcr, tlcr_fixed, tlcr_positive_only, tlcr_negative_only, "
-        "tlcr_released_code, sequence, random, python:package.module:function; auto: tlcr for a discriminator, "
-        "sequence for a sequence reward model",
+        "tlcr_released_code, tlcr_redistributed, segments, sentences, sequence, uniform, abc, token_scores, random, "
+        "python:package.module:function (docs/methods.md); auto: tlcr for a discriminator, sequence for a sequence "
+        "reward model, token_scores for a token reward model",
     )
+    reward_tokenizer: Literal["same", "own"] = option(
+        "same",
+        "own: a reward's model may have another tokenizer than the policy; what it says of its tokens is carried over "
+        "to the policy's by the characters that both spell",
+    )
+    abc_beta: float = option(0.8, "abc: share of the score that goes where the reward model's attention was", most=1)
+    token_score_baseline: float = option(0.5, "token_scores: taken off every token's reward", least=-1e9)
+    score_mean: float = option(0.0, "sequence, uniform, abc: taken off the reward model's score", least=-1e9)
+    score_std: float = option(1.0, "sequence, uniform, abc: what the score is then divided by", above=0)
+    normalise_rewards: Literal["off", "scale", "whiten"] = option(
+        "off",
+        "divide each term of --reward by the running standard deviation of its sums per response, before its weight; "
+        "whiten: take their running mean off first, on the last token",
+    )
+    clip_normalised_reward: float | None = option(None, "bound of a term's reward after --normalise_rewards", above=0)
     per_device_training_batch_size: int = option(
         16, "sequences per device and training micro-batch, at most --per_device_generation_batch_size"
     )
@@ -155,6 +171,9 @@ class PPOOptions:
         better="off unless it is given; ReMax's is 1.0 by default",
     )
     clip_reward_value: float = option(5.0, "bound of a sequence reward model's score, and of ReMax's difference")
+    critic_warmup_steps: int = option(
+        0, "first sets of rollouts from which the critic alone learns, so that its values mean something", least=0
+    )
     scale_rewards: bool = option(False, "divide rewards by the running standard deviation of their sums per response")
     whiten_advantages: bool = option(
         False, "scale advantages to mean 0, standard deviation 1 over each set of rollouts"
@@ -344,7 +363,11 @@ def check(options: Options) -> None:
 
 
 def _check_rewards(options: Options) -> None:
-    """Refuse flags of the forks that ask for several rewards at once."""
+    """Refuse flags of the forks that ask for several rewards at once, and settings of what is not there."""
+    if options.clip_normalised_reward is not None and options.normalise_rewards == "off":
+        raise InputError("--clip_normalised_reward: nothing is normalised; give --normalise_rewards scale or whiten")
+    if options.critic_warmup_steps and options.algo == "remax":
+        raise InputError("--critic_warmup_steps: ReMax has no critic")
     asked = options.fork_rewards
     if asked and options.reward != ["auto"]:
         raise InputError(f"--reward and --{asked[0]} both say what the reward is; keep one of them")

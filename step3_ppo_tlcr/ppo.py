@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 from step3_ppo_tlcr.averages import Averages
-from step3_ppo_tlcr.engines import state_values
 from step3_ppo_tlcr.experience import Experience
 from step3_ppo_tlcr.objectives import gae, kl_penalised, policy_loss, value_loss, whiten
+from step3_ppo_tlcr.scores import state_values
 from step3_ppo_tlcr.trainer import Loss, Trainer
 
 

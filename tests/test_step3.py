@@ -25,12 +25,12 @@ from deepspeed_chat_tlcr.models import load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from step3_ppo_tlcr import engines
-from step3_ppo_tlcr.engines import action_logits, token_scores
 from step3_ppo_tlcr.logprobs import entropy
 from step3_ppo_tlcr.objectives import remax_loss, remax_weights
 from step3_ppo_tlcr.options import check
 from step3_ppo_tlcr.ppo import PPO
 from step3_ppo_tlcr.rollout import LoopRollout, checked
+from step3_ppo_tlcr.scores import action_logits, token_scores
 
 
 @pytest.fixture(scope="module")
