@@ -13,10 +13,11 @@ def sentences(text: str) -> list[int]:
 
     A sentence ends at a line's end or at . ! ? and what closes a quotation; not at an initial or a usual abbreviation.
     """
-    last = len(text.rstrip())
-    ends = [match.end() for match in _SENTENCE.finditer(text) if not _INITIAL.search(text[: match.end()])]
-    ends = [end for end in ends if end < last and text[:end].strip()]
-    return [*dict.fromkeys(ends), last] if last else []
+    last, ends = len(text.rstrip()), [0]
+    for match in _SENTENCE.finditer(text, 0, last):
+        if text[ends[-1] : match.end()].strip() and not _INITIAL.search(text[: match.end()]):
+            ends.append(match.end())
+    return [*ends[1:], last] if ends[-1] < last else ends[1:]
 
 
 def clauses(text: str) -> list[int]:

@@ -95,7 +95,7 @@ def project(values: Sequence[float], spans: Sequence[Span], onto: Sequence[Span]
     total, count = np.zeros(length), np.zeros(length)
     ends = [value for value, (begin, end) in zip(values, spans, strict=True) if begin == end]
     for value, (begin, end) in zip(values, spans, strict=True):
-        total[begin:end] += value / (end - begin) if share else value
+        total[begin:end] += value / max(1, end - begin) if share else value
         count[begin:end] += 1
     covered = np.flatnonzero(count)
     if share:

@@ -24,13 +24,13 @@ from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from step3_ppo_tlcr import engines
+from step3_ppo_tlcr import engines, reward_models
 from step3_ppo_tlcr.logprobs import entropy
 from step3_ppo_tlcr.objectives import remax_loss, remax_weights
 from step3_ppo_tlcr.options import check
 from step3_ppo_tlcr.ppo import PPO
 from step3_ppo_tlcr.rollout import LoopRollout, checked
-from step3_ppo_tlcr.scores import action_logits, token_scores
+from step3_ppo_tlcr.scores import action_logits, sequence_score
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_remax_clips_the_difference_of_scores_and_not_the_scores(run, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.ReMax, "score", noting)
-        patch.setattr(engines, "token_scores", lambda *args: 1000 * token_scores(*args))
+        patch.setitem(reward_models.SCORES, "sequence_score", lambda *args: 1000 * sequence_score(*args))
         run("unclipped", "--algo", "remax", "--test_stop_step", 1, critic="rm")
     assert max(scores.abs().max() for scores in seen[0]) > 5
 
