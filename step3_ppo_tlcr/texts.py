@@ -92,29 +92,27 @@ def project(values: Sequence[float], spans: Sequence[Span], onto: Sequence[Span]
     and each token of ``onto`` gets what its characters have.
     """
     length = max((end for _, end in (*spans, *onto)), default=0)
-    total, count = np.zeros(length), np.zeros(length)
-    ends = [value for value, (begin, end) in zip(values, spans, strict=True) if begin == end]
+    total, count, owners = np.zeros(length), np.zeros(length), np.zeros(length)
     for value, (begin, end) in zip(values, spans, strict=True):
         total[begin:end] += value / max(1, end - begin) if share else value
         count[begin:end] += 1
+    for begin, end in onto:
+        owners[begin:end] += 1
     covered = np.flatnonzero(count)
-    if share:
-        count[:] = 1
-        owners = np.zeros(length)
-        for begin, end in onto:
-            owners[begin:end] += 1
+    each = total / np.maximum(1, owners if share else count)
+    sums, counted = (np.concatenate([[0.0], np.cumsum(array)]) for array in (each, count > 0))
+    ends = [value for value, (begin, end) in zip(values, spans, strict=True) if begin == end]
     projected = []
     for begin, end in onto:
+        within = counted[end] - counted[begin]
         if begin == end and ends:
-            projected.append(float(ends[-1]))
+            projected.append(ends[-1])
         elif share:
-            projected.append(float((total[begin:end] / owners[begin:end]).sum()))
-        elif not len(covered):
-            projected.append(float(np.mean(values)) if len(values) else 0.0)
+            projected.append(sums[end] - sums[begin])
+        elif within:
+            projected.append((sums[end] - sums[begin]) / within)
+        elif len(covered):
+            projected.append(each[covered[max(0, np.searchsorted(covered, begin) - 1)]])
         else:
-            own = covered[(covered >= begin) & (covered < end)]
-            if not len(own):
-                before = covered[covered < begin]
-                own = before[-1:] if len(before) else covered[:1]
-            projected.append(float(np.mean(total[own] / count[own])))
-    return projected
+            projected.append(np.mean(values) if len(values) else 0.0)
+    return [float(value) for value in projected]
