@@ -248,10 +248,12 @@ def require_bounds(options: Any) -> None:
 OptionsType = TypeVar("OptionsType")
 
 
-def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -> OptionsType:
+def parse(
+    options_class: type[OptionsType], argv: Sequence[str] | None = None, preset: Mapping[str, Any] | None = None
+) -> OptionsType:
     """Parse a command line into ``options_class``; loads no model and touches no device.
 
-    Warns once, on stderr, for every given flag that has no effect here. Raises ``InputError`` for unknown flags, with
+    ``preset``: other defaults, by option. Warns once, on stderr, for every given flag that has no effect here. Raises ``InputError`` for unknown flags, with
     the known one that comes nearest, and for values that cannot be.
     """
     parser = Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
@@ -259,7 +261,8 @@ def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -
     for group in groups_of(options_class):
         shown = parser.add_argument_group(group.title)
         for entry in group.entries:
-            kwargs = _argparse_kwargs(entry, hints[entry.name], default_of(options_class, entry))
+            default = (preset or {}).get(entry.name, default_of(options_class, entry))
+            kwargs = _argparse_kwargs(entry, hints[entry.name], default)
             shown.add_argument(f"--{entry.name}", *entry.metadata["flags"], **kwargs)
     options: Any = options_class(**vars(parser.parse(argv)))
     require_bounds(options)

@@ -1,5 +1,7 @@
 """The options of step 3: DeepSpeed-Chat's, those of its forks RLHF-TLCR and ReMax, and this project's own."""
 
+import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -118,6 +120,9 @@ class RolloutOptions:
 class PPOOptions:
     """PPO"""
 
+    preset: Literal["none", "paper", "deepspeed_chat", "remax", "ppo_max"] = option(
+        "none", "defaults of many options at once, as one paper or program has them; what is given wins"
+    )
     algo: Algorithm = option("ppo", "ppo; or remax: REINFORCE against the greedy response's reward, without a critic")
     reward: list[str] = option(
         ["auto"],
@@ -332,6 +337,52 @@ class Options(
         )
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "paper": {  # TLCR, section 5 and appendix B
+        "actor_learning_rate": 1e-6,
+        "critic_learning_rate": 1e-6,
+        "num_warmup_steps": 0,
+        "lr_scheduler_type": "cosine",
+        "kl_ctl": 0.1,
+        "max_prompt_seq_len": 256,
+        "max_answer_seq_len": 256,
+    },
+    "deepspeed_chat": {  # its program's defaults
+        "actor_learning_rate": 9.65e-6,
+        "critic_learning_rate": 5e-6,
+        "num_warmup_steps": 100,
+        "kl_ctl": 0.1,
+        "clip_reward_value": 5.0,
+        "gamma": 1.0,
+        "lam": 0.95,
+        "reward": ["sequence"],
+    },
+    "remax": {  # its Llama-2 script
+        "algo": "remax",
+        "actor_learning_rate": 1e-6,
+        "actor_weight_decay": 0.1,
+        "num_warmup_steps": 0,
+        "gamma": 0.99,
+        "kl_ctl": 0.05,
+        "target_kl": 1.0,
+        "top_p": 0.9,
+        "reward": ["sequence"],
+    },
+    "ppo_max": {  # Zheng et al., 2023, its English script; it also has a repetition penalty of 1.1
+        "actor_learning_rate": 5e-7,
+        "critic_learning_rate": 1.5e-6,
+        "num_warmup_steps": 100,
+        "kl_ctl": 0.01,
+        "normalise_rewards": "scale",
+        "clip_reward_value": 1e9,  # only what is scaled may be clipped
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "reward": ["sequence"],
+    },
+}
+
+
 def check(options: Options) -> None:
     """Refuse options that cannot work together, before anything loads. Raises ``InputError``."""
     _check_sizes(options)
@@ -395,8 +446,20 @@ def _check_sizes(options: Options) -> None:
         )
 
 
+def _words(value: Any) -> str:
+    return (
+        " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+    )
+
+
 def parse_args(argv: Sequence[str] | None = None) -> Options:
-    options = parse(Options, argv)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--preset", default="none")
+    preset = PRESETS.get(peek.parse_known_args(argv)[0].preset, {})
+    options = parse(Options, argv, preset)
+    if preset and os.environ.get("LOCAL_RANK", "0") == "0":
+        chosen = " ".join(f"--{name} {_words(getattr(options, name))}" for name in preset)
+        print(f"--preset {options.preset}: {chosen}", flush=True)
     # A generation batch is cut into training micro-batches: larger ones than itself there are none, as in
     # DeepSpeed-Chat, whose default of 16 goes with any size of generation batch.
     training = min(options.per_device_training_batch_size, options.per_device_generation_batch_size)

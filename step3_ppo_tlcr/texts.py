@@ -102,7 +102,7 @@ def project(values: Sequence[float], spans: Sequence[Span], onto: Sequence[Span]
     each = total / np.maximum(1, owners if share else count)
     sums, counted = (np.concatenate([[0.0], np.cumsum(array)]) for array in (each, count > 0))
     ends = [value for value, (begin, end) in zip(values, spans, strict=True) if begin == end]
-    projected = []
+    projected: list[float] = []
     for begin, end in onto:
         within = counted[end] - counted[begin]
         if begin == end and ends:
@@ -112,7 +112,7 @@ def project(values: Sequence[float], spans: Sequence[Span], onto: Sequence[Span]
         elif within:
             projected.append((sums[end] - sums[begin]) / within)
         elif len(covered):
-            projected.append(each[covered[max(0, np.searchsorted(covered, begin) - 1)]])
+            projected.append(float(each[covered[max(0, int(np.searchsorted(covered, begin)) - 1)]]))
         else:
-            projected.append(np.mean(values) if len(values) else 0.0)
+            projected.append(sum(values) / len(values) if values else 0.0)
     return [float(value) for value in projected]

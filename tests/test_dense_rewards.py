@@ -31,6 +31,7 @@ from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from step2_discriminator.objectives import aggregate, pair_loss
 from step3_ppo_tlcr.averages import RunningScale
 from step3_ppo_tlcr.experience import Rollout
+from step3_ppo_tlcr.options import parse_args
 from step3_ppo_tlcr.reward_models import RewardModel, normalised
 from step3_ppo_tlcr.rewards import (
     REWARDS,
@@ -363,6 +364,17 @@ def test_the_critic_alone_learns_first(tiny, worlds, in_process):
     assert kl[0] == kl[1] == pytest.approx(0, abs=1e-6)
     assert kl[2] > 1e-4
     assert lines[0]["optimiser/critic_grad_norm"] > 0
+
+
+def test_a_preset_sets_defaults_and_says_so(capsys):
+    models = ["--actor_model_name_or_path", "a", "--critic_model_name_or_path", "c"]
+    options = parse_args([*models, "--preset", "ppo_max", "--kl_ctl", "0.02"])
+    assert (options.kl_ctl, options.normalise_rewards, options.actor_learning_rate) == (0.02, "scale", 5e-7)
+    assert "--preset ppo_max: --actor_learning_rate 5e-07" in capsys.readouterr().out
+    assert parse_args([*models, "--preset=remax"]).algo == "remax"
+    assert parse_args(models) == parse_args([*models, "--preset", "none"])
+    with pytest.raises(InputError, match="--preset"):
+        parse_args([*models, "--preset", "best"])
 
 
 def test_what_cannot_be_is_refused(tiny, worlds, in_process, capsys):
