@@ -253,8 +253,8 @@ def parse(
 ) -> OptionsType:
     """Parse a command line into ``options_class``; loads no model and touches no device.
 
-    ``preset``: other defaults, by option. Warns once, on stderr, for every given flag that has no effect here. Raises ``InputError`` for unknown flags, with
-    the known one that comes nearest, and for values that cannot be.
+    ``preset``: other defaults, by option. Warns once, on stderr, for every given flag that has no effect here. Raises
+    ``InputError`` for unknown flags, with the known one that comes nearest, and for values that cannot be.
     """
     parser = Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(options_class)
