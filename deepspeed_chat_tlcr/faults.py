@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from deepspeed_chat_tlcr.checkpoints import (
@@ -21,10 +20,10 @@ from deepspeed_chat_tlcr.checkpoints import (
     own_checkpoints,
 )
 from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
-from deepspeed_chat_tlcr.errors import RunError, SaveError
+from deepspeed_chat_tlcr.errors import RunError
 from deepspeed_chat_tlcr.finite import save_faulty_batch, watch_gradients, weights_are_finite
 from deepspeed_chat_tlcr.runtime import Preemption
-from deepspeed_chat_tlcr.saving import write_json
+from deepspeed_chat_tlcr.saving import write_json, writing
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -139,14 +138,10 @@ class FaultTolerant(_Trainer):
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            if self.is_world_process_zero():
-                begin_checkpoint(folder)
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            newest = newest_checkpoint(Path(self.args.output_dir))
-            kept = f"; {newest} is whole" if newest else ""
-            raise SaveError(f"the checkpoint {folder} could not be written: {first_line}{kept}") from error
+            with writing(f"the checkpoint {folder}", lambda: newest_checkpoint(folder.parent)):
+                if self.is_world_process_zero():
+                    begin_checkpoint(folder)
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
         torch.distributed.barrier()

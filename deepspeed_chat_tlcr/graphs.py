@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from deepspeed_chat_tlcr.decode import Live, choose, decode, forward_of, new_cache
-from deepspeed_chat_tlcr.errors import told
+from deepspeed_chat_tlcr.errors import describe_error
 from deepspeed_chat_tlcr.generation import Decoding, Ends, response_mask
 
 ROOM = 128
@@ -60,7 +60,7 @@ class _Buffers:
 
 
 class GraphedLoop:
-    """``decode`` by graphs, as long as nothing speaks against it; ``say`` is told what does, once."""
+    """``decode`` by CUDA graphs where that is possible; where it is not, ``say`` gets the reason, once."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say
@@ -186,7 +186,7 @@ class GraphedLoop:
             with torch.cuda.graph(graph, pool=self.pool):
                 self._step(model, *size, decoding, stops, pad_id)
         except RuntimeError as error:  # a model whose forward asks the device for numbers, or copies from the host
-            self._fail(told(error))
+            self._fail(describe_error(error))
             return
         self.pool = graph.pool()
         self.graphs[key] = graph

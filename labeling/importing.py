@@ -13,7 +13,7 @@ from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.asking.progress import Totals
 from deepspeed_chat_tlcr.data.sources import read_records, suffix_of
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import Preference, Revision
+from deepspeed_chat_tlcr.records import Preference, Revision, sha256_of
 from labeling.convention import in_convention_of
 from labeling.options import Options
 from labeling.prompt import framed_as, has_stray_tag, parse_answer, prompt_of
@@ -106,25 +106,18 @@ def _response(text: str) -> str:
 # ---- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def read_objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line" or "file: record n", object), streaming: a list of objects is not loaded as a whole."""
-    path = Path(path)
+def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, str, str]]:
+    """Revisions, and (id, reason, raw text) of records without a modified response, one at a time.
+
+    Raises ``InputError`` with the place of a record that does not fit the schema.
+    """
     if not path.is_file():
         raise InputError(f"--from {path}: no such file")
     if suffix_of(path) in (None, ".parquet"):
         raise InputError(f"--from {path}: expected .json, .jsonl, or either with .gz")
-    by_line = suffix_of(path).startswith(".jsonl")
-    for number, (line, record) in enumerate(read_records(path, ()), 1):
-        yield f"{path}:{line}" if by_line else f"{path}: record {number}", record
-
-
-def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, str, str]]:
-    """Revisions, and (id, reason, raw text) of records without a modified response.
-
-    Raises ``InputError`` with the place of a record that is not of the schema.
-    """
     read = None
-    for place, record in read_objects(path):
+    by_line = suffix_of(path).startswith(".jsonl")  # else all records may stand on one line
+    for number, (line, record) in enumerate(read_records(path, ()), 1):
         try:
             read = read or reader_for(record, passages)
             yield read(record)
@@ -133,7 +126,7 @@ def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, s
             yield id, unusable.reason, record.get("raw_response") or record.get("response") or ""
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"{place}: {what}") from None
+            raise InputError(f"{path}:{line}: {what}" if by_line else f"{path}: record {number}: {what}") from None
 
 
 def import_revisions(options: Options) -> int:
@@ -141,7 +134,7 @@ def import_revisions(options: Options) -> int:
     path = Path(options.import_file)
     if not sum(1 for _ in read_file(path, options.passages)):  # the whole file is checked before one line is written
         raise InputError(f"--from {path}: no records in it")
-    settings = {"reviser": "import", "data": f"sha256 {_content_hash(path)}", "passages": options.passages}
+    settings = {"reviser": "import", "data": f"sha256 {sha256_of(path).hex()[:16]}", "passages": options.passages}
     seen: set[int] = set()
     identical = repeated = 0
     with RunFolder(options.output_dir) as folder:
@@ -177,11 +170,3 @@ def import_revisions(options: Options) -> int:
     print(describe(summary, folder.path))
     print(f"  {identical} unedited (kept: all neutral), {repeated} repeated pairs left out")
     return 0
-
-
-def _content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast, get_scheduler
 
 from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
 from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
-from deepspeed_chat_tlcr.errors import InputError, RunError, told
+from deepspeed_chat_tlcr.errors import InputError, RunError, describe_error
 from deepspeed_chat_tlcr.finite import watch_gradients
 from deepspeed_chat_tlcr.models import freeze_head_bias, head_of, label_count, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer, without_adapters
@@ -245,7 +245,7 @@ class RewardSum:
             try:
                 term = self.functions[spec.path](rollout, self.tokenizer)
             except Exception as error:  # whatever a stranger's function raises
-                raise RunError(f"--reward python:{spec.path}: {told(error)}") from error
+                raise RunError(f"--reward python:{spec.path}: {describe_error(error)}") from error
             if not isinstance(term, torch.Tensor) or term.shape != mask.shape:
                 found = tuple(term.shape) if isinstance(term, torch.Tensor) else type(term).__name__
                 raise InputError(f"--reward python:{spec.path} returned {found}, expected a tensor {tuple(mask.shape)}")

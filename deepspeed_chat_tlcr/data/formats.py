@@ -152,7 +152,7 @@ def find_format(data_path: str) -> DatasetFormat | None:
 # ---- the user's own records ------------------------------------------------------------------------------------------
 
 OWN_FIELDS = ("prompt", "chosen", "rejected", "messages")
-_PROBE = "\ue000"  # a private-use character: no template contains it, so it marks where a response's text begins
+_PROBE = "\ue000"  # a private-use character, which no template contains: it marks where a response begins
 _WRITTEN_MESSAGES = re.compile(
     r"""\s*\[?\s*\{.*?(['"])(role|from)\1\s*:\s*(['"])(system|user|assistant|tool|human|gpt)\3""", re.DOTALL
 )
@@ -191,11 +191,11 @@ def _refuse_written_messages(value: object, field: str):
 
 class ChatRecords:
     """Renders chat records with a tokenizer's chat template: prompt, chosen, rejected, and the conversation in the form
-    that the external model is shown.
+    that the external model sees.
 
-    The prompt is the template's rendering with ``add_generation_prompt=True``; a response is what the rendering of the
-    whole conversation has beyond it, up to the token that ends the turn. That token is left out because tokenisation
-    appends it itself (``turns.end_after``), and so is a BOS text at the start where the tokenizer adds BOS by itself.
+    The prompt is rendered with ``add_generation_prompt=True``. A response is the rest of the whole conversation's
+    rendering, without the token that ends the turn, because tokenisation appends it (``turns.end_after``). BOS at the
+    start is left out if the tokenizer adds it.
     """
 
     def __init__(self, tokenizer):
@@ -230,10 +230,9 @@ class ChatRecords:
         return render(self.tokenizer, messages, generation)
 
     def _shared_header(self, prompt: list[dict], header: str) -> str:
-        """What a generation prompt has in common with finished answers.
+        """The part of a generation prompt that finished answers have too: some templates add a thinking tag to it.
 
-        Some templates open the generation prompt with text that finished answers do not have (a thinking tag). Where
-        the two part is found with a response that cannot resemble that text.
+        A response that cannot resemble such a tag shows where the two differ.
         """
         probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
         return shared_start(header, probed)
@@ -245,12 +244,12 @@ class ChatRecords:
         words, end, rest = response.rpartition(self.end)
         if end and not rest.replace(self.tokenizer.eos_token, "").strip():
             return words
-        # A template that ends turns by ordinary text: EOS stands in its place, as it does where nothing ends a turn.
+        # The template ends turns with ordinary text: EOS replaces it.
         return response.removesuffix(self.closing) if self.closing.strip() else response
 
 
 def conversation(messages: list[dict]) -> str:
-    """Messages as ``###Human: …`` / ``###Assistant: …`` lines, the form in which the external model is shown them.
+    """Messages as ``###Human: …`` / ``###Assistant: …`` lines, the form that the external model sees.
 
     >>> conversation([{"role": "user", "content": "Hi"}])
     '###Human: Hi'

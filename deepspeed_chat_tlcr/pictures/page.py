@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepspeed_chat_tlcr.pictures.colors import DARK, LIGHT
 from deepspeed_chat_tlcr.pictures.text import Html, escape, join
+from deepspeed_chat_tlcr.records import replace_file
 
 
 def theme_style() -> str:
@@ -49,12 +50,10 @@ def page(title: str, sections: Sequence[tuple[str, object]], lead: object = "") 
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, object]], lead: object = "") -> Path:
-    """``page`` to a file, whole or not at all."""
+    """Write ``page`` to a file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page(title, sections, lead), encoding="utf-8")
-    part.replace(path)
+    replace_file(path, [page(title, sections, lead)])
     return path
 
 
