@@ -1,4 +1,4 @@
-"""One-file HTML pages: inline style, no network, light and dark, laptop and phone; and their small parts."""
+"""One-file HTML pages without network access, light and dark, for laptop and phone, and their parts."""
 
 import base64
 import hashlib
@@ -26,8 +26,8 @@ _SCRIPT = (resources.files(__package__) / "page.js").read_text("utf-8")
 def page(title: str, sections: Sequence[tuple[str, object]], lead: object = "") -> str:
     """A whole HTML document: ``lead`` under the title, then one ``(heading, body)`` after another, with links to them.
 
-    Strings are escaped, ``Html`` is taken as it is. The page's content security policy lets only its own script run
-    (it shows values under the pointer) and loads nothing, so even a flaw in escaping would not run a model's output.
+    Strings are escaped, ``Html`` is taken as it is. The content security policy lets only the page's own script run,
+    which shows values on hover, and loads nothing: a flaw in escaping would not run a model's output.
     """
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = (
@@ -82,7 +82,7 @@ def origin(made: Mapping[str, str]) -> Html:
 
 
 def number(value: object, digits: int = 2) -> str:
-    """A cell's text: floats with ``digits`` decimals, integers with separators, a dash where nothing was measured."""
+    """A cell's text: floats with ``digits`` decimals, integers with separators, a dash for None and NaN."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "—"
     if isinstance(value, bool) or not isinstance(value, int | float):
