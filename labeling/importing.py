@@ -1,6 +1,6 @@
 """Revisions made elsewhere (--from FILE): the released code's files, QA-feedback, or our own lines.
 
-.json (one list of objects), .jsonl, and either with .gz. Which schema it is, the first record's keys tell.
+Reads .json (one list of objects) and .jsonl, also with .gz. The keys of the first record decide the schema.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from deepspeed_chat_tlcr.records import Preference, Revision, sha256_of
 from labeling.convention import in_convention_of
 from labeling.options import Options
 from labeling.prompt import framed_as, has_stray_tag, parse_answer, prompt_of
-from labeling.revising import describe
+from labeling.revising import describe, revision_of
 
 Read = Callable[[dict], Revision]
 
 
 def released_revision(record: dict) -> Revision:
-    """A record of the released code: ``context``, ``chosen_response``, ``reject_response`` and ``raw_response`` (the
-    whole answer of GPT-4) or ``response`` (the modified text cut out of it, an end tag often still there).
+    """A record of the released code: ``context``, ``chosen_response``, ``reject_response`` and ``raw_response``
+    (GPT-4's whole answer) or ``response`` (the modified text cut out of it, often with an end tag).
 
-    The texts become HH-RLHF's form: responses begin with a space.
+    The result has HH-RLHF's form: responses begin with a space.
     """
     prompt = prompt_of(record["context"])
     chosen, rejected = (_response(record[key]) for key in ("chosen_response", "reject_response"))
@@ -45,7 +45,7 @@ def released_revision(record: dict) -> Revision:
 
 
 def qa_feedback_revision(record: dict, passages: int = 0) -> Revision:
-    """A QA-feedback record: a person's minimal correction of a model's answer plays the external model's part."""
+    """A QA-feedback record, with a person's minimal correction of a model's answer as the modified response."""
     preference = qa_feedback_preference(record, passages)
     modified = framed_as(preference.rejected, record["corrected"])
     return _revision(preference, modified, "", "person")
@@ -68,11 +68,9 @@ def own_revision(record: dict) -> Revision:
 
 
 def reader_for(record: dict, passages: int = 0) -> Read:
-    """Raises ``InputError`` where the keys are those of no known schema."""
-    if {"context", "chosen_response", "reject_response"} <= record.keys() and {
-        "raw_response",
-        "response",
-    } & record.keys():
+    """The reader for a record's schema. Raises ``InputError`` for an unknown one."""
+    has_response = "raw_response" in record or "response" in record
+    if {"context", "chosen_response", "reject_response"} <= record.keys() and has_response:
         return released_revision
     if {"question", "prediction", "corrected", "gold"} <= record.keys():
         return lambda record: qa_feedback_revision(record, passages)
@@ -86,10 +84,8 @@ def reader_for(record: dict, passages: int = 0) -> Read:
 
 
 def _revision(preference: Preference, modified: str, reasoning: str, model: str, usage: dict | None = None) -> Revision:
-    texts = (preference.prompt, preference.chosen, preference.rejected, _text(modified), _text(reasoning), _text(model))
-    prompt, chosen, rejected, modified, reasoning, model = texts
-    modified = in_convention_of(rejected, modified)
-    return Revision(preference.id, prompt, chosen, rejected, modified, reasoning, model, usage or {})
+    modified = in_convention_of(preference.rejected, _text(modified))
+    return revision_of(preference, modified, _text(reasoning), _text(model), usage or {})
 
 
 def _text(value) -> str:

@@ -38,7 +38,7 @@ from labeling.token_labels import WHOLE, label_revision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description="Show revisions with each token coloured by its label.", allow_abbrev=False)
+    parser = Parser(description="Show revisions with each token coloured by its label.")
     parser.add_argument("revisions", help="revisions.jsonl, as labeling/main.py writes it")
     parser.add_argument("--tokenizer", required=True, help="folder or hub name: labels belong to its tokens")
     parser.add_argument("--limit", type=int, default=20, help="how many revisions to show; 0: all (default: 20)")
@@ -51,11 +51,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def revision_sample(tokenizer: PreTrainedTokenizerFast, revision: Revision, max_length: int = WHOLE) -> Sample:
-    """A revision's rejected and modified response with their labels; what a cut leaves nothing of is left out."""
-    texts = []
-    for name, example in zip(("rejected", "modified"), label_revision(tokenizer, revision, max_length), strict=True):
-        if example is not None:
-            texts.append(labelled_text(tokenizer, example, name))
+    """A revision's rejected and modified response with their labels; one of which a cut leaves nothing is left out."""
+    examples = zip(("rejected", "modified"), label_revision(tokenizer, revision, max_length), strict=True)
+    texts = [labelled_text(tokenizer, example, name) for name, example in examples if example is not None]
     note = "" if texts else f"Left out of training: the prompt alone fills {max_length} tokens."
     if revision.modified == revision.rejected:
         note = "Nothing was edited: every token is neutral."
@@ -63,7 +61,7 @@ def revision_sample(tokenizer: PreTrainedTokenizerFast, revision: Revision, max_
 
 
 def labelled_text(tokenizer: PreTrainedTokenizerFast, example: TokenizedExample, name: str) -> TokenScores:
-    """The response's tokens with their targets, and in the caption how many were edited."""
+    """The response's tokens with their targets; the caption says how many were edited."""
     strings = token_strings(tokenizer, example.input_ids)[example.response_start :]
     edited = sum(target != 0.5 for target in example.targets)
     caption = f"{name} · {edited} of {len(strings)} tokens {'deleted' if name == 'rejected' else 'added'} or replaced"

@@ -72,7 +72,7 @@ class EndpointOptions:
 
 
 def check_endpoint(options: EndpointOptions) -> None:
-    """Raises ``InputError`` for the first option that cannot be right."""
+    """Raise ``InputError`` for the first impossible option."""
     for name in ("requests_per_minute", "tokens_per_minute"):
         if 0 < getattr(options, name) < 0.1:
             raise InputError(f"--{name} {getattr(options, name):g}: must be 0, for no limit, or at least 0.1")
