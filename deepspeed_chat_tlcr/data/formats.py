@@ -4,13 +4,14 @@ The names, their split names and the text forms are DeepSpeed-Chat's (and ``Daho
 release's), so a prompt and response read here join to the text DeepSpeed-Chat trains on. docs/data.md has the table.
 """
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.turns import assistant_turn, render, shared_start
+from deepspeed_chat_tlcr.turns import assistant_turn, render
 
 Triple = tuple[str | None, str | None, str | None]  # prompt, chosen, rejected; None where the record has none
 
@@ -235,7 +236,7 @@ class ChatRecords:
         A response that cannot resemble such a tag shows where the two differ.
         """
         probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
-        return shared_start(header, probed)
+        return os.path.commonprefix([header, probed])
 
     def _response(self, text: str, header: str) -> str:
         if not text.startswith(header):
