@@ -93,10 +93,7 @@ def to_chat_critic(
 
 
 def write_chat_folder(
-    model: PreTrainedModel,
-    state_dict: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
     """Write config, weights and tokenizer as DeepSpeed-Chat's scripts, which run on transformers 4, read them."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -59,11 +59,7 @@ def response_mask(response_ids: torch.Tensor, eos_id: Ends) -> torch.Tensor:
 
 
 def warp(
-    logits: torch.Tensor,
-    decoding: Decoding,
-    eos_id: Ends,
-    tokens: torch.Tensor | None = None,
-    first_action: int = 0,
+    logits: torch.Tensor, decoding: Decoding, eos_id: Ends, tokens: torch.Tensor | None = None, first_action: int = 0
 ) -> torch.Tensor:
     """Minimum length, temperature, top-k and top-p applied to ``(B, A, V)`` logits, in transformers' order.
 

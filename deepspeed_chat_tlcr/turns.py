@@ -6,7 +6,6 @@ one for training text.
 """
 
 import datetime
-import os
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -43,6 +42,12 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict], generation:
         raise InputError(f"the tokenizer's chat template refuses these messages: {error}") from None
 
 
+def shared_start(first: str, second: str) -> str:
+    """The common beginning of two texts."""
+    parting = (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return first[: next(parting, min(len(first), len(second)))]
+
+
 @dataclass(frozen=True)
 class Turn:
     """``opening``: the text in front of an assistant's answer; ``space``: the white space between it and the answer, if
@@ -74,7 +79,7 @@ def _assistant_turn(tokenizer: PreTrainedTokenizerFast, template: str, eos: str)
     between, _, closing = answered.rpartition(_USER)[2].rpartition(_ASSISTANT)
     asked, opened = (text.rpartition(_USER)[2] for text in (asked, opened))
     # A generation prompt may have a thinking tag that finished answers lack.
-    opening = os.path.commonprefix([opened, between])
+    opening = shared_start(opened, between)
     tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
     end_id = next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
     gap = between.removeprefix(opening)

@@ -6,6 +6,7 @@ python labeling/audit.py OUTPUT/labeling/revisions.jsonl --tokenizer MODEL
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,7 +16,6 @@ from deepspeed_chat_tlcr.arguments import Parser
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     Html,
-    Sample,
     Series,
     cards,
     columns,
@@ -25,7 +25,6 @@ from deepspeed_chat_tlcr.pictures import (
     line_chart,
     number,
     paragraph,
-    sample_html,
     table_html,
     write_page,
 )
@@ -35,7 +34,7 @@ from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.audit_statistics import POSITIONS, Audit, Span
 from labeling.importing import qa_feedback_preference
 from labeling.revising import MAX_EDIT_RATIO
-from labeling.show import revision_sample
+from labeling.show import revision_sample, sample_with_reasoning
 
 WORDS_SHOWN = 15
 """Words in each list on the page. audit.json has more."""
@@ -110,8 +109,8 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
             "Tokens that the revision deletes or replaces, against the error spans that people marked in the same "
             f"{figures['responses']} responses."
         )
-        names = ("precision", "recall", "f1", "edited", "marked", "tokens")
-        table = table_html(["", *names], [["tokens", *(figures[name] for name in names)]], digits=3)
+        shown = ("precision", "recall", "f1", "edited", "marked", "tokens")
+        table = table_html(["", *shown], [["tokens", *(figures[name] for name in shown)]], digits=3)
         result.append(("Agreement with people", join([paragraph(text), table])))
     most = [revision for _, _, revision in sorted(audit.most_edited, key=lambda entry: entry[:2], reverse=True)]
     result.append(("Most edited", pictures(audit.tokenizer, most)))
@@ -122,10 +121,8 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
 def pictures(tokenizer: PreTrainedTokenizerFast, revisions: Sequence[Revision]) -> Html:
     parts = [legend_html("label")]
     for revision in revisions:
-        sample = revision_sample(tokenizer, revision)
-        parts.append(sample_html(Sample(sample.prompt, sample.texts, revision.id, sample.note)))
-        if revision.reasoning:
-            parts.append(paragraph(f"Reviser: {revision.reasoning}", "note"))
+        sample = replace(revision_sample(tokenizer, revision), title=revision.id)
+        parts.append(sample_with_reasoning(sample, revision.reasoning))
     return join(parts)
 
 

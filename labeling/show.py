@@ -20,6 +20,7 @@ from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     DARK,
     LIGHT,
+    Html,
     Sample,
     TokenScores,
     heatmap_terminal,
@@ -58,6 +59,11 @@ def revision_sample(tokenizer: PreTrainedTokenizerFast, revision: Revision, max_
     if revision.modified == revision.rejected:
         note = "Nothing was edited: every token is neutral."
     return Sample(revision.prompt, texts, note=note)
+
+
+def sample_with_reasoning(sample: Sample, reasoning: str) -> Html:
+    """A sample on a page, with the reviser's reasoning below it."""
+    return join([sample_html(sample), paragraph(f"Reviser: {reasoning}", "note") if reasoning else ""])
 
 
 def labelled_text(tokenizer: PreTrainedTokenizerFast, example: TokenizedExample, name: str) -> TokenScores:
@@ -119,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts.update(value for text in sample.texts for value in text.values)
         shown += 1
         if options.html:
-            parts.append(sample_html(sample))
-            parts += [paragraph(f"Reviser: {reasoning}", "note")] if reasoning else []
+            parts.append(sample_with_reasoning(sample, reasoning))
     if not shown:
         raise InputError(f"{options.revisions}: no revisions in it")
     console.print(Text(summary(counts, shown)))

@@ -22,14 +22,7 @@ import numpy as np
 
 from deepspeed_chat_tlcr.asking.dialect import LIMIT_FIELDS
 from deepspeed_chat_tlcr.asking.dispatch import DOUBTFUL, REFUSED, Asker, Dispatcher, Limits, on_stop_signals
-from deepspeed_chat_tlcr.asking.endpoint import (
-    ChatRequest,
-    Endpoint,
-    EndpointRefused,
-    Fault,
-    Outage,
-    RequestRefused,
-)
+from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, EndpointRefused, Fault, Outage, RequestRefused
 from deepspeed_chat_tlcr.asking.journal import ACCEPTED, RunFolder, State, replace_file, write_synced
 from deepspeed_chat_tlcr.asking.money import Account
 from deepspeed_chat_tlcr.asking.pace import back_off

@@ -4,14 +4,14 @@ The names, their split names and the text forms are DeepSpeed-Chat's (and ``Daho
 release's), so a prompt and response read here join to the text DeepSpeed-Chat trains on. docs/data.md has the table.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.turns import assistant_turn, render
+from deepspeed_chat_tlcr.turns import assistant_turn, render, shared_start
 
 Triple = tuple[str | None, str | None, str | None]  # prompt, chosen, rejected; None where the record has none
 
@@ -43,17 +43,18 @@ def _first(items: list | None, key: str | None = None) -> str | None:
     return items[0] if key is None else items[0][key]
 
 
-def _raw(row: dict) -> Triple:
-    return row["prompt"], row["chosen"], row["rejected"]
-
-
 def _inst_template(row: dict) -> Triple:
     prompt = row["prompt"].replace("\n\nHuman:", "</s>[INST]").replace("\n\nAssistant:", "</s>[/INST]")
     return prompt[max(prompt.find("[INST]"), 0) :], row["chosen"], row["rejected"]
 
 
-def _gptj_pairwise(row: dict) -> Triple:
-    return _human(row["prompt"]), _answer(row["chosen"]), _answer(row["rejected"])
+def _columns(prompt: str, chosen: str, rejected: str | None = None) -> Callable[[dict], Triple]:
+    """Records of plain questions and answers in columns of these names."""
+
+    def read(row: dict) -> Triple:
+        return _human(row[prompt]), _answer(row[chosen]), _answer(row[rejected]) if rejected else None
+
+    return read
 
 
 def _reward_datasets(row: dict) -> Triple:
@@ -84,10 +85,6 @@ def _sharegpt(row: dict) -> Triple:
     return prompt or None, _answer(row["label"] or None), None
 
 
-def _zhihu(row: dict) -> Triple:
-    return _human(row["INSTRUCTION"]), _answer(row["RESPONSE"]), None
-
-
 def _miracl(row: dict) -> Triple:
     positive, negative = (_first(row[key], "text") for key in ("positive_passages", "negative_passages"))
     return _human(row["query"]), _answer(positive), _answer(negative)
@@ -104,10 +101,6 @@ def _mkqa(language: str) -> Callable[[dict], Triple]:
     return read
 
 
-def _qg_jaquad(row: dict) -> Triple:
-    return _human(row["question"]), _answer(row["sentence"]), None
-
-
 def _qag_jaquad(row: dict) -> Triple:
     return _human(_first(row["questions"])), _answer(row["paragraph"]), None
 
@@ -121,25 +114,26 @@ LOCAL_JSON = "local/jsonfile"
 _PAIR = ("prompt", "chosen", "rejected")
 _WEBGPT = ("question", "answer_0", "answer_1", "score_0", "score_1")
 _PASSAGES = ("query", "positive_passages", "negative_passages")
+_ZHIHU, _JAQUAD = ("INSTRUCTION", "RESPONSE"), ("question", "sentence")
 _TEMPLATE_OF = "Dahoas/full-hh-rlhf"
 
 # In DeepSpeed-Chat's order: the first name found in --data_path decides.
 FORMATS = (
-    DatasetFormat("Dahoas/rm-static", _PAIR, _raw, "test", True),
-    DatasetFormat("Dahoas/full-hh-rlhf", _PAIR, _raw, "test", True),
+    DatasetFormat("Dahoas/rm-static", _PAIR, itemgetter(*_PAIR), "test", True),
+    DatasetFormat("Dahoas/full-hh-rlhf", _PAIR, itemgetter(*_PAIR), "test", True),
     DatasetFormat("Dahoas/template-full-hh-rlhf", _PAIR, _inst_template, "test", True, hub_id=_TEMPLATE_OF),
-    DatasetFormat("Dahoas/synthetic-instruct-gptj-pairwise", _PAIR, _gptj_pairwise, None, True),
+    DatasetFormat("Dahoas/synthetic-instruct-gptj-pairwise", _PAIR, _columns(*_PAIR), None, True),
     DatasetFormat("yitingxie/rlhf-reward-datasets", _PAIR, _reward_datasets, "test", True),
     DatasetFormat("openai/webgpt_comparisons", _WEBGPT, _webgpt, None, True),
     DatasetFormat("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp, "validation", True),
     DatasetFormat("pvduy/sharegpt_alpaca_oa_vicuna_format", ("prompt", "label"), _sharegpt, "test", False),
-    DatasetFormat("wangrui6/Zhihu-KOL", ("INSTRUCTION", "RESPONSE"), _zhihu, None, False),
+    DatasetFormat("wangrui6/Zhihu-KOL", _ZHIHU, _columns(*_ZHIHU), None, False),
     DatasetFormat("Cohere/miracl-zh-queries-22-12", _PASSAGES, _miracl, "dev", True),
     DatasetFormat("Hello-SimpleAI/HC3-Chinese", ("question", "human_answers"), _hc3, None, False, hub_folder="all"),
     DatasetFormat("mkqa-Chinese", ("queries", "answers"), _mkqa("zh_cn"), None, False, hub_id="apple/mkqa"),
     DatasetFormat("mkqa-Japanese", ("queries", "answers"), _mkqa("ja"), None, False, hub_id="apple/mkqa"),
     DatasetFormat("Cohere/miracl-ja-queries-22-12", _PASSAGES, _miracl, "dev", True),
-    DatasetFormat("lmqg/qg_jaquad", ("question", "sentence"), _qg_jaquad, "validation", False),
+    DatasetFormat("lmqg/qg_jaquad", _JAQUAD, _columns(*_JAQUAD), "validation", False),
     DatasetFormat("lmqg/qag_jaquad", ("questions", "paragraph"), _qag_jaquad, "validation", False),
     DatasetFormat(LOCAL_JSON, _PAIR, _json_file, "eval", True),
 )
@@ -236,7 +230,7 @@ class ChatRecords:
         A response that cannot resemble such a tag shows where the two differ.
         """
         probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
-        return os.path.commonprefix([header, probed])
+        return shared_start(header, probed)
 
     def _response(self, text: str, header: str) -> str:
         if not text.startswith(header):

@@ -28,6 +28,8 @@ from deepspeed_chat_tlcr.data.split import PARTS, parse_data_split, split_indice
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import Preference, sha256_of
 
+log = logging.getLogger(__name__)
+
 _CACHE_VERSION = "2"  # part of the cache's key: raise it when records are read differently
 
 _SCHEMA = pa.schema(
@@ -47,22 +49,15 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
-        self._open()
-
-    def _open(self):
         try:
-            file = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            file = pa.ipc.open_file(pa.memory_map(str(path)))
         except pa.ArrowInvalid as error:
-            raise InputError(f"{self.path}: damaged cache file ({error}); delete it") from None
+            raise InputError(f"{path}: damaged cache file ({error}); delete it") from None
         # Every batch but the last has ROWS_AT_ONCE records. The columns point into the map: nothing is read yet.
         self._batches = [file.get_batch(number) for number in range(file.num_record_batches)]
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict):
-        self.path = state["path"]
-        self._open()
+    def __reduce__(self):
+        return Table, (self.path,)
 
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self._batches)
@@ -187,8 +182,6 @@ def read_table(source: Source, records: Records, tokenizer=None, cache_dir: str 
         ) from None
     return Table(path)
 
-
-log = logging.getLogger(__name__)
 
 # ---- what stages get -------------------------------------------------------------------------------------------------
 

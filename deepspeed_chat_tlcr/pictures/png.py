@@ -71,12 +71,7 @@ def heatmap_png(path: str | Path, texts: Sequence[TokenScores]) -> None:
 
 
 def line_chart_png(
-    path: str | Path,
-    series: Sequence[Series],
-    title: str,
-    x_label: str = "",
-    y_label: str = "",
-    smoothing: float = 0.0,
+    path: str | Path, series: Sequence[Series], title: str, x_label: str = "", y_label: str = "", smoothing: float = 0.0
 ) -> None:
     """``line_chart`` as a PNG of 6.0 x 3.6 inches."""
     figure, axes = _figure(6.0, 3.6)
