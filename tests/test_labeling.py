@@ -2,16 +2,21 @@
 
 import json
 import random
+import re
+import shlex
 import signal
 import threading
 import time
 from pathlib import Path
 
 import pytest
-from conftest import patience
+from conftest import ROOT, byte_level_tokenizer, patience
 
 from deepspeed_chat_tlcr.records import read_revisions
+from labeling.main import main
 from labeling.merge import main as merge
+from labeling.revising import edit_ratio
+from labeling.show import main as show
 from tests.labeling_helpers import KEY, fault_server, ids, label, lines, run_json, start, write_pairs
 
 FAULTS = {"rate_limited": 0.06, "server_error": 0.04, "reset": 0.04, "truncated": 0.03, "garbage": 0.03, "hang": 0.005}
@@ -26,6 +31,27 @@ def key(monkeypatch):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     return write_pairs(tmp_path_factory.mktemp("data") / "pairs.jsonl", 120)
+
+
+def test_the_first_example_of_the_docs_works_as_typed(tmp_path, monkeypatch, capsys):
+    text = (ROOT / "docs" / "labeling.md").read_text().partition("## Your own pairs")[2]
+    pair = re.search(r"```json\n *(.*)\n", text)[1]
+    typed = re.search(r"3\. .*?```bash\n(.*?)```", text, re.DOTALL)[1].replace("\\\n", "")
+    byte_level_tokenizer([pair]).save_pretrained(tmp_path / "MODEL_YOU_WILL_TRAIN")
+    monkeypatch.chdir(tmp_path)
+    Path("pairs.jsonl").write_text(pair + "\n")
+    programs = {"labeling/main.py": main, "labeling/show.py": show}
+    with fault_server(models='{"qwen": {}}') as url:
+        for command in typed.replace("http://127.0.0.1:8000/v1", url).strip().splitlines():
+            _, program, *arguments = shlex.split(command)
+            assert not programs.pop(program, main)(arguments)
+    assert not programs
+    (revision,) = read_revisions("output/labels/revisions.jsonl")
+    assert revision.modified == revision.rejected.replace("It", "better")
+    assert "1 revision, " in capsys.readouterr().out
+    good = re.search(r'such as "(.*?)"', " ".join(text.split()))[1]
+    assert edit_ratio(json.loads(pair)["rejected"], good) < 0.3
+    assert edit_ratio(" No.", json.loads(pair)["chosen"]) == 1
 
 
 def test_every_pair_has_one_outcome_under_every_fault(pairs, tmp_path, capsys):
