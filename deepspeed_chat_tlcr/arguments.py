@@ -89,9 +89,7 @@ class RunOptions:
     DEFAULTS: ClassVar[dict[str, Any]] = {}
 
     output_dir: str = option("./output", "folder for the model, metrics.jsonl, checkpoints and results.json")
-    seed: int = seed_option(
-        1234, "seed of initialisation, shuffling and sampling (the data split has its own: --data_seed)"
-    )
+    seed: int = seed_option(1234, "seed of initialisation, shuffling and sampling; the split has its own, --data_seed")
     dtype: Dtype = option(
         "auto",
         "training precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU",
@@ -117,10 +115,10 @@ class RunOptions:
     max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
     report_to: list[str] = option([], "further trackers that get every number of metrics.jsonl, such as wandb")
     enable_tensorboard: bool = option(
-        False, "write TensorBoard logs", better="every number of metrics.jsonl, not the loss alone"
+        False, "write TensorBoard logs", better="all numbers of metrics.jsonl, not only the loss"
     )
     tensorboard_path: str = option(
-        "", "folder for TensorBoard logs; empty: output_dir/tensorboard", better="by default beside the model"
+        "", "folder for TensorBoard logs; empty: OUTPUT_DIR/tensorboard", better="has a default"
     )
     local_rank: int = option(-1, "set by the launcher", least=-1)
     deepspeed: bool = option(

@@ -86,9 +86,8 @@ def read_overrides(path: str | Path) -> dict[str, Any]:
             raise InputError(f"--deepspeed_config {path}: take out {name!r}, which {flags} decide(s) here")
     from deepspeed.runtime import constants  # slow to import, and few runs have such a file
 
-    known = {*_NAMES.split()} | {
-        value for name, value in vars(constants).items() if name.isupper() and type(value) is str
-    }
+    listed = {value for name, value in vars(constants).items() if name.isupper() and type(value) is str}
+    known = listed | set(_NAMES.split())
     for name in overrides:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)

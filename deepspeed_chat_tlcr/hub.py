@@ -35,9 +35,7 @@ def require_repository(options: Any) -> None:
     except HFValidationError:
         raise InputError(f"--push_to_hub {name}: no name of a repository; expected OWNER/NAME") from None
     except Exception as error:  # refused, or no connection, of which every HTTP client has errors of its own
-        raise InputError(
-            f"--push_to_hub {name}: the Hub at {constants.ENDPOINT} refuses it: {_reason(error)}"
-        ) from None
+        raise InputError(f"--push_to_hub {name}: {constants.ENDPOINT} refuses it: {_reason(error)}") from None
 
 
 def upload(options: Any, runtime: Runtime) -> None:

@@ -97,9 +97,8 @@ def _tracker(name: str, folder: Path, settings: dict[str, Any], resumed: bool) -
         tracker = tracker_class(run, **folder_option)
     if hasattr(tracker, "start"):
         tracker.start()
-    tracker.store_init_configuration(
-        {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
-    )
+    plain = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+    tracker.store_init_configuration(plain)
     return tracker
 
 

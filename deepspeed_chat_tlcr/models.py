@@ -63,9 +63,8 @@ class OPTForTokenClassification(OPTPreTrainedModel):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """``logits`` is ``(B, T, K)``."""
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.model(**inputs, return_dict=True, **kwargs)
         return TokenClassifierOutput(logits=self.score(self.dropout(outputs.last_hidden_state)))
 
 
@@ -177,9 +176,7 @@ def load_token_classifier(
         saved_labels = 1 if from_chat else _labels_of(config)
         wanted = "discriminator (2 labels)" if num_labels == 2 else "reward model or critic (1 label)"
         if saved_labels is None:
-            raise InputError(
-                f"{path!r} is a {_kind(config)}, not a trained {wanted}; train one with step2_discriminator/main.py"
-            )
+            raise InputError(f"{path!r} is a {_kind(config)}, not a trained {wanted}; step 2 trains one")
         if saved_labels != num_labels:
             raise InputError(f"{path!r} has {saved_labels} label(s), which is no {wanted}")
     head_size = config.num_labels if of_sequences or _kind(config).endswith(_OF_TOKENS) else None

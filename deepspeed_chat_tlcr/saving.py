@@ -83,9 +83,8 @@ def writing(what: str, newest: Callable[[], object]) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         kept = f"; {newest()} is whole" if newest() else ""
-        raise SaveError(
-            f"{what} could not be written: {first_line(error)}{kept}. Make room, and the same command continues"
-        ) from error
+        remedy = "Make room, and the same command continues"
+        raise SaveError(f"{what} could not be written: {first_line(error)}{kept}. {remedy}") from error
 
 
 def generation_defaults(tokenizer: PreTrainedTokenizerFast, decoding: Decoding | None) -> GenerationConfig:

@@ -324,9 +324,8 @@ def run(
     trainer.add_callback(_Bar(options.print_loss))
     if trainer.is_world_process_zero():
         record(options, options.output_dir)
-        log = MetricsLog(
-            options.output_dir, resume_step, options.tensorboard_folder, options.report_to, settings=asdict(options)
-        )
+        trackers = (options.tensorboard_folder, options.report_to, asdict(options))
+        log = MetricsLog(options.output_dir, resume_step, *trackers)
         trainer.add_callback(_Log(log))
     started = time.monotonic()
     set_seed(options.seed + trainer.args.process_index)  # models are built; each rank has its own dropout

@@ -8,6 +8,7 @@ one for training text.
 import datetime
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
@@ -33,11 +34,8 @@ def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict], generation:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = _FIXED_DAY + template
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-            )
-        )
+        how: dict[str, Any] = {"chat_template": template, "tokenize": False, "add_generation_prompt": generation}
+        return str(tokenizer.apply_chat_template(messages, **how))
     except Exception as error:  # a template is a program, which may raise any error
         raise InputError(f"the tokenizer's chat template refuses these messages: {error}") from None
 

@@ -41,17 +41,17 @@ def in_convention_of(rejected: str, modified: str) -> str:
     form: Literal["NFC", "NFD"] = "NFC" if unicodedata.is_normalized("NFC", rejected) else "NFD"
     plain = str.maketrans({odd: usual for odd, usual in _PLAIN.items() if odd not in rejected})
 
-    def adapted(units: list[str]) -> list[str]:
-        return [
-            line_end if _seen(unit) == "\n" else unicodedata.normalize(form, unit).translate(plain) for unit in units
-        ]
+    def adapted(unit: str) -> str:
+        return line_end if _seen(unit) == "\n" else unicodedata.normalize(form, unit).translate(plain)
 
     if len(before) * len(after) > _MOST_CELLS:
-        return "".join(adapted(after))
+        return "".join(map(adapted, after))
     written: list[str] = []
     for step in LCSseq.opcodes(seen_before, seen_after):
-        is_kept = step.tag == "equal"
-        written += before[step.src_start : step.src_end] if is_kept else adapted(after[step.dest_start : step.dest_end])
+        if step.tag == "equal":
+            written += before[step.src_start : step.src_end]
+        else:
+            written += map(adapted, after[step.dest_start : step.dest_end])
     return "".join(written)
 
 

@@ -39,9 +39,8 @@ def released_revision(record: dict) -> Revision:
         raise Unusable("tags_missing" if record.get("raw_response") else "empty")
     if has_stray_tag(answer.modified, rejected):
         raise Unusable("tags_missing")
-    return _revision(
-        Preference(prompt, chosen, rejected), answer.modified, answer.reasoning, record.get("model", "imported")
-    )
+    pair, model = Preference(prompt, chosen, rejected), record.get("model", "imported")
+    return _revision(pair, answer.modified, answer.reasoning, model)
 
 
 def qa_feedback_revision(record: dict, passages: int = 0) -> Revision:

@@ -42,11 +42,9 @@ class Options(DataOptions):
     max_answer_seq_len: int = option(256, "longest answer, tokens")
     batch_size: int = option(64, "answers generated at once")
     seed: int = seed_option(1234, "seed of the sampled answers")
-    num_processes: int = option(
-        0, "processes that answer, each on a GPU of its own; 0: as many as there are GPUs, one on a CPU"
-    )
+    num_processes: int = option(0, "processes that answer, each on its own GPU; 0: one per GPU, or one on a CPU")
     attn_implementation: AttentionName = option(
-        "sdpa", "what computes attention; sdpa: PyTorch's kernels, eager in a family that has none"
+        "sdpa", "attention kernels; sdpa: PyTorch's, or eager in a family without"
     )
 
 

@@ -68,9 +68,8 @@ def soft_targets(
         for other in (*modified_ids[:index], *modified_ids[index + 1 :]):
             kept, _ = edit_targets(modified_ids[index], other)
             sharing = [number + (target == NEUTRAL) for number, target in zip(sharing, kept, strict=True)]
-        soft.append(
-            [t if t == NEUTRAL else 0.5 + number / count / 2 for t, number in zip(targets, sharing, strict=True)]
-        )
+        labelled = zip(targets, sharing, strict=True)
+        soft.append([target if target == NEUTRAL else 0.5 + number / count / 2 for target, number in labelled])
     return rejected, soft
 
 

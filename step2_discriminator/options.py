@@ -35,11 +35,11 @@ class ForkOptions:
     discriminate_reward: bool = option(False, "the fork's spelling of --objective token", compatibility=True)
     uni_discriminator_head: bool = option(False, "one head", "the discriminator has one head, as with this flag")
     holistic_reward: bool = option(
-        False, "a sequence reward too", "train it by itself and sum both in step 3: --reward tlcr:PATH sequence:PATH"
+        False, "a sequence reward too", "train it alone and use --reward tlcr:PATH sequence:PATH in step 3"
     )
     token_level_reward: bool = option(False, "sums of token scores", "the fork's trial, not in the paper")
     reward_aggregate_top_k: float = option(
-        1.0, "share of tokens in them", "the fork's trial, not in the paper", least=-1e9
+        1.0, "share of tokens in it", "the fork's trial, not in the paper", least=-1e9
     )
     bidirectional_reward: bool = option(False, "no causal mask on top", "the fork's trial, not in the paper")
     bidirectional_layer_num: int = option(1, "layers of it", "the fork's trial, not in the paper", least=0)
@@ -67,9 +67,7 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOpt
     eval_interval: int = option(0, "optimiser steps between evaluations; 0: at the end of each epoch")
     eval_iters: int = option(100, "batches per evaluation when --eval_interval is set")
     do_eval: bool = option(False, "evaluate --model_name_or_path on the held-out data and train nothing")
-    num_padding_at_beginning: int = option(
-        1, "OPT's padding", "masks come from lengths, padding is never counted", least=0
-    )
+    num_padding_at_beginning: int = option(1, "OPT's padding", "masks come from lengths, padding never counts", least=0)
 
     @property
     def token_level(self) -> bool:

@@ -250,7 +250,7 @@ def test_other_settings_under_the_same_folder_are_refused_with_the_difference(pa
 @pytest.mark.parametrize(
     ("server", "options", "sentence"),
     [
-        ({"refuse_key": True}, {}, "refuses the key in the environment variable OPENAI_API_KEY (401)"),
+        ({"refuse_key": True}, {}, "refuses the key in the variable OPENAI_API_KEY (401)"),
         ({}, {"model": "unknown"}, "has no model 'unknown'"),
         ({"refuse_all": "no such parameter"}, {}, "refuses every request"),
     ],

@@ -40,7 +40,7 @@ class EndpointOptions:
     """external model"""
 
     base_url: str | None = option(
-        None, "address of the endpoint, such as http://127.0.0.1:8000/v1; unset: OPENAI_BASE_URL, else OpenAI"
+        None, "the endpoint, such as http://127.0.0.1:8000/v1; unset: OPENAI_BASE_URL, else OpenAI"
     )
     api_key_env: str = option("OPENAI_API_KEY", "name of the environment variable that holds the key")
     azure_api_version: str | None = option(None, "such as 2024-10-21: --base_url is an Azure OpenAI resource")
@@ -56,9 +56,7 @@ class EndpointOptions:
     timeout: float = option(120.0, "seconds after which a call is given up and retried", least=0.001, most=86_400)
     max_retries: int = option(10, "retries of one call that brings no answer", least=0, most=1000)
     batch: bool = option(False, "OpenAI's Batch API: half the price, up to a day")
-    batch_size: int = option(
-        50_000, "requests per batch; fewer where the endpoint enqueues few tokens at once", most=50_000
-    )
+    batch_size: int = option(50_000, "requests per batch; fewer if the endpoint enqueues few tokens", most=50_000)
     batch_poll: float = option(60.0, "seconds between two looks at the batches", least=0.001, most=86_400)
     prices: str = option(str(PRICES), "table of models: US$ per million tokens, efforts, last days")
     price: str | None = option(None, "IN,OUT: US$ per million tokens, such as 0.1,0.5, of a model that --prices lacks")
@@ -87,9 +85,8 @@ def check_endpoint(options: EndpointOptions) -> None:
 
 def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling) -> Endpoint:
     known = known_model(model, options.prices)
-    return Endpoint(
-        model, options.address, options.api_key_env, options.azure_api_version, sampling, options.timeout, known
-    )
+    where = (options.address, options.api_key_env, options.azure_api_version)
+    return Endpoint(model, *where, sampling, options.timeout, known)
 
 
 def listed_price(options: EndpointOptions, model: str) -> Price | None:
@@ -105,14 +102,10 @@ def known_price(options: EndpointOptions, model: str) -> Price:
     price = listed_price(options, model)
     if price is not None:
         return price
-    remedy = (
-        f"give it with --price IN,OUT (0,0 if it costs nothing), or add it to {options.prices} (or a copy: --prices)"
-    )
+    remedy = f"give it with --price IN,OUT (0,0: it costs nothing), or add it to {options.prices} or a copy (--prices)"
     if not sys.stdin.isatty():
         raise InputError(f"the price of {model!r} is not known, so neither is what this would cost: {remedy}")
-    print(
-        f"The price of {model} is not known. US$ per million tokens in and out, such as 0.1,0.5: ", end="", flush=True
-    )
+    print(f"The price of {model} is not known. US$ per million tokens IN,OUT, such as 0.1,0.5: ", end="", flush=True)
     return Price.parse(sys.stdin.readline().strip(), "the price")
 
 

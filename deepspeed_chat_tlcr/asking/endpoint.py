@@ -168,9 +168,7 @@ class Endpoint:
         self.client = self._connect()
 
     def _connect(self) -> openai.AsyncOpenAI:
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
-            max_connections=None, max_keepalive_connections=CALLS_PER_CLIENT
-        )
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=CALLS_PER_CLIENT)
         common: dict[str, Any] = {
             "api_key": self.key,
             "max_retries": 0,  # retries are the dispatcher's, which counts, paces and reports them
@@ -326,9 +324,7 @@ class Endpoint:
         if status == 429 or (status == 0 and re.search(r"rate.?limit|too many requests", f"{code} {message}", re.I)):
             raise Fault("rate_limited", message, wait)
         if status in (401, 403) and not OF_ONE_REQUEST.search(f"{code} {message}"):
-            raise refused(
-                f"{self.shown_url} refuses the key in the environment variable {self.api_key_env} ({status}): {message}"
-            )
+            raise refused(f"{self.shown_url} refuses the key in the variable {self.api_key_env} ({status}): {message}")
         if status in (404, 405, 501):
             hint = "" if re.search(r"/v\d|/openai", self.shown_url) else "; does --base_url lack its /v1?"
             raise refused(f"{self.shown_url} has no model {self.model!r} for chat ({status}): {message}{hint}")

@@ -100,9 +100,8 @@ def _read_entry(path: str | Path, name: str, entry) -> KnownModel:
             raise ValueError("default_effort, successor and read are texts")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         form = '{"MODEL": {"input": US$ per million tokens, "output": US$ per million tokens}}'
-        raise InputError(
-            f"--prices {path}: {name}: expected {form} ({type(error).__name__}: {error}); docs/labeling.md has all keys"
-        ) from None
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--prices {path}: {name}: expected {form} ({reason}); see docs/labeling.md") from None
     default_effort, successor, read = texts
     return KnownModel(name, Price(*numbers[:2]), numbers[2], efforts, default_effort, shutdown, successor, read)
 
@@ -166,9 +165,8 @@ def _get(url: str, key: str, timeout: float) -> tuple[int, dict]:
     """Status and JSON object of a GET; (0, {}) if nothing readable came back."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     headers["User-Agent"] = "deepspeed-chat-tlcr"
-    opener = urllib.request.build_opener(
-        _NoRedirects, urllib.request.HTTPSHandler(context=ssl.create_default_context())
-    )
+    https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
+    opener = urllib.request.build_opener(_NoRedirects, https)
     try:
         try:
             response = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)

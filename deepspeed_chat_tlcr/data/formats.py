@@ -299,10 +299,9 @@ def _messages(value: object, field: str, role_of_string: str | None = None) -> l
             raise InputError(f"{field!r}, message {number} is {_kind(message)}, expected role and content")
         for key in ("role", "content"):
             may_be_empty = key == "content" and message.get("role") == "system"
-            if not isinstance(message.get(key), str) or not (message[key] or may_be_empty):
-                raise InputError(
-                    f"{field!r}, message {number}: {key!r} is {_kind(message.get(key))}, expected a string"
-                )
+            value = message.get(key)
+            if not isinstance(value, str) or not (value or may_be_empty):
+                raise InputError(f"{field!r}, message {number}: {key!r} is {_kind(value)}, expected a string")
         messages.append({key: part for key, part in message.items() if part is not None})
     return messages
 

@@ -139,10 +139,8 @@ def _write(path: Path, rows: Iterator[tuple], label: str):
         with unfinished.open("wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             progress = iter(tqdm(rows, desc=f"reading {label}", unit=" records", delay=3, mininterval=2, leave=False))
             while batch := list(itertools.islice(progress, ROWS_AT_ONCE)):
-                columns = [
-                    pa.array(column, kind) for column, kind in zip(zip(*batch, strict=True), _SCHEMA.types, strict=True)
-                ]
-                writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+                columns = map(pa.array, zip(*batch, strict=True), _SCHEMA.types)
+                writer.write_batch(pa.record_batch(list(columns), schema=_SCHEMA))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -206,9 +204,8 @@ class Preferences(Sequence[Preference]):
             wanted = range(len(self))[index]
             located = [self._locate(i) for i in wanted]
             groups = itertools.groupby(located, key=lambda pair: pair[0])
-            return Preferences(
-                [(self._pieces[piece][0], np.array([row for _, row in rows], np.uint32)) for piece, rows in groups]
-            )
+            pieces = ((piece, np.array([row for _, row in rows], np.uint32)) for piece, rows in groups)
+            return Preferences([(self._pieces[piece][0], rows) for piece, rows in pieces])
         piece, row = self._locate(operator.index(index))
         return self._pieces[piece][0].preference(row)
 
@@ -256,9 +253,8 @@ def load_preferences(
         raise InputError(f"unknown part {part!r} of the data; known are {', '.join(PARTS)}, all")
     fractions = parse_data_split(data_split)
     tables = _read_tables(data_path, split, require_rejected, tokenizer, cache_dir)
-    preferences = Preferences(
-        [_part_of(table, part, split, fractions, data_seed, require_rejected) for table in tables]
-    )
+    pieces = [_part_of(table, part, split, fractions, data_seed, require_rejected) for table in tables]
+    preferences = Preferences(pieces)
     if not len(preferences):
         sizes = ", ".join(f"{len(table)} records in {records}" for _, records, table in tables)
         whole = any(source.eval is None for source, _, _ in tables)

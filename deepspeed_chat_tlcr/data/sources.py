@@ -381,9 +381,7 @@ def _hub_dataset(data_path: str, known: DatasetFormat) -> Source:
 def _from_datasets(data_path: str, known: DatasetFormat | None, loaded) -> Source:
     splits = loaded if hasattr(loaded, "keys") else {"train": loaded}
     if "train" not in splits:
-        raise InputError(
-            f"{data_path}: no train split (found: {', '.join(splits)}); save the wanted ones as train and test"
-        )
+        raise InputError(f"{data_path}: no train split, only {', '.join(splits)}; save them as train and test")
     fields = known.fields if known else OWN_FIELDS
     names = EVAL_NAMES if known is None else (known.eval_split, *EVAL_NAMES) if known.eval_split else ()
     evaluation = next((name for name in names if name in splits), None)

@@ -227,9 +227,8 @@ def histogram(
 
 def missing_chart(title: str, reason: str) -> Html:
     """An empty chart with the reason why."""
-    return Html(
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="quiet">{escape(reason)}</p></figure>'
-    )
+    caption, text = f"<figcaption>{escape(title)}</figcaption>", f'<p class="quiet">{escape(reason)}</p>'
+    return Html(f'<figure class="chart">{caption}{text}</figure>')
 
 
 def figure(title: str, key: object, body: Html, height: int = HEIGHT) -> Html:
@@ -279,17 +278,14 @@ class _Plot:
             parts.append(f'<path class="{kind}" d="M{self.left} {y:.1f}H{WIDTH - RIGHT}"/>')
             parts.append(f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
         for tick in x_ticks:
-            parts.append(
-                f'<text x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>'
-            )
+            place = f'x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}"'
+            parts.append(f'<text {place} text-anchor="middle">{short(tick)}</text>')
         if x_label:
             middle = (self.left + WIDTH - RIGHT) / 2
             parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
         if y_label:
-            middle = (TOP + HEIGHT - BOTTOM) / 2
-            parts.append(
-                f'<text transform="translate(9 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
-            )
+            place = f'transform="translate(9 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'
+            parts.append(f'<text {place} text-anchor="middle">{escape(y_label)}</text>')
         return Html("".join(parts))
 
     def path(self, xs: Sequence[float], ys: Sequence[float], kind: str, style: str) -> Html:

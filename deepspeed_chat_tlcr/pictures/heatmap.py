@@ -75,11 +75,9 @@ def sample_html(sample: Sample) -> Html:
     """Title, prompt, then the texts as heat-maps, two beside each other where the screen is wide enough."""
     parts = [Html(f"<h3>{escape(sample.title)}</h3>")] if sample.title else []
     parts += [long_text(sample.prompt.strip("\n"))] if sample.prompt else []
-    maps = join([heatmap_html(text) for text in sample.texts])
+    maps = Html(f'<div class="columns">{join([heatmap_html(text) for text in sample.texts])}</div>')
     note = Html(f'<p class="note">{escape(sample.note)}</p>') if sample.note else ""
-    return join(
-        [Html('<div class="sample">'), *parts, Html(f'<div class="columns">{maps}</div>'), note, Html("</div>")]
-    )
+    return join([Html('<div class="sample">'), *parts, maps, note, Html("</div>")])
 
 
 def heatmap_html(scores: TokenScores) -> Html:

@@ -30,9 +30,8 @@ def page(title: str, sections: Sequence[tuple[str, object]], lead: object = "") 
     which shows values on hover, and loads nothing: a flaw in escaping would not run a model's output.
     """
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'"
-    )
+    sources = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    policy = f"default-src 'none'; {sources}; base-uri 'none'"
     links = [Html(f'<a href="#s{number}">{escape(heading)}</a>') for number, (heading, _) in enumerate(sections)]
     parts = [
         Html(f'<section id="s{number}"><h2>{escape(heading)}</h2>\n{escape(body)}</section>')
@@ -69,10 +68,9 @@ def columns(*blocks: object, kind: str = "columns") -> Html:
 
 def cards(items: Sequence[tuple[str, str]]) -> Html:
     """A few large figures: ``(value, what it is)``."""
-    inner = join(
-        [Html(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>') for big, small in items]
-    )
-    return Html(f'<div class="cards">{inner}</div>')
+    card = '<div class="card"><b>{}</b><span>{}</span></div>'
+    inner = [Html(card.format(escape(value), escape(what))) for value, what in items]
+    return Html(f'<div class="cards">{join(inner)}</div>')
 
 
 def origin(made: Mapping[str, str]) -> Html:
@@ -113,6 +111,5 @@ def table_html(
     ]
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     lines = join([Html(f"<tr>{line}</tr>") for line in body], "\n")
-    return Html(
-        f'<div class="table"><table>{title}<thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>'
-    )
+    table = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table>"
+    return Html(f'<div class="table">{table}</div>')

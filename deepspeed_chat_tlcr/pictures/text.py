@@ -54,9 +54,8 @@ def long_text(text: str, limit: int = 1200) -> Html:
     """Text in a block that keeps its line breaks; beyond ``limit`` characters it is folded, and a click shows all."""
     if len(text) <= limit:
         return Html(f'<div class="text" dir="auto">{escape(text)}</div>')
-    return Html(
-        f'<details class="text" dir="auto"><summary>{escape(shorten(text, limit))}</summary>{escape(text)}</details>'
-    )
+    summary = f"<summary>{escape(shorten(text, limit))}</summary>"
+    return Html(f'<details class="text" dir="auto">{summary}{escape(text)}</details>')
 
 
 def token_strings(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
