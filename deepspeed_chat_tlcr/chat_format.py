@@ -98,8 +98,12 @@ def write_chat_folder(
     """Write config, weights and tokenizer as DeepSpeed-Chat's scripts, which run on transformers 4, read them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(_old_tokenizer_config(tokenizer), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # transformers 4 does not know the tokenizer classes of version 5.
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+    special = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
+    loader = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}
+    text = json.dumps(loader, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
     # Not the classifier's name for a critic: its file does not have a classifier's keys.
     architecture = type(model if model.can_generate() else model.base_model).__name__
     config = _old_config(model.config.to_dict()) | {
@@ -132,10 +136,3 @@ def _old_config(config: dict[str, Any]) -> dict[str, Any]:
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return config
-
-
-def _old_tokenizer_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """The config with which transformers 4, which does not know the class names of version 5, loads the tokenizer."""
-    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
-    special = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
-    return {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}

@@ -36,7 +36,14 @@ def lean_checkpoints(engine: DeepSpeedEngine) -> None:
 
     @cache
     def fingerprint() -> str:
-        return _fingerprint(engine.module)
+        """A hash of all parameters' shapes, and of the values that this rank holds of frozen parameters."""
+        digest = hashlib.sha256()
+        for name, parameter in engine.module.named_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
+            if not parameter.requires_grad:
+                digest.update(_shard(parameter).detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+        return digest.hexdigest()
 
     def leave_out(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
         for name in _redundant(engine):
@@ -84,17 +91,6 @@ def _redundant(engine: DeepSpeedEngine) -> Iterator[str]:
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         if engine.zero_optimization() or not parameter.requires_grad:
             yield name
-
-
-def _fingerprint(module: nn.Module) -> str:
-    """A hash of all parameters' shapes, and of the values that this rank holds of frozen parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
-        if not parameter.requires_grad:
-            digest.update(_shard(parameter).detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
 
 
 def _shard(parameter: nn.Parameter) -> torch.Tensor:

@@ -73,13 +73,6 @@ class FaultTolerant(_Trainer):
             self.only_steps = True
             super().training_step(model, finite, *args, **kwargs)
 
-    def _guard(self, loss: torch.Tensor) -> bool:
-        """Whether a loss is finite on every rank; a collective."""
-        finite = torch.isfinite(loss.detach()).all().float()
-        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        self.loss_was_finite = bool(finite)
-        return self.loss_was_finite
-
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
         backward, prepare = self.accelerator.backward, self.accelerator.prepare
@@ -96,7 +89,11 @@ class FaultTolerant(_Trainer):
             # Under DeepSpeed this is the backward pass and, at an accumulation boundary, the step.
             if self.only_steps:
                 backward(0 * loss, **kwargs)
-            elif self._guard(loss):
+                return
+            finite = torch.isfinite(loss.detach()).all().float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)  # on every rank
+            self.loss_was_finite = bool(finite)
+            if self.loss_was_finite:
                 backward(loss, **kwargs)
 
         self.accelerator.backward, self.accelerator.prepare = backward_of_finite, prepare_and_watch

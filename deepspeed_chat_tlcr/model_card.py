@@ -94,22 +94,19 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def _text(folder: Path, card: Card, base: str | list[str], licence: str) -> str:
-    settings = "\n".join(f"| `--{name}` | {_cell(value)} |" for name, value in card.settings.items())
+    given = {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in card.settings.items()}
+    cells = {name: shown.replace("|", "\\|").replace("\n", " ") for name, shown in given.items()}
+    settings = "\n".join(f"| `--{name}` | {cell} |" for name, cell in cells.items())
     numbers = {k: v for k, v in card.results.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     measured = "\n".join(f"| {name} | {value:.5g} |" for name, value in numbers.items())
     facts = f"- Base model: {base}\n- Data: {', '.join(card.data) or 'not named'}\n- Licence: {licence}\n"
     facts += f"- Trained with {_TAG}, which implements the paper below for DeepSpeed-Chat"
-    given = f"Options that were not left at their defaults:\n\n| option | value |\n|---|---|\n{settings}"
-    parts = [f"# {folder.resolve().name}", f"{_KINDS[card.kind]}.", facts, f"## Settings\n\n{given}"]
+    table = f"Options that were not left at their defaults:\n\n| option | value |\n|---|---|\n{settings}"
+    parts = [f"# {folder.resolve().name}", f"{_KINDS[card.kind]}.", facts, f"## Settings\n\n{table}"]
     if measured:
         parts.append(f"## Measured at the end of training\n\n| number | value |\n|---|---|\n{measured}")
     parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
     return "\n\n".join(parts) + "\n"
-
-
-def _cell(value: Any) -> str:
-    shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return shown.replace("|", "\\|").replace("\n", " ")
 
 
 def _public(value: Any) -> Any:

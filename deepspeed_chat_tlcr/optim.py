@@ -82,7 +82,10 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, module_name: str, 
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D") and module is not output
     ]
-    pattern = _blocks_of(model) if module_name == "auto" else module_name
+    # A model's blocks are its outermost list of modules.
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = f"{min(lists, key=lambda name: name.count('.'))}." if lists else ""
+    pattern = blocks if module_name == "auto" else module_name
     targets = [name for name in linear if pattern in name]
     if not targets:
         patterns = sorted({".".join(name.split(".")[:-3]) + "." for name in linear if name.count(".") > 2})
@@ -105,12 +108,6 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, module_name: str, 
             parameter.requires_grad_(name in trainable and not wrapped and (is_head or not only_lora))
     if only_lora and getattr(model, "is_gradient_checkpointing", False):
         model.enable_input_require_grads()
-
-
-def _blocks_of(model: PreTrainedModel) -> str:
-    """The prefix of the parameters in a model's blocks, which are its outermost list of modules."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return f"{min(lists, key=lambda name: name.count('.'))}." if lists else ""
 
 
 @contextmanager

@@ -93,12 +93,6 @@ class Pack:
         return same.tril()[None, None]
 
 
-def shared_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """The number of first tokens that the rows of each pair share: right-padded rows ``(2 B, T)`` to ``(B,)``."""
-    same = (input_ids[::2] == input_ids[1::2]) & (attention_mask[::2] & attention_mask[1::2]).bool()
-    return same.cumprod(1).sum(1)
-
-
 def packs_of(
     input_ids: torch.Tensor, rows: Sequence[Row], budget: int, together: int = 1, origin: int = 0
 ) -> list[Pack]:
@@ -163,7 +157,8 @@ def classify_packed(
     ids, mask = batch["input_ids"], batch["attention_mask"]
     shared = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     if pairs and not _flash(_module(model)):
-        shared[1::2] = shared_prefixes(ids, mask)
+        same = (ids[::2] == ids[1::2]) & (mask[::2] & mask[1::2]).bool()
+        shared[1::2] = same.cumprod(1).sum(1)
     ends = mask.sum(1)
     starts = ends - batch["response_mask"].sum(1)
     spans = torch.stack([torch.zeros_like(ends), starts, ends, shared], 1).tolist()

@@ -223,30 +223,21 @@ class BatchRunner(Asker):
             self._note(chunk, "uploaded", file=chunk.file)
         batches = self.endpoint.client.batches
 
+        metadata = {"tlcr_run": self.run_id, "chunk": str(chunk.number)}
+        wanted = {"endpoint": self.endpoint.batch_url, "completion_window": "24h", "metadata": metadata}
+
         async def create():
-            # Whether an earlier try reached the endpoint is not known: look before paying again.
-            known = await self._find(chunk) if chunk.step == "creating" else None
-            if chunk.step != "creating":
+            if chunk.step == "creating":  # an earlier try may have reached the endpoint: look before paying again
+                async for batch in batches.list(limit=100):
+                    if metadata.items() <= (batch.metadata or {}).items():
+                        return batch
+            else:
                 self._note(chunk, "creating")
-            return known or await described(
-                batches.create(
-                    input_file_id=chunk.file,
-                    endpoint=self.endpoint.batch_url,
-                    completion_window="24h",
-                    metadata={"tlcr_run": self.run_id, "chunk": str(chunk.number)},
-                )
-            )
+            return await described(batches.create(input_file_id=chunk.file, **wanted))
 
         chunk.alone = len(self.live) == 1
         chunk.batch = (await self._call(create)).id
         self._note(chunk, "created", batch=chunk.batch)
-
-    async def _find(self, chunk: Chunk):
-        async for batch in self.endpoint.client.batches.list(limit=100):
-            metadata = batch.metadata or {}
-            if metadata.get("tlcr_run") == self.run_id and metadata.get("chunk") == str(chunk.number):
-                return batch
-        return None
 
     async def _look_at(self, chunk: Chunk) -> str | None:
         """Merge a batch that is over and return its status; None while it is on its way."""

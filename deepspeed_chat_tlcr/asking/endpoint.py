@@ -205,14 +205,13 @@ class Endpoint:
         self.answered = True
         self.thinks = self.thinks or bool(answer.thinking) or reasoning_tokens(answer.usage) > 0
         cut = answer.finish_reason == "length"
-        if limit != self.sampling.max_tokens + self.room:
-            self.cuts[request.id] += cut
-            return cut
-        self.answers_here += 1
         if cut:
             self.cuts[request.id] += 1
-            self.cuts_here += 1
-            if self.cuts_here >= 2 and self.cuts_here > CUT_SHARE * self.answers_here and limit < MOST_LIMIT:
+        if limit == self.sampling.max_tokens + self.room:
+            self.answers_here += 1
+            self.cuts_here += cut
+            many = self.cuts_here >= 2 and self.cuts_here > CUT_SHARE * self.answers_here
+            if cut and many and limit < MOST_LIMIT:
                 self.room += limit
                 self.answers_here = self.cuts_here = 0
         return cut

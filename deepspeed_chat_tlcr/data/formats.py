@@ -213,7 +213,10 @@ class ChatRecords:
         texts = [None if turn is None else self._render(prompt + [turn]) for turn in turns]
         header = self._render(prompt, generation=True)
         if not all(text is None or text.startswith(header) for text in texts):
-            header = self._shared_header(prompt, header)
+            # Some templates add a thinking tag to the generation prompt that finished answers do not have. A response
+            # that cannot resemble such a tag shows where the two differ.
+            probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
+            header = shared_start(header, probed)
         chosen, rejected = (None if text is None else self._response(text, header) for text in texts)
         return header.removeprefix(self.own_bos), chosen, rejected, conversation(prompt)
 
@@ -223,14 +226,6 @@ class ChatRecords:
 
     def _render(self, messages: list[dict], generation: bool = False) -> str:
         return render(self.tokenizer, messages, generation)
-
-    def _shared_header(self, prompt: list[dict], header: str) -> str:
-        """The part of a generation prompt that finished answers have too: some templates add a thinking tag to it.
-
-        A response that cannot resemble such a tag shows where the two differ.
-        """
-        probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
-        return shared_start(header, probed)
 
     def _response(self, text: str, header: str) -> str:
         if not text.startswith(header):
