@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, patience
+from conftest import ROOT, patience
 
 from deepspeed_chat_tlcr.records import Preference, read_jsonl
 from evaluation.iterated import main as report
@@ -44,11 +44,10 @@ def test_own_answers_become_the_rejected_responses(tiny, tmp_path):
     assert counts["train"] == {"prompts": 10, "answers": len(own["train"])}
 
 
-def test_two_processes_write_the_answers_of_one(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_processes_write_the_answers_of_one(tiny, tmp_path, in_process, quick_workers):
     for number in (1, 2):
-        launch(
-            "labeling/own_answers.py",
+        in_process(
+            answer,
             *("--policy", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / str(number)),
             *("--prompts", 10, "--eval_prompts", 3, "--max_answer_seq_len", 6, "--batch_size", 3),
             *("--num_processes", number, "--attn_implementation", "eager"),

@@ -8,7 +8,6 @@ With ``PRETENDED_GPU`` set they run on the pretended CUDA device.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -18,16 +17,12 @@ if os.environ.get("PRETENDED_GPU"):
 
     gpu.install()
 
+import preloaded  # noqa: F401
 from conftest import patience
+from warm import free_port
 
 from deepspeed_chat_tlcr.metrics import read_metrics
 from testbed.study import forked
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
 
 
 def start(program: str, arguments: list[str], ranks: int, log: Path, port: str) -> list[int]:
@@ -51,7 +46,6 @@ def kill(processes: list[int], metrics: Path, step: int) -> None:
 
 
 def main(runs: list[dict], log: Path) -> None:
-    forked.warm_up()
     statuses = []
     for run in runs:
         port = free_port()
