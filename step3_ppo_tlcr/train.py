@@ -12,10 +12,17 @@ from transformers import PreTrainedTokenizerFast
 from deepspeed_chat_tlcr.checkpoints import Checkpoints, fingerprint, same_command
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
-from deepspeed_chat_tlcr.models import embedding_rows, label_count, require_attention, require_positions
+from deepspeed_chat_tlcr.models import (
+    embedding_rows,
+    label_count,
+    require_attention,
+    require_positions,
+    trained_positions,
+)
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
+from deepspeed_chat_tlcr.training import warn_of_warmup
 from step3_ppo_tlcr.engines import Models, RewardSum, action_logits, load_reference, train_actor, train_critic
 from step3_ppo_tlcr.heldout import HeldOut
 from step3_ppo_tlcr.options import Options
@@ -57,6 +64,12 @@ def require_rewards(specs: Sequence[RewardSpec]) -> None:
             raise InputError(f"--reward {spec.name}: {spec.path!r} is not {what[needed]}: it has {found}")
 
 
+def updates_of(options: Options, runtime: Runtime, prompts: Sequence[list[int]]) -> int:
+    """Optimiser steps of a whole run."""
+    sets = len(prompts) // set_size(options, runtime) * options.num_train_epochs
+    return sets * options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
+
+
 def build(
     options: Options,
     runtime: Runtime,
@@ -65,8 +78,7 @@ def build(
     specs: Sequence[RewardSpec],
 ) -> Trainer:
     """Load every model and make the trainer of ``--algo``."""
-    sets = len(prompts) // set_size(options, runtime) * options.num_train_epochs
-    updates = sets * options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
+    updates = updates_of(options, runtime, prompts)
     actor = train_actor(options, runtime, updates)
     critic = train_critic(options, runtime, updates) if options.algo == "ppo" else None
     models = Models(
@@ -107,6 +119,7 @@ def train(options: Options, runtime: Runtime) -> None:
     done = step_to_continue(checkpoints, options, known_by, runtime)
     sets = len(prompts) // set_size(options, runtime)
     steps = sets * options.num_train_epochs
+    warn_of_warmup(options, runtime, updates_of(options, runtime, prompts))
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
     # ---- models ----
@@ -155,6 +168,11 @@ def common_tokenizer(options: Options, specs: Sequence[RewardSpec]) -> PreTraine
     longest = options.max_prompt_seq_len + options.max_answer_seq_len
     for path in (options.actor_model_name_or_path, *others):
         require_positions(path, longest, "--max_prompt_seq_len + --max_answer_seq_len")
+        if (known := trained_positions(path)) and options.max_answer_seq_len > known:
+            raise InputError(
+                f"--max_answer_seq_len {options.max_answer_seq_len}: {path} was trained for {known} positions, prompt "
+                "included"
+            )
     for path, role in others.items():
         require_same_tokenizer(tokenizer, load_tokenizer(path, options.new_eos), role)
         if embedding_rows(path) < rows:

@@ -26,6 +26,13 @@ def test_each_round_answers_other_prompts_while_there_are_any():
     assert prompts(9, 2) == "01234"
 
 
+def test_a_round_that_cannot_be_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        answer(["--policy", "p", "--output_dir", "o", "--round", "1000000"])
+    assert ended.value.code == 2
+    assert "--round 1000000: must be from 1 to 1,000" in capsys.readouterr().err
+
+
 def test_own_answers_become_the_rejected_responses(tiny, tmp_path):
     """The real entry point: prompts and chosen responses of the reward part, rejected ones from the policy."""
     options = ("--prompts", 10, "--eval_prompts", 3, "--max_answer_seq_len", 6, "--batch_size", 4)

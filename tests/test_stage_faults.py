@@ -147,6 +147,15 @@ def test_a_finished_stage_is_left_alone(stage, tmp_path, capsys):
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns > written
 
 
+def test_a_warm_up_longer_than_the_run_is_said(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("step1_sft.sft.load_causal_lm", lambda *args: pytest.fail("a model is loaded"))
+    for warmup, said in ((5, False), (6, True)):
+        with pytest.raises(pytest.fail.Exception):
+            stage("sft", tmp_path, "--num_warmup_steps", warmup)
+        words = "--num_warmup_steps 6: this run has 6 optimiser steps, so the learning rate never reaches its peak"
+        assert (words in capsys.readouterr().out) == said
+
+
 def test_a_model_of_somebody_elses_is_left_alone(stage, tiny, tmp_path):
     folder = shutil.copytree(tiny / "model", tmp_path / "theirs")
     with pytest.raises(InputError, match=r"config\.json in it is not of this program"):

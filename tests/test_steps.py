@@ -397,6 +397,7 @@ def test_bad_input_of_step_3(tiny, trained, tmp_path, capsys):
             "--gradient_accumulation_steps 3",
         ),
         (("--max_prompt_seq_len", 3), "do not fill one set of rollouts"),
+        (("--max_answer_seq_len", 257), "was trained for 256 positions, prompt included"),
         ((critic, other, "--reward", "random"), "differ"),
         (("--reward", f"tlcr:{foreign}"), f"({foreign})"),
         ((critic, trained / "sft"), "neither a discriminator nor a reward model"),

@@ -510,6 +510,19 @@ def test_base_writes_a_model_and_a_tokenizer_that_loses_no_text(tmp_path):
         assert tokenizer.decode(tokenizer(odd)["input_ids"], skip_special_tokens=True) == odd
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--hidden_size", 7), "--hidden_size 7: must be from 16 to 4,096"),
+        (("--hidden_size", 20), "--hidden_size 20: must be a multiple of 8"),
+        (("--layers", 1_000_000), "--layers 1000000: must be from 1 to 100"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(tmp_path, option, says):
+    done = run_testbed("base", "--output_dir", tmp_path, *option)
+    assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+
+
 def test_serve_runs_until_it_is_terminated(tmp_path):
     port_file = tmp_path / "port"
     server = warm.Program(ROOT / "testbed" / "main.py", ["serve", "--port_file", port_file, "--model", "me"])
