@@ -42,6 +42,7 @@ def option(
     most: float = 1e9,
     above: float | None = None,
     below: float | None = None,
+    multiple: int = 1,
     compatibility: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line option; ``default=MISSING`` makes it required.
@@ -50,10 +51,13 @@ def option(
     of the same name in DeepSpeed-Chat or its forks (docs/flags.md); ``flags`` are further spellings;
     ``compatibility``: another way to ask for what a newer option says. A number lies from ``least`` to ``most``, both
     allowed, and between ``above`` and ``below``, neither of them; ``least`` is 1 for a whole number whose default is
-    above 0, and else 0, unless it is given.
+    above 0, and else 0, unless it is given. A whole number is a multiple of ``multiple``.
     """
     metadata: dict[str, Any] = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
-    metadata |= {"bounds": Bounds(least, most, above, below), "compatibility": compatibility or bool(no_effect)}
+    metadata |= {
+        "bounds": Bounds(least, most, above, below, multiple),
+        "compatibility": compatibility or bool(no_effect),
+    }
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
@@ -72,6 +76,7 @@ class Bounds:
     most: float
     above: float | None
     below: float | None
+    multiple: int = 1
 
     def error(self, value: float, default: Any) -> str | None:
         """What is wrong with a value: None where nothing is."""
@@ -81,7 +86,9 @@ class Bounds:
         above = value > self.above if self.above is not None else value >= least
         below = value < self.below if self.below is not None else value <= self.most
         if above and below:
-            return None
+            return (
+                None if value % self.multiple == 0 or self.multiple == 1 else f"must be a multiple of {self.multiple}"
+            )
         if self.above is None and self.below is None:
             return f"must be from {least:,.10g} to {self.most:,.10g}"
         low = f"above {self.above:g}" if self.above is not None else f"at least {least:,.10g}"

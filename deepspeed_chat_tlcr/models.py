@@ -113,12 +113,16 @@ _LEARNT_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "
 def require_positions(path: str, length: int, flags: str) -> None:
     """Raise ``InputError`` if a model with learnt position embeddings has fewer than ``length`` of them.
 
-    Rotary and relative positions have no end, only one that they were trained up to.
+    Rotary and relative positions have no end, only one that they were trained up to (``trained_positions``).
     """
-    config = load_config(path)
-    if config.model_type in _LEARNT_POSITIONS and length > config.max_position_embeddings:
-        known = config.max_position_embeddings
+    known = trained_positions(path)
+    if known and length > known and load_config(path).model_type in _LEARNT_POSITIONS:
         raise InputError(f"{flags}: {length} tokens are more than the {known} positions that {path!r} knows")
+
+
+def trained_positions(path: str) -> int | None:
+    """The length that a model's positions were made for; None where its config names none."""
+    return getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
 
 
 def require_attention(name: str, precision: str) -> None:

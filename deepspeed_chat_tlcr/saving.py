@@ -1,6 +1,7 @@
 """Saved models and finished stages: Hugging Face folders, written so that a killed run leaves no half of one."""
 
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -114,15 +115,24 @@ def generation_defaults(tokenizer: PreTrainedTokenizerFast, decoding: Decoding |
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON atomically: the file is either the old one or the whole new one."""
+    """Write JSON atomically: the file is either the old one or the whole new one. What is not finite becomes null."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
+        json.dump(without_nan(content), file, indent=1, ensure_ascii=False, allow_nan=False)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: null says "not measured"."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_writable(folder: str | Path) -> None:

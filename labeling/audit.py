@@ -4,7 +4,6 @@ python labeling/audit.py OUTPUT/labeling/revisions.jsonl --tokenizer MODEL
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import Parser
-from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     Html,
@@ -32,7 +30,7 @@ from deepspeed_chat_tlcr.pictures import (
     write_page,
 )
 from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions, require_file
-from deepspeed_chat_tlcr.saving import require_writable
+from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.audit_statistics import POSITIONS, Audit, Span
 from labeling.importing import qa_feedback_preference
@@ -155,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"{options.revisions}: no revisions in it")
     summary = audit.summary()
     folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "audit.json", [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])
+    write_json(folder / "audit.json", summary)
     tokens = summary["tokens"]
     lead = cards(
         [

@@ -22,6 +22,7 @@ from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.generation import Answer, Decoding, seeded_answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.provenance import provenance
 from deepspeed_chat_tlcr.records import read_jsonl, read_revisions, results_of_stages
 from deepspeed_chat_tlcr.saving import write_json
@@ -163,8 +164,8 @@ def print_table(results: dict) -> None:
     console.print(table)
     console.print(verdict(results))
     console.print(
-        f"discriminator: {judge['edited_accuracy']:.3f} accuracy on held-out edited tokens "
-        f"(always the majority class: {judge['majority_accuracy']:.3f})"
+        f"discriminator: {number(judge['edited_accuracy'], 3)} accuracy on held-out edited tokens "
+        f"(always the majority class: {number(judge['majority_accuracy'], 3)})"
     )
 
 

@@ -39,9 +39,9 @@ class BaseOptions(WorldOptions):
     """Train the base model from scratch on the world's raw text, on CPU; write a Hugging Face folder."""
 
     output_dir: str = option(MISSING, "folder for tokenizer, model and results.json")
-    documents: int = option(12000, "documents of raw text, about 42 tokens each")
-    hidden_size: int = option(192, "width of the model")
-    layers: int = option(2, "layers of the model")
+    documents: int = option(12000, "documents of raw text, about 42 tokens each", most=10**7)
+    hidden_size: int = option(192, "width of the model, of four heads", least=16, most=4096, multiple=8)
+    layers: int = option(2, "layers of the model", most=100)
     learning_rate: float = option(3e-3, "peak learning rate")
     seed: int = seed_option(1234, "seed of text and initialisation")
 

@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -16,7 +14,8 @@ from pathlib import Path
 import external_world
 import numpy as np
 import pytest
-from conftest import ROOT, patience
+import warm
+from conftest import ROOT, launch, patience
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.locking import lock
@@ -81,9 +80,9 @@ def in_a_process_of_its_own(test):
     def run(*args, **kwargs):
         if "FORKING" in os.environ:
             return test(*args, **kwargs)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
-        done = subprocess.run(command, env=os.environ | {"FORKING": "1"}, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout
+        os.environ["FORKING"] = "1"
+        program = Path(pytest.__file__).with_name("__main__.py")
+        launch(program, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{__file__}::{test.__name__}")
 
     return run
 
@@ -353,9 +352,12 @@ def test_a_score_that_is_no_number_is_named_and_nothing_is_marked_done(capsys):
 def test_a_killed_study_leaves_no_step_running_and_two_do_not_share_a_folder(tmp_path):
     """The parent of a sleeping step is killed outright; a second study in a folder that is taken says so."""
     slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; from testbed.study import schedule; import test_study as t; "
-    code += "t.schedule.run(t.Store(sys.argv[3]), [t.Step('slow', 'study_steps.py', t.flags(sleep=60))], 1, 'test')"
-    study = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path)])
+    script = tmp_path / "sleeping_study.py"
+    code = "import sys; import test_study as t; "
+    code += "t.schedule.run(t.Store(sys.argv[1]), [t.Step('slow', 'study_steps.py', t.flags(sleep=60))], 1, 'test')"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    study = warm.Program(script, [tmp_path], environment)
     note = ran(store, slow)
     deadline = time.monotonic() + patience(120)
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
@@ -537,20 +539,20 @@ def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
 # ---- a whole one -----------------------------------------------------------------------------------------------------
 
 
-def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
+def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path, monkeypatch):
     """Pairs, revisions and a scorer from outside: base model, SFT, discriminator, PPO, measures, page; then nothing
     is left to do."""
     pairs, revisions = external_world.write(tmp_path, 160)
     sizes = {"sft_epochs": 1, "judge_epochs": 1, "rl_batch": 8, "updates": 2, "max_answer": 24, "hidden_size": 32}
     sizes |= {"layers": 1, "validation": 3, "test": 5, "sft_batch": 8, "judge_batch": 8}
     command = [
-        *(sys.executable, str(ROOT / "testbed/study/main.py"), "--output_dir", str(tmp_path / "out")),
+        *("--output_dir", str(tmp_path / "out")),
         *("--methods", "sft", "tlcr", "--seeds", "1", "--preferences", str(pairs), "--revisions", str(revisions)),
         *("--scorer", "python:external_world:score", "--scale", *(f"{name}={size}" for name, size in sizes.items())),
     ]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(300))
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.chdir(tmp_path)
+    launch("testbed/study/main.py", *command)
 
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     rows = found["tables"]["paper"]
@@ -568,7 +570,7 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
     assert "reviser_noise" not in found["world"]
     assert "<html" in (tmp_path / "out" / "study.html").read_text()[:200]
 
-    plan = subprocess.run([*command, "--plan"], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    plan = launch("testbed/study/main.py", *command, "--plan")
     assert {line.split()[0] for line in plan.stdout.splitlines()} == {"done"}
 
     # Elsewhere, with nothing but what is known of it: nothing is to be made, and the same comes out.
@@ -576,12 +578,11 @@ def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
     packed = tmp_path / "known.json.gz"
     packed.write_bytes(gzip.compress((tmp_path / "out" / "known.json").read_bytes()))
     command += ["--known", str(packed)]
-    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(60))
-    assert again.returncode == 0, again.stderr[-3000:]
+    launch("testbed/study/main.py", *command)
     assert json.loads((tmp_path / "there" / "results.json").read_text()) == found
     assert not list((tmp_path / "there").glob("artefacts/*"))
     command[-1] = str(pairs)
-    wrong = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(60))
+    wrong = launch("testbed/study/main.py", *command, check=False)
     assert "not a known.json" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     packed.write_bytes(packed.read_bytes()[:99])

@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from conftest import ROOT, patience, write_jsonl
+import warm
+from conftest import ROOT, launch, patience, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from deepspeed_chat_tlcr.data.formats import ChatRecords
@@ -435,9 +435,8 @@ def test_the_endpoint_says_what_it_cannot_do(client, change, status, says):
 # The command line
 
 
-def run_testbed(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "testbed" / "main.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=patience(120), **kwargs)
+def run_testbed(*arguments) -> subprocess.CompletedProcess:
+    return launch("testbed/main.py", *arguments, check=False)
 
 
 def test_data_holds_prompts_and_answers_and_nothing_else(tmp_path):
@@ -511,27 +510,31 @@ def test_base_writes_a_model_and_a_tokenizer_that_loses_no_text(tmp_path):
         assert tokenizer.decode(tokenizer(odd)["input_ids"], skip_special_tokens=True) == odd
 
 
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        (("--hidden_size", 7), "--hidden_size 7: must be from 16 to 4,096"),
+        (("--hidden_size", 20), "--hidden_size 20: must be a multiple of 8"),
+        (("--layers", 1_000_000), "--layers 1000000: must be from 1 to 100"),
+    ],
+)
+def test_sizes_that_make_no_model_are_refused(tmp_path, option, says):
+    done = run_testbed("base", "--output_dir", tmp_path, *option)
+    assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+
+
 def test_serve_runs_until_it_is_terminated(tmp_path):
     port_file = tmp_path / "port"
-    command = [
-        sys.executable,
-        str(ROOT / "testbed" / "main.py"),
-        "serve",
-        "--port_file",
-        str(port_file),
-        "--model",
-        "me",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        deadline = time.monotonic() + patience(60)
-        while not port_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{int(port_file.read_text())}/v1"
-        with openai.OpenAI(base_url=url, api_key="none") as client:
-            assert [model.id for model in client.models.list()] == ["me"]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=patience(20)) == 0
-        assert url in server.stdout.read()
+    server = warm.Program(ROOT / "testbed" / "main.py", ["serve", "--port_file", port_file, "--model", "me"])
+    deadline = time.monotonic() + patience(60)
+    while not port_file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    url = f"http://127.0.0.1:{int(port_file.read_text())}/v1"
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["me"]
+    server.send_signal(signal.SIGTERM)
+    assert url in server.communicate(timeout=patience(20))[0]
+    assert server.returncode == 0
 
 
 def test_score_prints_the_true_scores(tmp_path):

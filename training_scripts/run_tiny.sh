@@ -12,8 +12,9 @@ set -a
 : "${SEED:=1}"
 OUTPUT=${1:-${OUTPUT:-output/tiny-seed$SEED}} # another seed never meets this one's results
 MODEL=$OUTPUT/base DATA=$OUTPUT/data MADE_HERE=1 # made by this run: nothing to look for beforehand
-: "${TESTBED_PAIRS:=12800}" "${TESTBED_PROMPTS:=512}" # preference pairs to train on, prompts to be tested on
-: "${TESTBED_DOCUMENTS:=24000}"                       # what the base model reads
+: "${TESTBED_PAIRS:=12800}" "${TESTBED_EVAL_PAIRS:=1024}" # preference pairs to train on, held-out ones
+: "${TESTBED_PROMPTS:=512}"     # prompts to be tested on
+: "${TESTBED_DOCUMENTS:=24000}" # what the base model reads
 : "${LABEL_MODEL:=oracle-reviser}"
 LABEL_BASE_URL=http://127.0.0.1:PORT/v1
 : "${DTYPE:=fp32}" "${NUM_GPUS:=2}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
@@ -40,7 +41,7 @@ has_data() {
   [[ -f $1/test_prompts.jsonl ]]
 }
 run_stage data has_data python3 "${at}testbed/main.py" data --output_dir "$DATA" \
-  --train "$TESTBED_PAIRS" --test "$TESTBED_PROMPTS" --data_seed "$DATA_SEED"
+  --train "$TESTBED_PAIRS" --eval "$TESTBED_EVAL_PAIRS" --test "$TESTBED_PROMPTS" --data_seed "$DATA_SEED"
 run_stage base has_results env OMP_NUM_THREADS=2 python3 "${at}testbed/main.py" base --output_dir "$MODEL" \
   --documents "$TESTBED_DOCUMENTS" --seed "$SEED"
 
