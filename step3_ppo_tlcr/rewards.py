@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error
 from deepspeed_chat_tlcr.metrics import NEUTRAL_ZONE
 from deepspeed_chat_tlcr.models import squash
 from step3_ppo_tlcr.objectives import counted
@@ -250,7 +250,7 @@ def load_function(path: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a stranger's module raises
-        raise InputError(f"--reward python:{path}: {told(error)}") from error
+        raise InputError(f"--reward python:{path}: {describe_error(error)}") from error
     if not callable(function):
         raise InputError(f"--reward python:{path}: is not a function")
     return function

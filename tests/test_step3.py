@@ -402,7 +402,7 @@ def test_a_full_disk_ends_with_one_message_and_a_whole_checkpoint(run, tmp_path,
         signal.signal(signal.SIGXFSZ, previous)
     assert ended.value.code == 1
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "checkpoint of step 2" in message
+    assert "step-2 could not be written" in message
     assert "step-1 is whole" in message
     monkeypatch.undo()
 
@@ -586,7 +586,7 @@ def test_other_data_than_before_is_said(run, tiny, tmp_path, monkeypatch, capsys
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join((tiny / "data.jsonl").read_text().splitlines(keepends=True)[:50]))
     run("other", "--reward", f"python:reward_of_{tmp_path.name}:reward", "--data_path", fewer)
-    assert "the data is not what this run began with" in capsys.readouterr().out
+    assert "the data has changed since this run began" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeypatch, capsys):
@@ -608,7 +608,7 @@ def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeyp
         with pytest.raises(SystemExit) as ended:
             run("models")
     assert (ended.value.code, calls) == (1, [0])
-    assert "model could not be written" in capsys.readouterr().err
+    assert "could not be written" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "models" / "checkpoints").iterdir()] == ["step-3"]
     assert not (tmp_path / "models" / "results.json").exists()
     lines = run("models")

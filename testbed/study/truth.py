@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Callable
 
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error
 from testbed.world import World
 
 TESTBED = "python:testbed.study.truth:testbed_score"
@@ -25,7 +25,7 @@ def load_scorer(name: str) -> Scorer:
     try:
         scorer = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a stranger's module raises
-        raise InputError(f"--scorer {name}: {told(error)}") from None
+        raise InputError(f"--scorer {name}: {describe_error(error)}") from None
     try:
         inspect.signature(scorer).bind("prompt", "response", True)
     except (TypeError, ValueError) as error:
@@ -41,7 +41,7 @@ def checked(scorer: Scorer, name: str) -> Scorer:
         try:
             score = float(scorer(prompt, response, ended))
         except Exception as error:
-            raise InputError(f"{where}: {told(error)}") from error
+            raise InputError(f"{where}: {describe_error(error)}") from error
         if not math.isfinite(score):
             raise InputError(f"{where}: {score}; expected a finite number")
         return score
