@@ -100,8 +100,3 @@ def zero(card: Card, parameters: float, stage: int, passes: int, ranks: int, nod
     """Seconds of an update's exchanges: gradients summed and parameters gathered once, under ZeRO-3 in each pass."""
     gathers = passes if stage == 3 else 1
     return exchange(card, (1 + gathers) * parameters * size, ranks, nodes)
-
-
-def files(size: float) -> float:
-    """Seconds of reading or writing ``size`` bytes."""
-    return size / FILES

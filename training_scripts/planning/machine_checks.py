@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
-from training_scripts.planning.memory import GIB
+from training_scripts.planning.memory import GIB, stage_needs
 from training_scripts.planning.model_shapes import ModelShape, shape_of
-from training_scripts.planning.plan import stage_needs
 from training_scripts.planning.recipe import ALONE, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,9 +22,9 @@ from deepspeed_chat_tlcr.asking.models import (
     served_models,
 )
 from deepspeed_chat_tlcr.asking.redaction import printable, without_secrets
-from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import EXIT_INPUT, InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_json
+from training_scripts.planning.hours import work_of
 from training_scripts.planning.machine_checks import (
     ROOT,
     Check,
@@ -39,7 +39,7 @@ from training_scripts.planning.machine_checks import (
 )
 from training_scripts.planning.memory import GIB
 from training_scripts.planning.plan import disk_needs, label_price, most_disk
-from training_scripts.planning.recipe import ALONE, Recipe
+from training_scripts.planning.recipe import Recipe
 
 RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes first
 
@@ -177,24 +177,18 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
     print("preflight: reading the data (downloads it once, if it is on the hub)", flush=True)
     try:
         records = len(load_preferences(recipe.data.split(), "all", "train", recipe.data_split, tokenizer=tokenizer))
-        sft, reward, rl = part_sizes(records, recipe.data_split)
+        parts = work_of(recipe, records)
     except InputError as error:
         yield Problem(f"DATA={recipe.data}: {error}", "name local files or folders, or a data set that can be had")
         return
-    ranks = recipe.world_size
-    batches = []
-    for stage in recipe.folders():
-        if stage in ALONE:
-            training = recipe.trainings[stage]
-            batch = training.batch_size * training.accumulation_steps * ranks
-            batches.append(("SFT", sft, batch) if stage == "step1" else ("reward", reward, batch))
-        elif stage == "step3":
-            batches.append(("RL", rl, recipe.generation_batch_size * recipe.generation_batches * ranks))
-    for part, size, batch in batches:
-        if size < batch:
+    for stage, work in parts.items():
+        part, batch = {"step1": "SFT", "step3": "RL"}.get(stage, "reward"), work.batch
+        if stage == "step3":
+            batch = recipe.generation_batch_size * recipe.generation_batches * recipe.world_size
+        if work.records < batch:
             yield Problem(
-                f"the {part} part of the data ({size} of {records} records at {recipe.data_split}) does not fill one "
-                f"batch of {batch}",
+                f"the {part} part of the data ({work.records} of {records} records at {recipe.data_split}) does not "
+                f"fill one batch of {batch}",
                 "lower the batch size or NUM_GPUS, use more data, or change DATA_SPLIT",
             )
 
@@ -274,11 +268,6 @@ MADE_BY_RUN: tuple[Check, ...] = (check_labelling, check_model, check_data)
 """Checks of what run_tiny.sh makes itself: model, data and reviser."""
 
 
-def find_problems(recipe: Recipe, checks: Sequence[Check]) -> list[Problem]:
-    """Run every check, whatever the others found."""
-    return [problem for check in checks for problem in check(recipe)]
-
-
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -293,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         checks = [check for check in CHECKS if not (argv and check in MADE_BY_RUN)]
         if not argv:
             go_offline_if_need_be(recipe)
-        problems, checked = find_problems(recipe, checks), len(checks)
+        problems, checked = [problem for check in checks for problem in check(recipe)], len(checks)
     if not problems:
         print(f"preflight: {checked} checks, nothing stands in the way")
         return

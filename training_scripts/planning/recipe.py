@@ -32,6 +32,8 @@ class Training:
 
 ALONE = {"step1": "SFT", "step2": "DISCRIMINATOR", "step2_sequence": "SEQUENCE", "dpo": "DPO", "figa": "FIGA"}
 """Stages that train one model, and the prefix of their variables."""
+CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
+"""Those that train a token classifier, and its labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
