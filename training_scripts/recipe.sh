@@ -174,6 +174,38 @@ prepare() {
   done
 }
 
+# add_training PREFIX FOLDER SCHEDULE…: adds to the array `command` what a stage that trains one model reads, by the
+# variables of its PREFIX, with the options of its schedule in between.
+add_training() {
+  local -n batch_size=$1_BATCH_SIZE accumulation_steps=$1_ACCUMULATION_STEPS epochs=$1_EPOCHS
+  local -n learning_rate=$1_LEARNING_RATE zero_stage=$1_ZERO_STAGE
+  command+=(
+    --data_path "${data[@]}"
+    --data_split "$DATA_SPLIT"
+    --data_seed "$DATA_SEED"
+    --max_seq_len "$MAX_SEQ_LEN"
+    --per_device_train_batch_size "$batch_size"
+    --per_device_eval_batch_size "$batch_size"
+    --gradient_accumulation_steps "$accumulation_steps"
+    --num_train_epochs "$epochs"
+    --learning_rate "$learning_rate"
+    "${@:3}"
+    --zero_stage "$zero_stage"
+    --dtype "$DTYPE"
+    --seed "$SEED"
+    --output_dir "$OUTPUT/$2"
+  )
+}
+
+# add_switches PREFIX: adds to such a stage's `command` packs, attention, checkpointing and offload, where they are set.
+add_switches() {
+  local -n packs=$1_TOKENS_PER_MICRO_BATCH checkpointing=$1_GRADIENT_CHECKPOINTING offload=$1_OFFLOAD
+  [[ ${packs:-0} == 0 ]] || command+=(--tokens_per_micro_batch "$packs")
+  attend
+  switch --gradient_checkpointing "$checkpointing"
+  switch --offload "$offload"
+}
+
 # attend: adds ATTENTION to the array `command`; sdpa is every program's own.
 attend() {
   [[ $ATTENTION == sdpa ]] || command+=(--attn_implementation "$ATTENTION")
@@ -329,6 +361,19 @@ terminate() {
 
 has_results() {
   [[ -f $1/results.json ]]
+}
+
+# has FILE FOLDER
+has() {
+  [[ -f $2/$1 ]]
+}
+
+# is_newer_than STAGE… FOLDER: whether OUTPUT's own results were made after those of all the stages.
+is_newer_than() {
+  local stage
+  for stage in "${@:1:$#-1}"; do
+    [[ $OUTPUT/results.json -nt $OUTPUT/$stage/results.json ]] || return 1
+  done
 }
 
 is_labelled() {
