@@ -273,9 +273,8 @@ show_command() {
   printf '%s\n' "$line"
 }
 
-# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs, nor how many
-# processes answer; nor a labelling endpoint's address and key, whose model is an option of its own; nor how much it may
-# cost, which grows as it goes on.
+# What decides a command's result: its program and options, wherever OUTPUT lies. Not the number of GPUs or of processes
+# that answer, a labelling endpoint's address and key (its model counts), or how much it may cost.
 settings_of() {
   while [[ $1 != *.py ]]; do shift; done
   local word shown words=() skip=''
@@ -292,7 +291,7 @@ settings_of() {
 }
 
 # run_stage NAME DONE COMMAND…: run a stage, its output to the terminal and to OUTPUT/NAME/training.log, unless the
-# command DONE says that it is finished. Finished with other settings is an error, never reused without a word.
+# command DONE says that it is finished. A stage that was finished with other settings is an error.
 run_stage() {
   local folder=$OUTPUT/$1 finished=$2 settings
   shift 2
@@ -327,16 +326,15 @@ run_stage() {
   }
 }
 
-# An interrupt, or the end of the script, is meant for the stage, whose last words are still to be logged.
+# Interrupts are for the stage alone: tee ignores them, to log the stage's last words.
 logged() {
   local log=$1
   shift
   "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log")
 }
 
-# attended COMMAND…: run it, and take it along where SIGTERM ends this script, which would otherwise leave it running.
-# Bash reads signals at once only while it waits for a background job, so the command is one, but with the terminal's
-# input and its Ctrl-C.
+# attended COMMAND…: run it, and end it too when SIGTERM ends this script. Bash handles signals at once only while it
+# waits for a background job, so the command is one, but with the terminal's input and its Ctrl-C.
 attended() {
   (trap - INT && "$@") <&0 &
   local job=$! status=0
@@ -381,14 +379,14 @@ is_labelled() {
     python3 -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("complete"))' "$1/run.json"
 }
 
-# Before anything starts: all that could stop it. A plan runs nothing and asks nothing.
+# Looks for all that could stop the run before it starts. A plan runs nothing and checks nothing.
 preflight() {
   [[ $PLAN == 1 || $PREFLIGHT == 0 ]] || python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
   PREFLIGHT=0 # for the stages, which would ask the same again
 }
 
-# With PLAN=1 of several methods, each of which would plan what it shares with those before: takes from STAGES what the
-# file PLANNED says is planned already, and adds the rest to it.
+# With PLAN=1 of several methods that share stages: takes those out of STAGES that the file PLANNED lists already, and adds
+# the others to that file.
 without_planned() {
   [[ $PLAN == 1 && -n ${PLANNED:-} ]] || return 0
   local stage made left=()
@@ -419,7 +417,7 @@ train() {
   done
 }
 
-# With PLAN=1, behind the commands: what they will cost.
+# With PLAN=1, after the commands: what they will cost.
 plan() {
   [[ $PLAN != 1 ]] || { echo && "$plan_python" -m training_scripts.planning.plan; }
 }

@@ -23,7 +23,7 @@ REVISIONS=$OUTPUT/prepared/revisions/train.jsonl EVAL_REVISIONS=$OUTPUT/prepared
 : "${BASE_BATCH_SIZE:=4}" "${BASE_EPOCHS:=2}" "${BASE_LEARNING_RATE:=3e-3}"
 : "${HELD_OUT_SHARE:=0.2}" "${ANSWERS:=4}" # prompts to be tested on, sampled answers to each
 : "${DTYPE:=fp32}" "${NUM_GPUS:=1}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
-# So few parameters are no work for a GPU, nor for two threads, which spend their time waiting for each other.
+# Too few parameters for a GPU, or for two threads, which would mostly wait for each other.
 : "${DS_ACCELERATOR:=cpu}" "${OMP_NUM_THREADS:=1}"
 : "${SFT_BATCH_SIZE:=8}" "${SFT_LEARNING_RATE:=1e-3}" "${SFT_ZERO_STAGE:=0}" "${SFT_GRADIENT_CHECKPOINTING:=0}"
 : "${DISCRIMINATOR_BATCH_SIZE:=8}" "${DISCRIMINATOR_EPOCHS:=4}" "${DISCRIMINATOR_LEARNING_RATE:=2e-3}"

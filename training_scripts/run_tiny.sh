@@ -17,7 +17,7 @@ MODEL=$OUTPUT/base DATA=$OUTPUT/data MADE_HERE=1 # made by this run: nothing to 
 : "${LABEL_MODEL:=oracle-reviser}"
 LABEL_BASE_URL=http://127.0.0.1:PORT/v1
 : "${DTYPE:=fp32}" "${NUM_GPUS:=2}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
-# So few parameters are no work for a GPU; two ranks of one thread use two cores better than one rank of two threads.
+# Too few parameters for a GPU; two ranks of one thread use two cores better than one rank of two threads.
 : "${DS_ACCELERATOR:=cpu}" "${OMP_NUM_THREADS:=1}"
 : "${SFT_BATCH_SIZE:=16}" "${SFT_LEARNING_RATE:=1e-3}"
 : "${SFT_ZERO_STAGE:=0}" "${SFT_GRADIENT_CHECKPOINTING:=0}"

@@ -21,7 +21,7 @@ RESERVE = 3 * GIB
 FULL_LOGITS = 14
 """Bytes a logit costs in transformers' language-model loss: itself 2, fp32 copy 4, log-softmax 4, gradient 4."""
 CHOSEN_LOGITS = 4
-"""The same where log-probabilities of chosen tokens are all that is asked: itself 2, gradient 2."""
+"""The same where only the chosen tokens' log-probabilities are needed: itself 2, gradient 2."""
 SAVED_STATE = 12
 """Bytes of a parameter in a checkpoint to continue from: fp32 parameter, momentum and variance."""
 
@@ -109,7 +109,7 @@ def activations(shape: ModelShape, sequences: int, tokens: int, checkpointing: b
 def learning(
     shape: ModelShape, sequences: int, tokens: int, checkpointing: bool, logits: float, size: int = 2
 ) -> float:
-    """The most of activations and logits at a time: with checkpointing, logits go before a block is recomputed."""
+    """Peak of activations and logits: with checkpointing, logits are freed before a block is recomputed."""
     whole = activations(shape, sequences, tokens, checkpointing, size)
     if not checkpointing:
         return whole + logits
@@ -259,5 +259,5 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
 
 
 def _loading(parameters: int, zero_stage: int, ranks_on_node: float, size: int) -> float:
-    """Every process of a node reads a whole copy before its GPU takes it; ZeRO-3 partitions while it reads."""
+    """Every process of a node reads a whole copy before moving it to its GPU; ZeRO-3 partitions while reading."""
     return 0 if zero_stage == 3 else parameters * size * ranks_on_node
