@@ -81,8 +81,8 @@ class PrepareOptions:
 
 
 def raw_texts(path: str, prompts: set[str], passages: int = 0) -> list[dict]:
-    """What the base model reads of the records with these prompts: passages behind their titles, sampled answers behind
-    questions (of every quality, and nothing says which), as records that step 1 takes.
+    """What the base model reads of the records with these prompts, as records that step 1 takes: passages behind their
+    titles, and sampled answers of any quality behind the questions.
 
     Raises ``InputError`` naming the line of a record of another schema.
     """
@@ -282,7 +282,7 @@ def report(argv: Sequence[str]) -> None:
     discriminator = load_token_classifier(str(folder), 2, torch.float32).to(device()).eval()
     difference = pipeline_difference(folder, discriminator, held_out[0].prompt + held_out[0].rejected)
     if difference > 1e-3:
-        raise InputError(f"{folder}: in pipeline('token-classification') its D is another, by up to {difference:.4f}")
+        raise InputError(f"{folder}: its D in pipeline('token-classification') is off by {difference:.4f}")
 
     log = read_metrics(run / "step3_ppo_tlcr" / "metrics.jsonl")
     judge = {key.removeprefix("eval/"): v for key, v in stages["discriminator"].items() if key.startswith("eval/")}

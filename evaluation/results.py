@@ -15,7 +15,7 @@ def save_results(out: str | Path, part: str, results: dict) -> Path:
 
 
 def load_results(out: str | Path, part: str) -> dict | None:
-    """None where the part has not been run. Raises ``InputError`` for a file that is no result."""
+    """None where the part has not been run. Raises ``InputError`` for a file that is not a result."""
     path = Path(out) / part / "results.json"
     if not path.is_file():
         return None

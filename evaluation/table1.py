@@ -27,7 +27,7 @@ class Options:
 
 
 def measures(evaluation: Path) -> dict[str, dict[str, float]]:
-    """By model: MT-Bench's three ratings, sums of rewards per answer, answers' length; what was measured of them."""
+    """By model, what was measured: MT-Bench's three ratings, sums of rewards per answer, answers' length."""
     found: dict[str, dict[str, float]] = {}
     for name, rated in ((load_results(evaluation, "mt_bench") or {}).get("models") or {}).items():
         parts = ("turn 1", "turn 2", "overall")

@@ -292,7 +292,7 @@ def test_a_stage_by_itself_is_looked_at_before_its_start(launcher, tmp_path):
 def test_a_host_must_be_a_name(tmp_path):
     """ssh takes a name that begins with a dash for an option, which may be a command to run."""
     hosts = tmp_path / "hosts"
-    for line, words in (("-oProxyCommand=touch${IFS}x slots=1", "is no name of a host"), ("a slots=1", "named twice")):
+    for line, words in (("-oProxyCommand=touch${IFS}x slots=1", "is not a host name"), ("a slots=1", "named twice")):
         hosts.write_text(f"a slots=1\n{line}\n")
         done = run("step1.sh", PLAN=0, PREFLIGHT=1, HOSTFILE=hosts, OUTPUT=tmp_path / "out", DATA=tmp_path / "no.jsonl")
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
@@ -506,8 +506,8 @@ def test_preflight_lists_everything_at_once(tmp_path):
     for expected in (
         "no GPU was found, NUM_GPUS=8",
         "MASTER_PORT=",
-        "GENERATION_BATCH_SIZE=16 is no multiple of PPO_BATCH_SIZE=3",
-        "DECODE_BATCH_SIZE=24 is no multiple of GENERATION_BATCH_SIZE=16",
+        "GENERATION_BATCH_SIZE=16 is not a multiple of PPO_BATCH_SIZE=3",
+        "DECODE_BATCH_SIZE=24 is not a multiple of GENERATION_BATCH_SIZE=16",
         "MY_KEY, the variable with the API key",
         "no-model",
         "absent.jsonl",
@@ -630,7 +630,7 @@ def test_preflight_of_each_input(preflight, tiny, tmp_path, monkeypatch):
         "has no EOS token",
         "the SFT part of the data (1 of 7 records at 2,4,4) does not fill one batch of 2",
         "DTYPE=fp16",
-        "is no folder that can be written",
+        "is not a writable folder",
         "no C++ compiler (no-such-compiler)",
     )
     for text in expected:
