@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,14 @@ from deepspeed_chat_tlcr.deepspeed_config import build_config, merge
 from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
 from deepspeed_chat_tlcr.errors import InputError, RunError, told
 from deepspeed_chat_tlcr.finite import watch_gradients
-from deepspeed_chat_tlcr.models import freeze_head_bias, head_of, label_count, load_causal_lm, load_token_classifier
+from deepspeed_chat_tlcr.models import (
+    freeze_head_bias,
+    head_of,
+    label_count,
+    load_causal_lm,
+    load_token_classifier,
+    scale_head,
+)
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer, without_adapters
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, forward_packed, packable, packs_of
 from deepspeed_chat_tlcr.runtime import Runtime
@@ -97,10 +105,23 @@ def train_actor(options: Options, runtime: Runtime, total_steps: int) -> DeepSpe
     return _train(model, "actor", options, config, total_steps)
 
 
-def train_critic(options: Options, runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
+def inherited_unit(specs: Sequence[RewardSpec], critic_path: str) -> float:
+    """What one unit of the critic path's own score is worth as reward: the weight of its ``sequence`` terms.
+
+    1 where no term has that model: then it is a critic, whose values are in units of reward already.
+    """
+    critic = os.path.realpath(critic_path)
+    weights = [spec.weight for spec in specs if spec.name == "sequence" and os.path.realpath(spec.path) == critic]
+    return sum(weights) if weights else 1.0
+
+
+def train_critic(
+    options: Options, runtime: Runtime, total_steps: int, specs: Sequence[RewardSpec] = ()
+) -> DeepSpeedEngine:
     """The value function, from the critic path's backbone.
 
-    A sequence reward model or critic (1 label) brings its head; any other backbone gets one that starts at V = 0.
+    A sequence reward model or critic (1 label) brings its head, which is scaled as ``specs`` weigh that model's score,
+    so that V speaks in units of reward; any other backbone gets one that starts at V = 0.
     """
     offload = options.offload or options.offload_critic_model
     config = _config(options, runtime, options.critic_zero_stage, offload)
@@ -115,6 +136,8 @@ def train_critic(options: Options, runtime: Runtime, total_steps: int) -> DeepSp
         zero_head=new_head,
         attention=options.attn_implementation,
     )
+    if not new_head:
+        scale_head(model, inherited_unit(specs, options.critic_model_name_or_path))
     if options.save_format == "deepspeed_chat":
         freeze_head_bias(model)
     return _train(model, "critic", options, config, total_steps)

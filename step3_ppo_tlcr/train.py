@@ -68,7 +68,7 @@ def build(
     sets = len(prompts) // set_size(options, runtime) * options.num_train_epochs
     updates = sets * options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
     actor = train_actor(options, runtime, updates)
-    critic = train_critic(options, runtime, updates) if options.algo == "ppo" else None
+    critic = train_critic(options, runtime, updates, specs) if options.algo == "ppo" else None
     models = Models(
         actor=actor,
         critic=critic,
