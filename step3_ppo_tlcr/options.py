@@ -122,8 +122,8 @@ class PPOOptions:
     reward: list[str] = option(
         ["auto"],
         "NAME[:PATH][@WEIGHT] terms, summed: tlcr, tlcr_fixed, tlcr_positive_only, tlcr_negative_only, "
-        "tlcr_released_code, sequence, random, python:package.module:function; auto: tlcr for a discriminator, "
-        "sequence for a sequence reward model",
+        "tlcr_released_code, tlcr_sum (tlcr's sum on the last token), sequence, random, "
+        "python:package.module:function; auto: tlcr for a discriminator, sequence for a sequence reward model",
     )
     per_device_training_batch_size: int = option(
         16, "sequences per device and training micro-batch, at most --per_device_generation_batch_size"
@@ -155,6 +155,9 @@ class PPOOptions:
         better="off unless it is given; ReMax's is 1.0 by default",
     )
     clip_reward_value: float = option(5.0, "bound of a sequence reward model's score, and of ReMax's difference")
+    fixed_threshold: float = option(
+        0.6, "tlcr_fixed gives 0 where max(D, 1 - D) is below this (Eq. 2)", least=0.5, most=1
+    )
     scale_rewards: bool = option(False, "divide rewards by the running standard deviation of their sums per response")
     whiten_advantages: bool = option(
         False, "scale advantages to mean 0, standard deviation 1 over each set of rollouts"
@@ -277,10 +280,10 @@ class Options(
 
     @property
     def fixed_values(self) -> dict[str, float]:
-        """What ``tlcr_fixed`` gives positive and negative tokens."""
+        """From which certainty on, and what, ``tlcr_fixed`` gives positive and negative tokens."""
         positive = 0.0 if self.fixed_reward and self.use_negative_reward_only else self.fixed_positive_reward
         negative = 0.0 if self.fixed_reward and self.use_positive_reward_only else self.fixed_negative_reward
-        return {"positive": positive, "negative": negative}
+        return {"threshold": self.fixed_threshold, "positive": positive, "negative": negative}
 
     @property
     def micro_batches(self) -> int:

@@ -73,6 +73,14 @@ def sequence_reward(scores: torch.Tensor, action_mask: torch.Tensor, clip: float
     return counted(scores.clamp(-clip, clip), last_action(action_mask))
 
 
+def sum_at_the_end(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """The sum of all r_t on the last action: what the discriminator says, without saying where (a control).
+
+    Shapes as ``continuous_reward``.
+    """
+    return continuous_reward(positive_probs, action_mask).sum(1, keepdim=True) * last_action(action_mask)
+
+
 def random_reward(scores: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
     """Uniform in [-1, 1], whatever the text: the control that must not help."""
     return (2 * torch.rand_like(action_mask, dtype=torch.float32) - 1) * action_mask
@@ -99,6 +107,7 @@ REWARDS = {
     "tlcr_positive_only": Reward(positive_only_reward, 2),
     "tlcr_negative_only": Reward(negative_only_reward, 2),
     "tlcr_released_code": Reward(released_code_reward, 2),
+    "tlcr_sum": Reward(sum_at_the_end, 2),
     "sequence": Reward(sequence_reward, 1),
     "random": Reward(random_reward, 0),
 }

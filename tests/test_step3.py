@@ -786,9 +786,22 @@ def test_rewards_by_the_flags_of_the_fork(more, terms):
 def test_a_fixed_reward_of_one_sign_only():
     """In the fork the two flags are one after the other: +-1 first, then one sign of it."""
     parse = ["--actor_model_name_or_path", "A", "--reward_model_name_or_path", "C", "--fixed_reward"]
-    assert step3.parse_args([*parse, "--use_negative_reward_only"]).fixed_values == {"positive": 0, "negative": -1}
-    assert step3.parse_args([*parse, "--use_positive_reward_only"]).fixed_values == {"positive": 1, "negative": 0}
-    assert step3.parse_args([*parse, "--fixed_positive_reward", "3"]).fixed_values == {"positive": 3, "negative": -1}
+    assert step3.parse_args([*parse, "--use_negative_reward_only"]).fixed_values == {
+        "threshold": 0.6,
+        "positive": 0,
+        "negative": -1,
+    }
+    assert step3.parse_args([*parse, "--use_positive_reward_only"]).fixed_values == {
+        "threshold": 0.6,
+        "positive": 1,
+        "negative": 0,
+    }
+    assert step3.parse_args([*parse, "--fixed_threshold", "0.8"]).fixed_values["threshold"] == 0.8
+    assert step3.parse_args([*parse, "--fixed_positive_reward", "3"]).fixed_values == {
+        "threshold": 0.6,
+        "positive": 3,
+        "negative": -1,
+    }
 
 
 def test_training_batches_are_no_larger_than_what_is_generated():
