@@ -248,6 +248,14 @@ def _fill_head(model: PreTrainedModel, std: float) -> None:
     _zero_head_bias(model)
 
 
+def scale_head(model: PreTrainedModel, factor: float) -> None:
+    """Multiply what a token classifier says of every token by ``factor``; works on partitioned parameters."""
+    parameters = list(head_of(model)[1].parameters())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(factor)
+
+
 def _zero_head_bias(model: PreTrainedModel) -> None:
     bias = head_of(model)[1].bias
     if bias is not None:

@@ -111,6 +111,14 @@ def sequence_reward(
     return counted(((scores - mean) / std).clamp(-clip, clip).expand_as(last), last)
 
 
+def sum_at_the_end(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """The sum of all r_t on the last action: what the discriminator says, without saying where (a control).
+
+    Shapes as ``continuous_reward``.
+    """
+    return continuous_reward(positive_probs, action_mask).sum(1, keepdim=True) * last_action(action_mask)
+
+
 def uniform_reward(scores: torch.Tensor, action_mask: torch.Tensor, **scale: float) -> torch.Tensor:
     """The score of the whole response in equal parts on all of its actions: a control. Arguments of the last one."""
     total = sequence_reward(scores, action_mask, **scale).sum(1, keepdim=True)
@@ -174,6 +182,7 @@ REWARDS = {
     "tlcr_positive_only": Reward(positive_only_reward, 2, _D),
     "tlcr_negative_only": Reward(negative_only_reward, 2, _D),
     "tlcr_released_code": Reward(released_code_reward, 2, _D),
+    "tlcr_sum": Reward(sum_at_the_end, 2, _D),
     "tlcr_redistributed": Reward(redistributed_reward, 2, _D),
     "segments": Reward(segment_reward, 2, ("positive_probs", "answers")),
     "sentences": Reward(functools.partial(segment_reward, split=sentences), 2, ("positive_probs", "answers")),
@@ -183,6 +192,9 @@ REWARDS = {
     "token_scores": Reward(token_score_reward, 1, ("token_scores",), of_tokens=True),
     "random": Reward(random_reward, 0, ()),
 }
+
+
+SUM_TO_THE_SCORE = ("sequence", "uniform", "abc")
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def build(
     if options.critic_warmup_steps >= sets:
         raise InputError(f"--critic_warmup_steps {options.critic_warmup_steps}: the run has {sets} sets of rollouts")
     actor = train_actor(options, runtime, updates - updates // sets * options.critic_warmup_steps)
-    critic = train_critic(options, runtime, updates) if options.algo == "ppo" else None
+    critic = train_critic(options, runtime, updates, specs) if options.algo == "ppo" else None
     models = Models(
         actor=actor,
         critic=critic,

@@ -689,6 +689,7 @@ def test_background_server_ends_with_its_script(tmp_path, how):
     environment = os.environ | {
         "OUTPUT": str(tmp_path),
         "LABEL_MODEL": "oracle-reviser",
+        "TESTBED_WORLD": "2",
         "PATH": f"{own}{os.pathsep}{os.environ['PATH']}",
     }
     process = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)

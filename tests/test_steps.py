@@ -127,6 +127,7 @@ def test_rewards_by_name_are_summed_with_weights(tiny, trained, tmp_path, monkey
         "tlcr_positive_only": 1.0,
         "tlcr_negative_only": 1.0,
         "tlcr_released_code": 2.0,
+        "tlcr_sum": 0.5,
         "python": 4.0,
     }
     paths = {"sequence": f":{trained / 'rm'}", "sequence_2": f":{trained / 'rm'}", "python": ":own_reward:per_token"}
@@ -137,6 +138,7 @@ def test_rewards_by_name_are_summed_with_weights(tiny, trained, tmp_path, monkey
     assert line["reward/per_sequence"] == pytest.approx(total, rel=1e-4)
     assert line["reward/sequence_2"] == line["reward/sequence"]
     assert line["reward/python"] == pytest.approx(0.25 * line["rollout/response_length"])
+    assert line["reward/tlcr_sum"] == pytest.approx(line["reward/tlcr"], abs=1e-5)
     assert line["reward/tlcr"] == pytest.approx(
         line["reward/tlcr_positive_only"] + line["reward/tlcr_negative_only"], abs=1e-5
     )
