@@ -42,6 +42,7 @@ def option(
     most: float = 1e9,
     above: float | None = None,
     below: float | None = None,
+    multiple: int = 1,
     compatibility: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line option; ``default=MISSING`` makes it required.
@@ -50,10 +51,10 @@ def option(
     of this name in DeepSpeed-Chat or its forks (docs/flags.md). ``flags``: further spellings. ``compatibility``: an
     older way to ask for what another option says. Numbers lie from ``least`` to ``most``, both allowed, and between
     ``above`` and ``below``, neither allowed. ``least`` is by default 1 for a whole number whose default is above 0,
-    else 0.
+    else 0. Whole numbers are multiples of ``multiple``.
     """
     metadata: dict[str, Any] = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
-    metadata |= {"bounds": (least, most, above, below), "compatibility": compatibility or bool(no_effect)}
+    metadata |= {"bounds": (least, most, above, below, multiple), "compatibility": compatibility or bool(no_effect)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
@@ -66,7 +67,7 @@ def seed_option(default: Any, help: str) -> Any:
 
 def _out_of_bounds(entry: Field, value: float) -> str | None:
     """What is wrong with a number, or None."""
-    least, most, above, below = entry.metadata["bounds"]
+    least, most, above, below, multiple = entry.metadata["bounds"]
     if least is None:
         default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
         first = (default or [0])[0] if isinstance(default, list) else default
@@ -74,7 +75,7 @@ def _out_of_bounds(entry: Field, value: float) -> str | None:
     large_enough = value > above if above is not None else value >= least
     small_enough = value < below if below is not None else value <= most
     if large_enough and small_enough:
-        return None
+        return None if multiple == 1 or value % multiple == 0 else f"must be a multiple of {multiple}"
     if above is None and below is None:
         return f"must be from {least:,.10g} to {most:,.10g}"
     low = f"above {above:g}" if above is not None else f"at least {least:,.10g}"
@@ -238,18 +239,21 @@ def require_bounds(options: Any) -> None:
 OptionsType = TypeVar("OptionsType")
 
 
-def parse(options_class: type[OptionsType], argv: Sequence[str] | None = None) -> OptionsType:
+def parse(
+    options_class: type[OptionsType], argv: Sequence[str] | None = None, preset: Mapping[str, Any] | None = None
+) -> OptionsType:
     """Parse a command line into ``options_class``; loads no model and touches no device.
 
-    Warns on stderr of every given flag that has no effect. Raises ``InputError`` for unknown flags, with the nearest
-    known one, and for impossible values.
+    ``preset``: other defaults, by option. Warns on stderr of every given flag that has no effect. Raises
+    ``InputError`` for unknown flags, with the nearest known one, and for impossible values.
     """
     parser = Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(options_class)
     for group in groups_of(options_class):
         shown = parser.add_argument_group(group.title)
         for entry in group.entries:
-            kwargs = _argparse_kwargs(entry, hints[entry.name], default_of(options_class, entry))
+            default = (preset or {}).get(entry.name, default_of(options_class, entry))
+            kwargs = _argparse_kwargs(entry, hints[entry.name], default)
             shown.add_argument(f"--{entry.name}", *entry.metadata["flags"], **kwargs)
     options: Any = options_class(**vars(parser.parse(argv)))
     require_bounds(options)

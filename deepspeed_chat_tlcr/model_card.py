@@ -18,6 +18,7 @@ _NOT_SHOWN |= {"tensorboard_path", "enable_tensorboard", "data_output_path", "sa
 _KINDS = {
     "sft": "Language model after supervised fine-tuning",
     "step2_token": "Token discriminator: POSITIVE has D, the probability that a token is good; its reward is 2D - 1",
+    "step2_token_pairs": "Token reward model: squash(value) of every token is its reward, learnt from whole pairs",
     "step2_sequence": "Sequence reward model: the head's value at the last token scores a whole response",
     "dpo": "Language model after direct preference optimisation (DPO)",
     "figa": "Language model after fine-grained quality signals (FIGA)",
@@ -26,7 +27,7 @@ _KINDS = {
     "critic": "Critic of PPO: the head's value at a token is the return expected from there on",
 }
 _FOLDERS = re.compile(r"(?:^|(?<=:))(?:~|\.{1,2})?/(?:[^/:]+/)*")
-_CLASSIFIERS = ("step2_token", "step2_sequence", "critic")
+_CLASSIFIERS = ("step2_token", "step2_token_pairs", "step2_sequence", "critic")
 _CITATION = """\
 @inproceedings{yoon-etal-2024-tlcr,
   title = {{TLCR}: Token-Level Continuous Reward for Fine-grained Reinforcement Learning from Human Feedback},

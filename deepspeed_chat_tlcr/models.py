@@ -12,6 +12,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -37,6 +38,7 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.model_folders import check_folder, loading
 
 NEGATIVE, POSITIVE = 0, 1
+TOKEN_AGGREGATE = "token_aggregate"  # in the config of a model whose one label is each token's reward
 TOKEN_LABELS = {NEGATIVE: "NEGATIVE", POSITIVE: "POSITIVE"}
 _HEAD_NAMES = ("score", "classifier")
 _OF_TOKENS, _OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification"
@@ -109,10 +111,14 @@ _LEARNT_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "
 
 def require_positions(path: str, length: int, flags: str) -> None:
     """Raise ``InputError`` if a model with learnt position embeddings has fewer than ``length`` of them."""
-    config = load_config(path)
-    if config.model_type in _LEARNT_POSITIONS and length > config.max_position_embeddings:
-        known = config.max_position_embeddings
+    known = trained_positions(path)
+    if known and length > known and load_config(path).model_type in _LEARNT_POSITIONS:
         raise InputError(f"{flags}: {length} tokens are more than the {known} positions that {path!r} knows")
+
+
+def trained_positions(path: str) -> int | None:
+    """The length that a model's positions were made for; None where its config names none."""
+    return getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
 
 
 def require_attention(name: str, precision: str) -> None:
@@ -239,6 +245,14 @@ def _fill_head(model: PreTrainedModel, std: float) -> None:
     _zero_head_bias(model)
 
 
+def scale_head(model: PreTrainedModel, factor: float) -> None:
+    """Multiply what a token classifier says of every token by ``factor``; works on partitioned parameters."""
+    parameters = list(head_of(model)[1].parameters())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(factor)
+
+
 def _zero_head_bias(model: PreTrainedModel) -> None:
     bias = head_of(model)[1].bias
     if bias is not None:
@@ -268,6 +282,17 @@ def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
 def label_count(path: str) -> int | None:
     """Labels of a token classifier; 1 for DeepSpeed-Chat's critics and one-label sequence classifiers; else None."""
     return 1 if is_chat_critic(path) else _labels_of(load_config(path))
+
+
+def squash(scores: torch.Tensor) -> torch.Tensor:
+    """Token rewards between 0 and about 1, smoothly, in fp32 (preference-grounded guidance, Yang et al., 2023)."""
+    below_one = 1 - F.softplus(1 - scores.float())
+    return 1e-8 + F.softplus(below_one - 1e-8)
+
+
+def token_aggregate(path: str) -> str | None:
+    """How a token reward model (``--objective token_pairs``) sums up its tokens; None for any other model."""
+    return getattr(load_config(path), TOKEN_AGGREGATE, None)
 
 
 def freeze_head_bias(model: PreTrainedModel) -> None:

@@ -1,6 +1,7 @@
 """Saving models as Hugging Face folders, and other results, safely."""
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,8 +111,17 @@ def generation_defaults(tokenizer: PreTrainedTokenizerFast, decoding: Decoding |
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write one JSON document, whole or not at all."""
-    replace_file(Path(path), [json.dumps(content, indent=1, ensure_ascii=False) + "\n"])
+    """Write one JSON document, whole or not at all; numbers that are not finite become null."""
+    replace_file(Path(path), [json.dumps(without_nan(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n"])
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: null says "not measured"."""
+    if isinstance(value, dict):
+        return {key: without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_writable(folder: str | Path) -> None:

@@ -81,13 +81,21 @@ def tokenize_response(tokenizer: PreTrainedTokenizerFast, prompt: str, response:
     Nothing is appended if the text ends with such a token already. A token that straddles the boundary belongs to the
     response, which decides it. Nothing is cut; see ``truncate``.
     """
-    encoding = tokenizer(prompt + response, return_offsets_mapping=True)
-    ids = _without_final_specials(encoding["input_ids"], encoding["offset_mapping"])
-    ends = [end for _, end in encoding["offset_mapping"][: len(ids)]]
-    start = next((index for index, end in enumerate(ends) if end > len(prompt)), len(ids))
+    ids, _, start = tokenize_with_offsets(tokenizer, prompt, response)
     if start == len(ids) or ids[-1] not in end_ids(tokenizer):
         ids = [*ids, end_after(tokenizer, prompt)]
     return TokenizedExample(ids, start)
+
+
+def tokenize_with_offsets(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, response: str
+) -> tuple[list[int], list[tuple[int, int]], int]:
+    """Token ids of ``prompt + response``, the characters of it that each stands for, and where the response starts."""
+    encoding = tokenizer(prompt + response, return_offsets_mapping=True)
+    ids = _without_final_specials(encoding["input_ids"], encoding["offset_mapping"])
+    offsets = [tuple(offset) for offset in encoding["offset_mapping"][: len(ids)]]
+    start = next((index for index, (_, end) in enumerate(offsets) if end > len(prompt)), len(ids))
+    return ids, offsets, start
 
 
 def truncate(example: TokenizedExample, max_length: int) -> TokenizedExample | None:
@@ -110,19 +118,31 @@ def _without_final_specials(ids: list[int], offsets: list[tuple[int, int]]) -> l
     return ids[:end]
 
 
-def require_same_tokenizer(actor: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast, role: str) -> None:
-    """Raise ``InputError`` for tokenizers that differ: token rewards would go to the wrong words."""
-    mine, theirs = actor.get_vocab(), other.get_vocab()
-    names = f"the actor's tokenizer ({actor.name_or_path}) and the {role}'s ({other.name_or_path}) differ"
+def tokenizers_differ(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast) -> str | None:
+    """The first difference between what two tokenizers make of text, as the end of a sentence; None without one."""
+    mine, theirs = one.get_vocab(), other.get_vocab()
     if mine != theirs:
         token = next(token for token in [*mine, *theirs] if mine.get(token) != theirs.get(token))
-        raise InputError(
-            f"{names}: token {token!r} has id {mine.get(token)} in one and {theirs.get(token)} in the other; "
-            f"train the {role} from the actor's model family, labels are recomputed for any tokenizer"
-        )
-    if actor.eos_token_id != other.eos_token_id:
-        raise InputError(f"{names} in their EOS token: {actor.eos_token!r} and {other.eos_token!r}")
+        return f": token {token!r} has id {mine.get(token)} in one and {theirs.get(token)} in the other"
+    if one.eos_token_id != other.eos_token_id:
+        return f" in their EOS token: {one.eos_token!r} and {other.eos_token!r}"
     # With one vocabulary, merges or normalisation may still differ: compare the results.
     probe = "\n\nHuman: Don't  stop\tat 3.14% – naïve 東京 <s>?\n\nAssistant: It isn't over..."
-    if actor(probe)["input_ids"] != other(probe)["input_ids"]:
-        raise InputError(f"{names}: same vocabulary, but they split text differently")
+    if one(probe)["input_ids"] != other(probe)["input_ids"]:
+        return ": same vocabulary, but they split text differently"
+    return None
+
+
+def require_same_tokenizer(
+    actor: PreTrainedTokenizerFast, other: PreTrainedTokenizerFast, role: str, remedy: str | None = None
+) -> None:
+    """Refuse two models whose token ids mean different things (token rewards would land on the wrong words).
+
+    Raises ``InputError`` with both names, the first difference and the remedy.
+    """
+    if difference := tokenizers_differ(actor, other):
+        remedy = remedy or f"train the {role} from the actor's model family, labels are recomputed for any tokenizer"
+        raise InputError(
+            f"the actor's tokenizer ({actor.name_or_path}) and the {role}'s ({other.name_or_path}) "
+            f"differ{difference}; {remedy}"
+        )

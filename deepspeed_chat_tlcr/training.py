@@ -1,5 +1,6 @@
 """Shared by all stages that train one model: transformers' Trainer on DeepSpeed, with DeepSpeed-Chat's flags."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -216,6 +217,16 @@ def require_batch(options: TrainOptions, runtime: Runtime, examples: int) -> Non
             f"{examples} training examples do not fill one batch of {batch} (--per_device_train_batch_size "
             f"{options.per_device_train_batch_size} x --gradient_accumulation_steps "
             f"{options.gradient_accumulation_steps} x {runtime.world_size} rank(s)); lower one of them"
+        )
+    warn_of_warmup(options, runtime, math.ceil(examples / batch) * options.num_train_epochs)
+
+
+def warn_of_warmup(options: Any, runtime: Runtime, steps: int) -> None:
+    """Say, before a model is loaded, that the learning rate will not reach its peak in so many optimiser steps."""
+    if options.num_warmup_steps >= steps and options.lr_scheduler_type != "constant":
+        runtime.say(
+            f"warning: --num_warmup_steps {options.num_warmup_steps}: this run has {steps} optimiser steps, so the "
+            "learning rate never reaches its peak"
         )
 
 

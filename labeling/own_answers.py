@@ -37,7 +37,7 @@ class Options(DataOptions):
     output_dir: str = option(MISSING, "folder for train.jsonl, eval.jsonl and results.json")
     prompts: int = option(2000, "training prompts to answer, an other part of them in every round")
     eval_prompts: int = option(200, "held-out prompts to answer, the same in every round")
-    round: int = option(1, "which round this is, from 1: which training prompts are answered")
+    round: int = option(1, "which round this is, from 1: which training prompts are answered", most=1000)
     max_prompt_seq_len: int = option(256, "longest prompt, tokens; longer ones are left out")
     max_answer_seq_len: int = option(256, "longest answer, tokens")
     batch_size: int = option(64, "answers generated at once")

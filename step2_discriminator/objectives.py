@@ -35,6 +35,23 @@ def end_scores(values: torch.Tensor, response_mask: torch.Tensor) -> torch.Tenso
     return values.float().gather(1, last).squeeze(1)
 
 
+def aggregate(
+    rewards: torch.Tensor, mask: torch.Tensor, how: str, length: torch.Tensor, sharpness: float = 2.0
+) -> torch.Tensor:
+    """A response's worth from its tokens' rewards, ``(B, T)`` and its mask to ``(B,)``.
+
+    ``sum``; ``avg``, the mean; ``max`` and ``min``, soft ones: log-sum-exp at ``sharpness``. All but the sum are
+    multiplied by ``length`` ``(B,)``, the mean length of the responses that are compared, so that none wins by its own.
+    """
+    if how == "sum":
+        return (rewards * mask).sum(1)
+    if how == "avg":
+        return (rewards * mask).sum(1) / mask.sum(1).clamp(min=1) * length
+    signed = sharpness if how == "max" else -sharpness
+    exponents = (signed * rewards).masked_fill(mask == 0, -torch.inf)
+    return torch.logsumexp(exponents, 1) / signed * length
+
+
 def pair_loss(preferred: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Bradley-Terry: -log sigmoid(preferred - other), mean over pairs. Both ``(B,)``."""
     return -F.logsigmoid(preferred - other).mean()

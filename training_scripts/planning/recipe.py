@@ -1,6 +1,6 @@
 """The variables of training_scripts/recipe.sh as a record, for the preflight and the plan.
 
-Defaults stand in recipe.sh and nowhere else: a variable that is not set is an error here.
+recipe.sh alone has the defaults, so a variable that is not set is an error here.
 """
 
 import os
@@ -32,6 +32,8 @@ class Training:
 
 ALONE = {"step1": "SFT", "step2": "DISCRIMINATOR", "step2_sequence": "SEQUENCE", "dpo": "DPO", "figa": "FIGA"}
 """Stages that train one model, and the prefix of their variables."""
+CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
+"""Those of them that train a token classifier, and its number of labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +121,9 @@ class Recipe:
             raise InputError(f"STAGES: there is no stage {unknown[0]!r}; known: {' '.join(folders)}")
         return {stage: folders[stage] for stage in self.stages.split()}
 
-    def is_complete(self, stage: str) -> bool:
-        """Whether a stage has written its results, the last thing that it does."""
-        return (Path(self.output) / stage / "results.json").is_file()
+    def is_complete(self, folder: str) -> bool:
+        """Whether the stage with this ``folder`` under OUTPUT has written its results, the last thing that it does."""
+        return (Path(self.output) / folder / "results.json").is_file()
 
     @property
     def labels_here(self) -> bool:
@@ -159,7 +161,7 @@ class Recipe:
             if not slots.isdigit():
                 raise InputError(f'HOSTFILE {path}:{number}: expected "name slots=8", found {line!r}')
             if not re.fullmatch(r"(\w[\w.-]*@)?\w[\w.-]*", words[0]):  # ssh takes -oProxyCommand=… for an option
-                raise InputError(f"HOSTFILE {path}:{number}: {words[0]!r} is no name of a host")
+                raise InputError(f"HOSTFILE {path}:{number}: {words[0]!r} is not a host name")
             if words[0] in hosts:
                 raise InputError(f"HOSTFILE {path}:{number}: {words[0]} is named twice")
             hosts[words[0]] = wanted or int(slots)
