@@ -16,7 +16,7 @@ from rich.table import Table
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.results import load_results, without_nan
+from evaluation.results import load_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not seeds:
         raise InputError(f"{run}: no seed-*/evaluation with MT-Bench or reward scores; run evaluate_table1.sh first")
     table = over_seeds(seeds)
-    write_json(run / "table1.json", without_nan({"seeds": list(seeds), "models": table}))
+    write_json(run / "table1.json", {"seeds": list(seeds), "models": table})
     columns = list(dict.fromkeys(measure for measured in table.values() for measure in measured))
     printed = Table(title=f"Mean ± standard deviation over {len(seeds)} seed{'s' * (len(seeds) > 1)}")
     for name in ("method", *columns):

@@ -21,7 +21,7 @@ def token_loss(
     """
     cross_entropy = F.binary_cross_entropy_with_logits(positive_logit(logits), targets, reduction="none")
     weights = response_mask * torch.where(targets == 0.5, neutral_weight, 1.0)
-    # A sequence without one weighted token (no edit and neutral_weight 0) says nothing: 0, not 0 / 0.
+    # A sequence without weighted tokens (no edit and neutral_weight 0) has loss 0, not 0 / 0.
     return ((cross_entropy * weights).sum(1) / weights.sum(1).clamp(min=1e-8)).mean()
 
 
@@ -33,6 +33,23 @@ def end_scores(values: torch.Tensor, response_mask: torch.Tensor) -> torch.Tenso
     positions = torch.arange(values.size(1), device=values.device)
     last = (positions * response_mask).argmax(1, keepdim=True)
     return values.float().gather(1, last).squeeze(1)
+
+
+def aggregate(
+    rewards: torch.Tensor, mask: torch.Tensor, how: str, length: torch.Tensor, sharpness: float = 2.0
+) -> torch.Tensor:
+    """A response's worth from its tokens' rewards, ``(B, T)`` and its mask to ``(B,)``.
+
+    ``sum``; ``avg``, the mean; ``max`` and ``min``, soft ones: log-sum-exp at ``sharpness``. All but the sum are
+    multiplied by ``length`` ``(B,)``, the mean length of the responses that are compared, so that none wins by its own.
+    """
+    if how == "sum":
+        return (rewards * mask).sum(1)
+    if how == "avg":
+        return (rewards * mask).sum(1) / mask.sum(1).clamp(min=1) * length
+    signed = sharpness if how == "max" else -sharpness
+    exponents = (signed * rewards).masked_fill(mask == 0, -torch.inf)
+    return torch.logsumexp(exponents, 1) / signed * length
 
 
 def pair_loss(preferred: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

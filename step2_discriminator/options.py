@@ -48,18 +48,23 @@ class ForkOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOptions, ForkOptions):
-    """Step 2: the token discriminator (--objective token), or a sequence reward model (--objective sequence)."""
+    """Step 2: the token discriminator (--objective token), or a reward model that learns from whole pairs."""
 
     DEFAULTS: ClassVar[dict[str, Any]] = {"learning_rate": 5e-5}
 
-    objective: Literal["auto", "token", "sequence"] = option(
+    objective: Literal["auto", "token", "sequence", "token_pairs"] = option(
         "auto",
-        "token: D per token (Eq. 6); sequence: Bradley-Terry; auto: token with --revisions or --discriminate_reward, "
-        "else sequence, which is what DeepSpeed-Chat's command line means",
+        "token: D per token (Eq. 6); sequence: Bradley-Terry; token_pairs: Bradley-Terry of what --aggregate makes of "
+        "token rewards; auto: token with --revisions or --discriminate_reward, else sequence, which is what "
+        "DeepSpeed-Chat's command line means",
+    )
+    aggregate: Literal["avg", "sum", "max", "min"] = option(
+        "avg", "token_pairs: what a response is worth, from its tokens' rewards; max and min are soft"
     )
     neutral_weight: float = option(1.0, "weight of unedited tokens in the token loss")
     pairs: Literal["preferences", "modified"] = option(
-        "preferences", "pairs of the sequence objective: chosen or modified (PPO_synthetic) over rejected"
+        "preferences",
+        "pairs of the objectives sequence and token_pairs: chosen or modified (PPO_synthetic) over rejected",
     )
     score_positions: Literal["end", "all"] = option(
         "end", "sequence loss at the last token, or averaged from the first difference on as DeepSpeed-Chat does"
@@ -80,7 +85,7 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOpt
 
 
 def check(options: Options) -> None:
-    """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    """Raise ``InputError`` for options that do not go together, such as those of the other objective."""
     if options.do_eval and options.push_to_hub:
         raise InputError("--push_to_hub: --do_eval saves no model that could be uploaded; leave one of them out")
     if options.score_positions == "all" and options.tokens_per_micro_batch:
@@ -90,17 +95,24 @@ def check(options: Options) -> None:
         )
     if options.token_level and options.save_format == "deepspeed_chat":
         raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
+    if options.objective == "token_pairs":
+        if options.save_format == "deepspeed_chat":
+            raise InputError("--save_format deepspeed_chat: would take a token reward model for one of sequences")
+        if options.score_positions != "end":
+            raise InputError("--score_positions is the sequence objective's; --aggregate is token_pairs'")
+    elif options.aggregate != "avg":
+        raise InputError("--aggregate is the objective token_pairs'; give --objective token_pairs")
     if options.token_level:
         if options.pairs != "preferences" or options.score_positions != "end":
             raise InputError("--pairs and --score_positions are the sequence objective's; give --objective sequence")
         return
     if options.pairs == "preferences" and (options.revisions or options.eval_revisions):
         raise InputError(
-            "--revisions: --objective sequence learns from chosen and rejected responses; --pairs modified makes it "
-            "learn from revisions (PPO_synthetic), --objective token is the discriminator"
+            f"--revisions: --objective {options.objective} learns from chosen and rejected responses; --pairs modified "
+            "makes it learn from revisions (PPO_synthetic), --objective token is the discriminator"
         )
     if options.neutral_weight != 1.0:
-        raise InputError("--neutral_weight is the token objective's; the sequence objective has no tokens to weigh")
+        raise InputError("--neutral_weight is the token objective's; no other one weighs tokens by their labels")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:

@@ -1,14 +1,21 @@
 """Step 2, the reward: a token discriminator (paper 4.2), or a sequence reward model for the baselines."""
 
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 
 from deepspeed_chat_tlcr.metrics import token_metrics
-from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
+from deepspeed_chat_tlcr.models import (
+    TOKEN_AGGREGATE,
+    fit_vocabulary,
+    freeze_head_bias,
+    label_count,
+    load_token_classifier,
+    squash,
+)
 from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
-from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from deepspeed_chat_tlcr.training import (
@@ -21,18 +28,18 @@ from deepspeed_chat_tlcr.training import (
     training_arguments,
 )
 from step2_discriminator.examples import Pair, collate, preference_pairs, text_pairs, token_pairs
-from step2_discriminator.objectives import diverging_pair_loss, end_scores, pair_loss, positive_logit, token_loss
+from step2_discriminator.objectives import (
+    aggregate,
+    diverging_pair_loss,
+    end_scores,
+    pair_loss,
+    positive_logit,
+    token_loss,
+)
 from step2_discriminator.options import Options
 from step2_discriminator.revisions import load_revisions
 
 NOT_COUNTED = -100.0
-
-
-def sequence_pairs(options: Options, tokenizer, split: str, revisions: dict[str, list[Revision]] | None):
-    if revisions is None:
-        return preference_pairs(options, tokenizer, split)
-    texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
-    return text_pairs(texts, tokenizer, options.max_seq_len, split)
 
 
 class ClassifierTrainer(StageTrainer):
@@ -71,13 +78,17 @@ class RewardModelTrainer(ClassifierTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         values = self.logits(model, inputs, pairs=True).squeeze(-1)
-        scores = end_scores(values, inputs["response_mask"])
+        scores = self.scores(values, inputs)
         if self.stage.score_positions == "end":
             loss = pair_loss(scores[::2], scores[1::2])
         else:
             ids, mask = inputs["input_ids"], inputs["attention_mask"]
             loss = diverging_pair_loss(values[::2], values[1::2], ids[::2], ids[1::2], mask[::2], mask[1::2])
         return (loss, scores) if return_outputs else loss
+
+    def scores(self, values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Each response's score, from the model's values: ``(B, T)`` to ``(B,)``."""
+        return end_scores(values, inputs["response_mask"])
 
     @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -96,10 +107,22 @@ class RewardModelTrainer(ClassifierTrainer):
         }
 
 
+class TokenRewardTrainer(RewardModelTrainer):
+    """Preference-grounded guidance (Yang et al., 2023): Bradley-Terry on what token rewards sum up to."""
+
+    def scores(self, values: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        mask = inputs["response_mask"]
+        lengths = mask.sum(1).float().view(-1, 2).mean(1).repeat_interleave(2)  # of each pair's two responses
+        return aggregate(squash(values), mask, self.stage.aggregate, lengths)
+
+
+TRAINERS = {"token": DiscriminatorTrainer, "sequence": RewardModelTrainer, "token_pairs": TokenRewardTrainer}
+
+
 def train(options: Options, runtime: Runtime) -> None:
-    """Step 2's work on every rank: read, label, train, save."""
+    """Step 2 on every rank: read, label, train, save."""
     token_level = options.token_level
-    objective = "token" if token_level else "sequence"
+    objective = "token" if token_level else options.objective.replace("auto", "sequence")
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
     revisions = load_revisions(options, tokenizer) if token_level or options.pairs == "modified" else None
     config = stage_config(options, runtime)
@@ -108,8 +131,11 @@ def train(options: Options, runtime: Runtime) -> None:
     for split in ("train", "eval"):
         if token_level:
             pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split)
+        elif revisions is None:
+            pairs[split], summary = preference_pairs(options, tokenizer, split)
         else:
-            pairs[split], summary = sequence_pairs(options, tokenizer, split, revisions)
+            texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
+            pairs[split], summary = text_pairs(texts, tokenizer, options.max_seq_len, split)
         runtime.say(summary)
     require_batch(options, runtime, len(pairs["train"]))
 
@@ -122,23 +148,27 @@ def train(options: Options, runtime: Runtime) -> None:
         config,
         options.dropout_rate,
         new_head=new_head,
-        # D = 0.5 everywhere at first. A random head on a real backbone, whose last states have outliers, calls every
-        # token positive, and the first steps are spent on coming back.
+        # So that D = 0.5 everywhere at first. On a real backbone, whose last states have outliers, a random head calls
+        # every token positive, and the first steps only undo that.
         zero_head=new_head,
         attention=options.attn_implementation,
     )
     fit_vocabulary(model, tokenizer)
+    if objective == "token_pairs":
+        setattr(model.config, TOKEN_AGGREGATE, options.aggregate)
+    elif hasattr(model.config, TOKEN_AGGREGATE):  # it begins with such a model and becomes another
+        delattr(model.config, TOKEN_AGGREGATE)
     if options.save_format == "deepspeed_chat":
         freeze_head_bias(model)
     # Tokens are judged one sequence at a time; pairs must stay together to be compared.
     held_out = list(chain.from_iterable(pairs["eval"])) if token_level else pairs["eval"]
-    # Without an optimiser DeepSpeed has nothing to do but to partition.
+    # Without an optimiser DeepSpeed is needed only to partition.
     partitioned = config["zero_optimization"]["stage"] == 3
     arguments = training_arguments(options, runtime, config if partitioned or not options.do_eval else None)
     if options.eval_interval > 0:
         arguments.eval_strategy, arguments.eval_steps = "steps", options.eval_interval
         held_out = held_out[: options.eval_iters * options.per_device_eval_batch_size * runtime.world_size]
-    trainer_class = DiscriminatorTrainer if token_level else RewardModelTrainer
+    trainer_class: Any = TRAINERS[objective]
     trainer = trainer_class(
         prepare_model(model, options),
         arguments,
@@ -153,13 +183,9 @@ def train(options: Options, runtime: Runtime) -> None:
     facts = {"stage": f"step2_{objective}", "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
     if results and token_level:
-        accuracy, majority, auroc = (
-            results[f"eval/{key}"] for key in ("edited_accuracy", "majority_accuracy", "auroc")
-        )
         runtime.say(
-            f"discriminator: on held-out edited tokens accuracy {accuracy:.4f} (always the majority class: "
-            f"{majority:.4f}), AUROC {auroc:.4f}"
+            f"discriminator: on held-out edited tokens accuracy {results['eval/edited_accuracy']:.4f} (always the "
+            f"majority class: {results['eval/majority_accuracy']:.4f}), AUROC {results['eval/auroc']:.4f}"
         )
     elif results:
-        accuracy = results["eval/pair_accuracy"]
-        runtime.say(f"reward model: held-out pair accuracy {accuracy:.4f}")
+        runtime.say(f"reward model: held-out pair accuracy {results['eval/pair_accuracy']:.4f}")

@@ -29,10 +29,13 @@ class Averages:
 
 
 class RunningScale:
-    """The running standard deviation of rewards per response, over all ranks and updates (Welford, merged by batch)."""
+    """The running standard deviation of rewards per response, over all ranks and updates (Welford, merged by batch).
 
-    def __init__(self, count: float = 0.0, mean: float = 0.0, squares: float = 0.0):
-        self.count, self.mean, self.squares = count, mean, squares
+    ``sample``: of a sample, divided by n - 1 (Bessel), rather than of all there are.
+    """
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, squares: float = 0.0, *, sample: bool = False):
+        self.count, self.mean, self.squares, self.sample = count, mean, squares, sample
 
     def update(self, sums: torch.Tensor) -> float:
         """Take in this rank's rewards per response, ``(B,)``; returns the standard deviation of all so far.
@@ -51,7 +54,8 @@ class RunningScale:
 
     @property
     def std(self) -> float:
-        std = (self.squares / self.count) ** 0.5 if self.count else 1.0
+        degrees = self.count - self.sample
+        std = (self.squares / degrees) ** 0.5 if degrees > 0 else 1.0
         return std if std > 1e-8 else 1.0
 
     def state(self) -> list[float]:

@@ -15,9 +15,9 @@ from deepspeed_chat_tlcr.pictures import Sample, TokenScores, join, legend_html,
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.averages import Averages
-from step3_ppo_tlcr.engines import action_logits
 from step3_ppo_tlcr.experience import Experience, Rollout
 from step3_ppo_tlcr.measures import finished, measure_policy, measure_rollout
+from step3_ppo_tlcr.scores import action_logits
 from step3_ppo_tlcr.trainer import Trainer
 
 SHOWN = 4  # prompts whose answers the page shows at every measurement

@@ -1,5 +1,7 @@
 """The options of step 3: DeepSpeed-Chat's, those of its forks RLHF-TLCR and ReMax, and this project's own."""
 
+import argparse
+import os
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -118,13 +120,32 @@ class RolloutOptions:
 class PPOOptions:
     """PPO"""
 
+    preset: Literal["none", "paper", "deepspeed_chat", "remax", "ppo_max"] = option(
+        "none", "defaults of many options at once, as one paper or program has them; what is given wins"
+    )
     algo: Algorithm = option("ppo", "ppo; or remax: REINFORCE against the greedy response's reward, without a critic")
     reward: list[str] = option(
         ["auto"],
         "NAME[:PATH][@WEIGHT] terms, summed: tlcr, tlcr_fixed, tlcr_positive_only, tlcr_negative_only, "
-        "tlcr_released_code, sequence, random, python:package.module:function; auto: tlcr for a discriminator, "
-        "sequence for a sequence reward model",
+        "tlcr_released_code, tlcr_sum, tlcr_redistributed, segments, sentences, sequence, uniform, abc, token_scores, "
+        "random, python:package.module:function (docs/methods.md); auto: tlcr for a discriminator, sequence for a sequence "
+        "reward model, token_scores for a token reward model",
     )
+    reward_tokenizer: Literal["same", "own"] = option(
+        "same",
+        "own: a reward's model may have another tokenizer than the policy; what it says of its tokens is carried over "
+        "to the policy's by the characters that both spell",
+    )
+    abc_beta: float = option(0.8, "abc: share of the score that goes where the reward model's attention was", most=1)
+    token_score_baseline: float = option(0.5, "token_scores: taken off every token's reward", least=-1e9)
+    score_mean: float = option(0.0, "sequence, uniform, abc: taken off the reward model's score", least=-1e9)
+    score_std: float = option(1.0, "sequence, uniform, abc: what the score is then divided by", above=0)
+    normalise_rewards: Literal["off", "scale", "whiten"] = option(
+        "off",
+        "divide each term of --reward by the running standard deviation of its sums per response, before its weight; "
+        "whiten: take their running mean off first, on the last token",
+    )
+    clip_normalised_reward: float | None = option(None, "bound of a term's reward after --normalise_rewards", above=0)
     per_device_training_batch_size: int = option(
         16, "sequences per device and training micro-batch, at most --per_device_generation_batch_size"
     )
@@ -155,6 +176,12 @@ class PPOOptions:
         better="off unless it is given; ReMax's is 1.0 by default",
     )
     clip_reward_value: float = option(5.0, "bound of a sequence reward model's score, and of ReMax's difference")
+    critic_warmup_steps: int = option(
+        0, "first sets of rollouts from which the critic alone learns, so that its values mean something", least=0
+    )
+    fixed_threshold: float = option(
+        0.6, "tlcr_fixed gives 0 where max(D, 1 - D) is below this (Eq. 2)", least=0.5, most=1
+    )
     scale_rewards: bool = option(False, "divide rewards by the running standard deviation of their sums per response")
     whiten_advantages: bool = option(
         False, "scale advantages to mean 0, standard deviation 1 over each set of rollouts"
@@ -277,10 +304,10 @@ class Options(
 
     @property
     def fixed_values(self) -> dict[str, float]:
-        """What ``tlcr_fixed`` gives positive and negative tokens."""
+        """From which certainty on, and what, ``tlcr_fixed`` gives positive and negative tokens."""
         positive = 0.0 if self.fixed_reward and self.use_negative_reward_only else self.fixed_positive_reward
         negative = 0.0 if self.fixed_reward and self.use_positive_reward_only else self.fixed_negative_reward
-        return {"positive": positive, "negative": negative}
+        return {"threshold": self.fixed_threshold, "positive": positive, "negative": negative}
 
     @property
     def micro_batches(self) -> int:
@@ -311,6 +338,52 @@ class Options(
             and not self.penalty.startswith("full_kl")
             and not self.whiten_advantages
         )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "paper": {  # TLCR, section 5 and appendix B
+        "actor_learning_rate": 1e-6,
+        "critic_learning_rate": 1e-6,
+        "num_warmup_steps": 0,
+        "lr_scheduler_type": "cosine",
+        "kl_ctl": 0.1,
+        "max_prompt_seq_len": 256,
+        "max_answer_seq_len": 256,
+    },
+    "deepspeed_chat": {  # its program's defaults
+        "actor_learning_rate": 9.65e-6,
+        "critic_learning_rate": 5e-6,
+        "num_warmup_steps": 100,
+        "kl_ctl": 0.1,
+        "clip_reward_value": 5.0,
+        "gamma": 1.0,
+        "lam": 0.95,
+        "reward": ["sequence"],
+    },
+    "remax": {  # its Llama-2 script
+        "algo": "remax",
+        "actor_learning_rate": 1e-6,
+        "actor_weight_decay": 0.1,
+        "num_warmup_steps": 0,
+        "gamma": 0.99,
+        "kl_ctl": 0.05,
+        "target_kl": 1.0,
+        "top_p": 0.9,
+        "reward": ["sequence"],
+    },
+    "ppo_max": {  # Zheng et al., 2023, its English script; it also has a repetition penalty of 1.1
+        "actor_learning_rate": 5e-7,
+        "critic_learning_rate": 1.5e-6,
+        "num_warmup_steps": 100,
+        "kl_ctl": 0.01,
+        "normalise_rewards": "scale",
+        "clip_reward_value": 1e9,  # only what is scaled may be clipped
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "reward": ["sequence"],
+    },
+}
 
 
 def check(options: Options) -> None:
@@ -344,7 +417,11 @@ def check(options: Options) -> None:
 
 
 def _check_rewards(options: Options) -> None:
-    """Refuse flags of the forks that ask for several rewards at once."""
+    """Refuse flags of the forks that ask for several rewards at once, and settings of what is not there."""
+    if options.clip_normalised_reward is not None and options.normalise_rewards == "off":
+        raise InputError("--clip_normalised_reward: nothing is normalised; give --normalise_rewards scale or whiten")
+    if options.critic_warmup_steps and options.algo == "remax":
+        raise InputError("--critic_warmup_steps: ReMax has no critic")
     asked = options.fork_rewards
     if asked and options.reward != ["auto"]:
         raise InputError(f"--reward and --{asked[0]} both say what the reward is; keep one of them")
@@ -372,8 +449,20 @@ def _check_sizes(options: Options) -> None:
         )
 
 
+def _words(value: Any) -> str:
+    return (
+        " ".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if type(value) is float else str(value)
+    )
+
+
 def parse_args(argv: Sequence[str] | None = None) -> Options:
-    options = parse(Options, argv)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    peek.add_argument("--preset", default="none")
+    preset = PRESETS.get(peek.parse_known_args(argv)[0].preset, {})
+    options = parse(Options, argv, preset)
+    if preset and os.environ.get("LOCAL_RANK", "0") == "0":
+        chosen = " ".join(f"--{name} {_words(getattr(options, name))}" for name in preset)
+        print(f"--preset {options.preset}: {chosen}", flush=True)
     # A generation batch is cut into training micro-batches: larger ones than itself there are none, as in
     # DeepSpeed-Chat, whose default of 16 goes with any size of generation batch.
     training = min(options.per_device_training_batch_size, options.per_device_generation_batch_size)

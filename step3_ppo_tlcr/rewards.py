@@ -3,6 +3,7 @@
 Everything is ``(B, A)``: entry ``[b, a]`` speaks about the token that the policy chose at action ``a``.
 """
 
+import functools
 import importlib
 import math
 import os
@@ -13,9 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error
 from deepspeed_chat_tlcr.metrics import NEUTRAL_ZONE
+from deepspeed_chat_tlcr.models import squash
 from step3_ppo_tlcr.objectives import counted
+from step3_ppo_tlcr.segments import clauses, sentences
+from step3_ppo_tlcr.texts import Answer
 
 
 def continuous_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
@@ -64,16 +68,88 @@ def released_code_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor
     return late * action_mask
 
 
-def sequence_reward(scores: torch.Tensor, action_mask: torch.Tensor, clip: float = 5.0) -> torch.Tensor:
+def redistributed_reward(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """Every token of a response gets the mean of its continuous rewards: the same sums, without saying which token.
+
+    A control: what is left of TLCR without its credit assignment. Shapes as ``continuous_reward``.
+    """
+    total = continuous_reward(positive_probs, action_mask).sum(1, keepdim=True)
+    return total / action_mask.sum(1, keepdim=True).clamp(min=1) * action_mask
+
+
+def segment_reward(
+    positive_probs: torch.Tensor, answers: Sequence[Answer], action_mask: torch.Tensor, split: Callable = clauses
+) -> torch.Tensor:
+    """Fine-Grained RLHF (Wu et al., 2023): +1 or -1 on each segment's last token, by the mean of D over the segment.
+
+    ``split`` gives the ends of an answer's segments, in characters. A segment's last token is the last one that spells
+    a character of it; the token that ends the response is of no segment. Shapes as ``continuous_reward``.
+    """
+    rewards = torch.zeros_like(positive_probs)
+    for row, answer in enumerate(answers):
+        probs = positive_probs[row].tolist()
+        begin = 0
+        for end in split(answer.text):
+            last = max(
+                (at for at, (first, past) in enumerate(answer.spans) if first < end and first < past), default=-1
+            )
+            if last >= begin:
+                rewards[row, last] = 1.0 if sum(probs[begin : last + 1]) / (last + 1 - begin) >= 0.5 else -1.0
+                begin = last + 1
+    return counted(rewards, action_mask)
+
+
+def sequence_reward(
+    scores: torch.Tensor, action_mask: torch.Tensor, clip: float = 5.0, mean: float = 0.0, std: float = 1.0
+) -> torch.Tensor:
     """PPO_seq: the reward model's score of the whole response, on its last action (Eq. 1).
 
-    ``scores`` ``(B, A)``: the reward model's value at each response token, of which only the last counts; it is
-    clamped to +-``clip`` as DeepSpeed-Chat does. Rows without an action stay 0.
+    ``scores`` ``(B, A)`` or ``(B, 1)``: the score at each response's last token, at least; (score - ``mean``) /
+    ``std`` is clamped to +-``clip`` as DeepSpeed-Chat does. Returns ``(B, A)``; rows without an action stay 0.
     """
-    return counted(scores.clamp(-clip, clip), last_action(action_mask))
+    last = last_action(action_mask)
+    return counted(((scores - mean) / std).clamp(-clip, clip).expand_as(last), last)
 
 
-def random_reward(scores: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+def sum_at_the_end(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """The sum of all r_t on the last action: what the discriminator says, without saying where (a control).
+
+    Shapes as ``continuous_reward``.
+    """
+    return continuous_reward(positive_probs, action_mask).sum(1, keepdim=True) * last_action(action_mask)
+
+
+def uniform_reward(scores: torch.Tensor, action_mask: torch.Tensor, **scale: float) -> torch.Tensor:
+    """The score of the whole response in equal parts on all of its actions: a control. Arguments of the last one."""
+    total = sequence_reward(scores, action_mask, **scale).sum(1, keepdim=True)
+    return total / action_mask.sum(1, keepdim=True).clamp(min=1) * action_mask
+
+
+def attention_reward(
+    scores: torch.Tensor, attention: torch.Tensor, action_mask: torch.Tensor, beta: float = 0.8, **scale: float
+) -> torch.Tensor:
+    """ABC (Chan et al., 2024): a share ``beta`` of the score goes where the reward model looked, the rest to the end.
+
+    r_t = beta R alpha_t + (1 - beta) R [t last], alpha the attention of the last token to the response's tokens,
+    ``(B, A)``, scaled to sum to 1. The sum stays R, so the best policy stays the best. ``scores`` and ``scale`` as in
+    ``sequence_reward``.
+    """
+    score = sequence_reward(scores, action_mask, **scale)
+    attention = counted(attention, action_mask)
+    shares = attention / attention.sum(1, keepdim=True).clamp(min=1e-8)
+    return beta * score.sum(1, keepdim=True) * shares + (1 - beta) * score
+
+
+def token_score_reward(scores: torch.Tensor, action_mask: torch.Tensor, baseline: float = 0.5) -> torch.Tensor:
+    """Preference-grounded guidance (Yang et al., 2023): the token reward model's own number, less ``baseline``.
+
+    ``scores`` ``(B, A)`` of a model trained with ``--objective token_pairs``, squashed to about (0, 1) as it was then.
+    All are positive: without a baseline near their mean, longer answers are better ones.
+    """
+    return counted(squash(scores) - baseline, action_mask)
+
+
+def random_reward(action_mask: torch.Tensor) -> torch.Tensor:
     """Uniform in [-1, 1], whatever the text: the control that must not help."""
     return (2 * torch.rand_like(action_mask, dtype=torch.float32) - 1) * action_mask
 
@@ -87,21 +163,38 @@ def last_action(action_mask: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Reward:
-    """A named reward: its function and how many labels the model behind it has (2 discriminator, 1 score, 0 none)."""
+    """A named reward: a function of what ``needs`` names, and of the action mask.
 
-    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ``labels`` of the model behind it: 2 a discriminator, 1 a sequence reward model, 0 none. ``needs``: scores of that
+    model (``reward_models.SCORES``), or ``answers``.
+    """
+
+    function: Callable[..., torch.Tensor]
     labels: int
+    needs: tuple[str, ...]
+    of_tokens: bool = False  # its model was trained by ``--objective token_pairs``
 
 
+_D, _SCORE = ("positive_probs",), ("sequence_score",)
 REWARDS = {
-    "tlcr": Reward(continuous_reward, 2),
-    "tlcr_fixed": Reward(fixed_reward, 2),
-    "tlcr_positive_only": Reward(positive_only_reward, 2),
-    "tlcr_negative_only": Reward(negative_only_reward, 2),
-    "tlcr_released_code": Reward(released_code_reward, 2),
-    "sequence": Reward(sequence_reward, 1),
-    "random": Reward(random_reward, 0),
+    "tlcr": Reward(continuous_reward, 2, _D),
+    "tlcr_fixed": Reward(fixed_reward, 2, _D),
+    "tlcr_positive_only": Reward(positive_only_reward, 2, _D),
+    "tlcr_negative_only": Reward(negative_only_reward, 2, _D),
+    "tlcr_released_code": Reward(released_code_reward, 2, _D),
+    "tlcr_sum": Reward(sum_at_the_end, 2, _D),
+    "tlcr_redistributed": Reward(redistributed_reward, 2, _D),
+    "segments": Reward(segment_reward, 2, ("positive_probs", "answers")),
+    "sentences": Reward(functools.partial(segment_reward, split=sentences), 2, ("positive_probs", "answers")),
+    "sequence": Reward(sequence_reward, 1, _SCORE),
+    "uniform": Reward(uniform_reward, 1, _SCORE),
+    "abc": Reward(attention_reward, 1, ("sequence_score", "last_attention")),
+    "token_scores": Reward(token_score_reward, 1, ("token_scores",), of_tokens=True),
+    "random": Reward(random_reward, 0, ()),
 }
+
+
+SUM_TO_THE_SCORE = ("sequence", "uniform", "abc")
 
 
 @dataclass(frozen=True)
@@ -169,7 +262,7 @@ def load_function(path: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a stranger's module raises
-        raise InputError(f"--reward python:{path}: {told(error)}") from error
+        raise InputError(f"--reward python:{path}: {describe_error(error)}") from error
     if not callable(function):
         raise InputError(f"--reward python:{path}: is not a function")
     return function

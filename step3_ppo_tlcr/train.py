@@ -12,20 +12,31 @@ from transformers import PreTrainedTokenizerFast
 from deepspeed_chat_tlcr.checkpoints import Checkpoints, fingerprint, same_command
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
-from deepspeed_chat_tlcr.models import embedding_rows, label_count, require_attention, require_positions
+from deepspeed_chat_tlcr.models import (
+    embedding_rows,
+    label_count,
+    require_attention,
+    require_positions,
+    token_aggregate,
+    trained_positions,
+)
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
-from step3_ppo_tlcr.engines import Models, RewardSum, action_logits, load_reference, train_actor, train_critic
+from deepspeed_chat_tlcr.training import warn_of_warmup
+from step3_ppo_tlcr.engines import load_reference, train_actor, train_critic
 from step3_ppo_tlcr.heldout import HeldOut
+from step3_ppo_tlcr.models import Models
 from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.ppo import PPO
 from step3_ppo_tlcr.pretraining import Pretraining, load_blocks
 from step3_ppo_tlcr.prompts import load_prompts, require_a_set, set_size
 from step3_ppo_tlcr.remax import ReMax
+from step3_ppo_tlcr.reward_models import RewardSum
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, parse_rewards
 from step3_ppo_tlcr.rollout import make_rollouts
 from step3_ppo_tlcr.run import Run, sets_by_step, step_to_continue
+from step3_ppo_tlcr.scores import action_logits
 from step3_ppo_tlcr.trainer import Trainer
 
 ALGORITHMS = {"ppo": PPO, "remax": ReMax}
@@ -36,7 +47,7 @@ def reward_specs(options: Options) -> list[RewardSpec]:
     critic = options.critic_model_name_or_path
     if options.reward_terms != ["auto"]:
         return parse_rewards(options.reward_terms, critic)
-    names = {2: "tlcr", 1: "sequence"}
+    names = {2: "tlcr", 1: "token_scores" if token_aggregate(critic) else "sequence"}
     labels = label_count(critic)
     if labels not in names:
         raise InputError(
@@ -52,9 +63,28 @@ def require_rewards(specs: Sequence[RewardSpec]) -> None:
     for spec in specs:
         if spec.name == "python":
             load_function(spec.path)
-        elif spec.path is not None and (labels := label_count(spec.path)) != (needed := REWARDS[spec.name].labels):
+            continue
+        needed = REWARDS[spec.name]
+        if spec.path is None:
+            continue
+        labels = label_count(spec.path)
+        if labels != needed.labels:
             found = f"{labels or 'no'} label" + "s" * (labels != 1)
-            raise InputError(f"--reward {spec.name}: {spec.path!r} is not {what[needed]}: it has {found}")
+            raise InputError(f"--reward {spec.name}: {spec.path!r} is not {what[needed.labels]}: it has {found}")
+        if needed.of_tokens != bool(token_aggregate(spec.path)):
+            other = "a model of --objective token_pairs" if needed.of_tokens else what[1]
+            raise InputError(f"--reward {spec.name}: {spec.path!r} is not {other}")
+
+
+def sets_of(options: Options, runtime: Runtime, prompts: Sequence[list[int]]) -> int:
+    """Sets of rollouts of a whole run."""
+    return len(prompts) // set_size(options, runtime) * options.num_train_epochs
+
+
+def updates_of(options: Options, runtime: Runtime, prompts: Sequence[list[int]]) -> int:
+    """Optimiser steps of a whole run."""
+    per_set = options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
+    return sets_of(options, runtime, prompts) * per_set
 
 
 def build(
@@ -65,10 +95,11 @@ def build(
     specs: Sequence[RewardSpec],
 ) -> Trainer:
     """Load every model and make the trainer of ``--algo``."""
-    sets = len(prompts) // set_size(options, runtime) * options.num_train_epochs
-    updates = sets * options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
-    actor = train_actor(options, runtime, updates)
-    critic = train_critic(options, runtime, updates) if options.algo == "ppo" else None
+    sets, updates = sets_of(options, runtime, prompts), updates_of(options, runtime, prompts)
+    if options.critic_warmup_steps >= sets:
+        raise InputError(f"--critic_warmup_steps {options.critic_warmup_steps}: the run has {sets} sets of rollouts")
+    actor = train_actor(options, runtime, updates - updates // sets * options.critic_warmup_steps)
+    critic = train_critic(options, runtime, updates, specs) if options.algo == "ppo" else None
     models = Models(
         actor=actor,
         critic=critic,
@@ -107,6 +138,7 @@ def train(options: Options, runtime: Runtime) -> None:
     done = step_to_continue(checkpoints, options, known_by, runtime)
     sets = len(prompts) // set_size(options, runtime)
     steps = sets * options.num_train_epochs
+    warn_of_warmup(options, runtime, updates_of(options, runtime, prompts))
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
     # ---- models ----
@@ -151,12 +183,20 @@ def common_tokenizer(options: Options, specs: Sequence[RewardSpec]) -> PreTraine
     others = {options.critic_model_name_or_path: "critic"}
     if options.reference_model_name_or_path:
         others[options.reference_model_name_or_path] = "reference model"
-    others |= {spec.path: "reward model" for spec in specs if spec.name != "python" and spec.path}
+    judges = {spec.path: "reward model" for spec in specs if spec.name != "python" and spec.path}
+    if options.reward_tokenizer == "same":
+        others |= judges
     longest = options.max_prompt_seq_len + options.max_answer_seq_len
     for path in (options.actor_model_name_or_path, *others):
         require_positions(path, longest, "--max_prompt_seq_len + --max_answer_seq_len")
+        if (known := trained_positions(path)) and options.max_answer_seq_len > known:
+            raise InputError(
+                f"--max_answer_seq_len {options.max_answer_seq_len}: {path} was trained for {known} positions, prompt "
+                "included"
+            )
     for path, role in others.items():
-        require_same_tokenizer(tokenizer, load_tokenizer(path, options.new_eos), role)
+        own = "--reward_tokenizer own lets it read answers by its own" if path in judges else None
+        require_same_tokenizer(tokenizer, load_tokenizer(path, options.new_eos), role, own)
         if embedding_rows(path) < rows:
             raise InputError(
                 f"{path} has embeddings for {embedding_rows(path)} tokens, the actor for {rows}: it could write tokens "

@@ -18,15 +18,16 @@ from deepspeed_chat_tlcr.generation import Decoding
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.averages import Averages, RunningScale
 from step3_ppo_tlcr.ema import WeightAverage
-from step3_ppo_tlcr.engines import Models, action_logits, state_values
 from step3_ppo_tlcr.experience import Experience, Rollout
 from step3_ppo_tlcr.faults import Faults
 from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs
 from step3_ppo_tlcr.measures import finished, measure_rollout, peak_memory, throughputs
+from step3_ppo_tlcr.models import Models
 from step3_ppo_tlcr.objectives import adapted_beta, k1, k3, masked_mean
 from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.pretraining import Pretraining
 from step3_ppo_tlcr.rollout import request, to_rollout
+from step3_ppo_tlcr.scores import action_logits, state_values
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Trainer(ABC):
         self.faults = Faults(options.max_faults, self.device)
         self.experiences: list[Experience] = []  # of the newest step
         self.seconds: dict[str, float] = {}
+        self.sets = 0  # of rollouts that were learnt from
         self.updates = 0  # optimiser steps of the newest step
         self.gradient_norms: dict[str, float] = {}  # by role, of the newest optimiser step
 
@@ -92,6 +94,7 @@ class Trainer(ABC):
         if len(self.experiences) == len(rollouts):
             with self._timed("train"):
                 self.learn(self.experiences, averages)
+                self.sets += 1
         metrics = self._metrics(averages, rollouts)
         self.faults.count(skipped=self.updates == 0)
         return metrics
@@ -122,7 +125,7 @@ class Trainer(ABC):
     def experience(self, rollout: Rollout, averages: Averages) -> Experience | None:
         """Rewards, reference log-probs and values; off the on-policy path also the old log-probs."""
         mask = rollout.action_mask
-        rewards, terms = self.models.reward(rollout)
+        rewards, terms = self.models.reward(rollout, learn=True)
         if self.faults.found(rollout, rewards):
             return None
         if self.options.scale_rewards:
@@ -182,6 +185,8 @@ class Trainer(ABC):
             "beta": self.beta,
             "kl_ctl": self.options.kl_ctl,
             "scale": self.scale.state(),
+            "reward_scales": self.models.reward.state(),
+            "sets": self.sets,
             "faults_in_a_row": self.faults.in_a_row,
             "pretraining_position": self.pretraining.position if self.pretraining else 0,
         }
@@ -190,6 +195,9 @@ class Trainer(ABC):
         if self.options.kl_target is not None and state.get("kl_ctl", self.options.kl_ctl) == self.options.kl_ctl:
             self.beta = state["beta"]
         self.scale = RunningScale(*state["scale"])
+        if "reward_scales" in state:  # not in checkpoints of before --normalise_rewards
+            self.models.reward.restore(state["reward_scales"])
+        self.sets = state.get("sets", self.options.critic_warmup_steps)
         self.faults.in_a_row = state["faults_in_a_row"]
         if self.pretraining is not None:
             self.pretraining.position = state["pretraining_position"]
@@ -268,7 +276,8 @@ class Trainer(ABC):
                 if self.faults.found(batch, loss.value):
                     left_out[loss.role] += 1
                     continue
-                ready += self._backward(loss, share, averages)
+                if loss.role != "actor" or self.sets >= self.options.critic_warmup_steps:
+                    ready += self._backward(loss, share, averages)
                 self._record(loss, batch.rollout.action_mask, averages)
                 if loss.role == "actor":
                     moved.add("kl", loss.measured["policy/approx_kl"], batch.rollout.action_mask)

@@ -18,8 +18,8 @@ from deepspeed_chat_tlcr.training import pad_examples
 from step1_sft.sft import collate as collate_sft
 from step1_sft.sft import packed_nll
 from step2_discriminator.objectives import end_scores, pair_loss, token_loss
-from step3_ppo_tlcr.engines import action_logits, positive_probs, state_values
 from step3_ppo_tlcr.experience import Rollout
+from step3_ppo_tlcr.scores import action_logits, positive_probs, state_values
 
 
 def test_rows_go_into_the_first_pack_with_room():

@@ -17,9 +17,9 @@ from deepspeed_chat_tlcr.tokenization import (
     truncate,
 )
 from deepspeed_chat_tlcr.training import LengthGroupedSampler, pad_examples
-from step3_ppo_tlcr.engines import action_logits
 from step3_ppo_tlcr.experience import Experience, Rollout, at_actions, before_actions
 from step3_ppo_tlcr.logprobs import token_logprobs
+from step3_ppo_tlcr.scores import action_logits
 
 TEXTS = ["\n\nHuman: Is the sea blue?\n\nAssistant: Yes, it isn't green.", "abcdefghij naïve 東京 3.14"]
 
