@@ -82,11 +82,6 @@ class Program:
     def options(self) -> type:
         return importlib.import_module(self.module).Options
 
-    def origin(self, names: Iterator[str]) -> str:
-        """The first peer that has a flag of one of these names; empty for one of our own."""
-        wanted = set(names)
-        return next((peer for peer, flags in self.peers.items() if flags & wanted), "")
-
 
 _CHAT, _TLCR, _REMAX = "DeepSpeed-Chat", "RLHF-TLCR", "ReMax"
 _FORK_STEP_1 = _names(f"{_STEP_1} {_FORK}")
@@ -132,7 +127,7 @@ def _state(entry, origin: str) -> str:
 def _rows(program: Program, group: OptionGroup) -> Iterator[str]:
     for entry in group.entries:
         names = [entry.name, *(flag.lstrip("-") for flag in entry.metadata["flags"])]
-        origin = program.origin(iter(names))
+        origin = next((peer for peer, flags in program.peers.items() if flags & set(names)), "")
         cells = (
             ", ".join(f"`--{name}`" for name in names),
             _shown(default_of(program.options, entry)),

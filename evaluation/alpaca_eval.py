@@ -25,7 +25,7 @@ from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, judge_all, message_id
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt
-from evaluation.policies import PolicyOptions, Question, Reply, parse_models
+from evaluation.policies import PolicyOptions, Question, Replies, Reply, parse_models
 from evaluation.prompts import PromptOptions, answer_prompts, read_prompts
 from evaluation.report import part_program
 from evaluation.results import save_results
@@ -35,7 +35,6 @@ from evaluation.verdicts import read_preference
 EQUAL = "equal answers"
 ANNOTATORS = Path(__file__).parent / "annotators"
 """Our own configurations for the package, a folder each."""
-Replies = dict[str, dict[int | str, Reply]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,18 +5,17 @@ part is started again. The cost cap covers everything judged into one --out, als
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.client import (
@@ -164,11 +163,13 @@ class SharedAccount(Account):
     def __init__(self, folder: Path, *account, **more):
         super().__init__(*account, **more)
         self.folder, self.out = folder, folder.parents[2]
-        with alone(self.out):
+        # Held by the one judge of OUT that reads or writes what was spent.
+        self.spending = FileLock(self.out / ".spending", poll_interval=0.01)
+        with self.spending:
             self._write(0.0)
 
     def fits(self, usd: float) -> bool:
-        with alone(self.out):
+        with self.spending:
             total = self.spent + self.lost + self.held + usd
             fits = self.cap is None or total + self._elsewhere() <= self.cap
             if fits:
@@ -177,7 +178,7 @@ class SharedAccount(Account):
 
     def settle(self, *ended, **more):
         super().settle(*ended, **more)
-        with alone(self.out):
+        with self.spending:
             self._write(0.0)
 
     def _write(self, usd: float):
@@ -198,14 +199,6 @@ def spent(folder: Path) -> float:
         return 0.0
     saved = RunFolder(folder).saved_summary()  # of a version that wrote no such file
     return (saved.get("usd") or 0.0) + (saved.get("usd_possibly_billed_without_answer") or 0.0)
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """Lock the accounts of ``out``: meanwhile no other judge reads or writes what was spent."""
-    with (out / ".spending").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------

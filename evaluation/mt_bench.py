@@ -22,7 +22,7 @@ from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
 from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, file_name, judge_all, message_id
-from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, is_text, parse_models, read_replies
+from evaluation.policies import PolicyOptions, Question, Replies, answers_of, is_text, parse_models, read_replies
 from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.stats import bootstrap_interval
@@ -132,9 +132,6 @@ def read_questions(path: Path) -> list[dict]:
 
 # ---- judgments -------------------------------------------------------------------------------------------------------
 
-Replies = dict[str, dict[int | str, Reply]]
-"""By model, then by question."""
-
 
 def requests(bench: Bench, replies: Replies) -> dict[tuple, Judged]:
     """What is asked, by (model, question's place, turn)."""
@@ -219,9 +216,7 @@ def run(options: Options) -> Shortfall | None:
     models, bench = parse_models(options.models), read_bench(options.mt_bench_dir, options.judge)
     check_judge(options)
     folder = Path(options.out) / "mt_bench"
-    replies: Replies = {}
-    for name, path in models.items():
-        replies[name] = answer_all(Policy(name, path, options), bench.asked, folder / "model_answer")
+    replies = answers_of(models, bench.asked, options, folder / "model_answer")
     if not options.judge:
         print(f"{folder / 'model_answer'}: answers of {', '.join(models)}; --judge NAME rates them")
         return None

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
@@ -88,6 +88,10 @@ class Reply:
     turns: list[str]
     tokens: list[int]
     ended: list[bool]
+
+
+Replies = dict[str, dict[int | str, Reply]]
+"""By model, then by question."""
 
 
 def parse_models(entries: Sequence[str]) -> dict[str, str]:
@@ -252,6 +256,13 @@ def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> d
         bar.update(len(batch))
     bar.close()
     return {question.id: done[question.id] for question in questions}
+
+
+def answers_of(
+    models: Mapping[str, str], questions: Sequence[Question], options: PolicyOptions, folder: Path
+) -> Replies:
+    """The replies of every model (``answer_all``)."""
+    return {name: answer_all(Policy(name, path, options), questions, folder) for name, path in models.items()}
 
 
 def answers_folder(out: str | Path, questions: Sequence[Question]) -> Path:

@@ -10,7 +10,7 @@ from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.data.sources import place, read_records, suffix_of
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, answers_folder, is_text
+from evaluation.policies import PolicyOptions, Question, Replies, answers_folder, answers_of, is_text
 
 FIELDS = ("instruction", "prompt")
 
@@ -57,12 +57,10 @@ def read_prompts(options: PromptOptions, model: str) -> list[Question]:
     return once[: options.prompt_count or None]
 
 
-def answer_prompts(
-    models: Mapping[str, str], questions: Sequence[Question], options: PolicyOptions
-) -> dict[str, dict[int | str, Reply]]:
-    """By model, its reply to each prompt, of at most ``--max_answer_seq_len`` tokens."""
-    brief, folder = replace(options, max_new_tokens=options.max_answer_seq_len), answers_folder(options.out, questions)
-    return {name: answer_all(Policy(name, path, brief), questions, folder) for name, path in models.items()}
+def answer_prompts(models: Mapping[str, str], questions: Sequence[Question], options: PolicyOptions) -> Replies:
+    """Every model's reply to each prompt, of at most ``--max_answer_seq_len`` tokens."""
+    brief = replace(options, max_new_tokens=options.max_answer_seq_len)
+    return answers_of(models, questions, brief, answers_folder(options.out, questions))
 
 
 def prompts_of_file(path: str, temperature: float, for_models: bool = True) -> list[Question]:

@@ -504,7 +504,7 @@ def test_preflight_lists_everything_at_once(tmp_path):
     assert done.returncode == 2
     found = problems(done)
     for expected in (
-        "no GPU was found, NUM_GPUS=8",
+        "no GPU was found, but NUM_GPUS=8",
         "MASTER_PORT=",
         "GENERATION_BATCH_SIZE=16 is not a multiple of PPO_BATCH_SIZE=3",
         "DECODE_BATCH_SIZE=24 is not a multiple of GENERATION_BATCH_SIZE=16",

@@ -34,27 +34,17 @@ CARDS = {
     # H200 SXM (2024).
     "H200": Card(989e12, 4.8e12, 450e9, 64e9),
 }
-NETWORK = 25e9
-"""Bytes a second of each GPU's own adapter between nodes, 200 Gb/s, as a DGX A100 has."""
-LINK_SHARE = 0.7
-"""What collectives and copies reach of a link."""
-LAUNCH = 16e-6
-"""Seconds that the host needs to launch an operator of PyTorch; a replayed CUDA graph is one launch."""
-WAIT = 20e-6
-"""Seconds between the end of work that the host waits for and its next launch."""
-KERNEL = 2e-6
-"""Seconds that the smallest kernel takes."""
-OPERATORS = (54, 42)
-"""Launches of an eager decoding step: of a block, and beside the blocks (counted, Llama)."""
-HOST_ADAM = 0.22
-"""Seconds that a node's processors take for Adam on a billion offloaded parameters, transfers included."""
-GPU_ADAM = 28
-"""Bytes that Adam reads and writes of a parameter: it, two moments, 16-bit copy and gradient."""
-PADDING = 0.44
-"""Share of a batch's tokens that is padding, on HH-RLHF's lengths in batches of 16 as they come."""
-FILES = 1e9
-"""Bytes a second that a node's disk reads and writes."""
-UNCERTAINTY = 1.5
+NETWORK = 25e9  # bytes a second of each GPU's own adapter between nodes, 200 Gb/s, as a DGX A100 has
+LINK_SHARE = 0.7  # what collectives and copies reach of a link
+LAUNCH = 16e-6  # seconds in which the host launches an operator of PyTorch, or replays a CUDA graph
+WAIT = 20e-6  # seconds between the end of work that the host waits for and its next launch
+KERNEL = 2e-6  # seconds of the smallest kernel
+OPERATORS = (54, 42)  # launches of an eager decoding step: of a block, and beside the blocks (counted, Llama)
+HOST_ADAM = 0.22  # seconds of a node's processors for Adam on a billion offloaded parameters, transfers included
+GPU_ADAM = 28  # bytes that Adam reads and writes of a parameter: it, two moments, 16-bit copy and gradient
+PADDING = 0.44  # share of a batch's tokens that is padding, on HH-RLHF's lengths in batches of 16 as they come
+FILES = 1e9  # bytes a second that a node's disk reads and writes
+UNCERTAINTY = 1.5  # factor within which the hours are expected to be right
 
 
 def kernel(card: Card, operations: float, size: float) -> float:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
-from training_scripts.planning.memory import GIB, stage_needs
+from training_scripts.planning.memory import GIB, Need, stage_needs
 from training_scripts.planning.model_shapes import ModelShape, shape_of
 from training_scripts.planning.recipe import ALONE, Recipe
 
@@ -120,13 +120,8 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
             f"NUM_GPUS={wanted}, but {accelerator.device_count()} GPU(s) are visible",
             "lower NUM_GPUS (and look at PLAN=1: fewer GPUs need more memory each), or check CUDA_VISIBLE_DEVICES",
         )
-    shape = known_shape(recipe)
-    if shape is None:
-        return
     free = {device: accelerator.available_memory(device) for device in range(min(wanted, accelerator.device_count()))}
-    for stage, need in stage_needs(recipe, shape).items():
-        if recipe.is_complete(stage):
-            continue
+    for stage, need in _needs(recipe).items():
         short = [device for device, memory in free.items() if memory < need.gpu_total]
         if short:
             yield Problem(
@@ -142,19 +137,23 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
         yield from _host_memory(recipe)
 
 
-def _host_memory(recipe: Recipe) -> Iterator[Problem]:
+def _needs(recipe: Recipe) -> dict[str, Need]:
+    """Memory of the stages that are not complete yet; none where the model's sizes are not known."""
     shape = known_shape(recipe)
-    if shape is None or not hasattr(os, "sysconf"):
-        return
+    needs = stage_needs(recipe, shape) if shape else {}
+    return {stage: need for stage, need in needs.items() if not recipe.is_complete(stage)}
+
+
+def _host_memory(recipe: Recipe) -> Iterator[Problem]:
     import psutil
     from deepspeed.accelerator import get_accelerator
 
     ranks = next(iter(recipe.hosts().values())) if get_accelerator().device_name() == "cpu" else 0
     available = psutil.virtual_memory().available
-    for stage, need in stage_needs(recipe, shape).items():
+    for stage, need in _needs(recipe).items():
         # On a CPU a Python process's own size takes the place of a GPU's reserve: a tenth of it.
         total = need.host_total + ranks * (need.gpu_total - 0.9 * need.gpu["reserve"])
-        if not recipe.is_complete(stage) and total > available:
+        if total > available:
             yield Problem(
                 f"{stage} needs about {total / GIB:.0f} GiB of this machine's memory, {available / GIB:.0f} are free",
                 "use fewer ranks, a smaller model or batch, or switch offload off where GPUs have room",
@@ -186,6 +185,9 @@ def check_port(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(
                 f"MASTER_PORT={recipe.master_port} cannot be used ({error})", "set MASTER_PORT to a free port"
             )
+
+
+MACHINE: tuple[Check, ...] = (check_packages, check_compiler, check_accelerators, check_nodes, check_port)
 
 
 def known_shape(recipe: Recipe) -> ModelShape | None:

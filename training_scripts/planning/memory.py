@@ -14,16 +14,12 @@ from training_scripts.planning.model_shapes import ModelShape
 from training_scripts.planning.recipe import ALONE, CLASSIFIERS, Recipe
 
 GIB = 2**30
-REDUCE_BUCKET = 500_000_000
-"""Elements of DeepSpeed's gradient bucket (its default)."""
-RESERVE = 3 * GIB
-"""CUDA context, NCCL and what the allocator cannot hand out, per GPU."""
-FULL_LOGITS = 14
-"""Bytes a logit costs in transformers' language-model loss: itself 2, fp32 copy 4, log-softmax 4, gradient 4."""
-CHOSEN_LOGITS = 4
-"""The same where only the chosen tokens' log-probabilities are needed: itself 2, gradient 2."""
-SAVED_STATE = 12
-"""Bytes of a parameter in a checkpoint to continue from: fp32 parameter, momentum and variance."""
+REDUCE_BUCKET = 500_000_000  # elements of DeepSpeed's gradient bucket (its default)
+RESERVE = 3 * GIB  # CUDA context, NCCL and what the allocator cannot hand out, per GPU
+# Bytes of a logit in transformers' language-model loss (itself 2, fp32 copy 4, log-softmax 4, gradient 4), and where
+# only the chosen tokens' log-probabilities are needed (itself 2, gradient 2).
+FULL_LOGITS, CHOSEN_LOGITS = 14, 4
+SAVED_STATE = 12  # bytes of a parameter in a checkpoint to continue from: fp32 parameter, momentum and variance
 
 
 @dataclass(frozen=True)

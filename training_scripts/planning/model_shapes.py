@@ -47,7 +47,7 @@ class ModelShape:
 KNOWN_MODELS = {
     name: ModelShape(**sizes) for name, sizes in read_json(Path(__file__).with_name("known_models.json")).items()
 }
-"""By a part of the hub name: "meta-llama/Llama-2-7b-chat-hf" is "llama-2-7b". Written by ``counted``."""
+"""By a part of the hub name: "meta-llama/Llama-2-7b-chat-hf" is "llama-2-7b". Fields as ``counted`` gives them."""
 
 
 def shape_of(model: str, config: str = "") -> ModelShape:

@@ -25,18 +25,7 @@ from deepspeed_chat_tlcr.asking.redaction import printable, without_secrets
 from deepspeed_chat_tlcr.errors import EXIT_INPUT, InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_json
 from training_scripts.planning.hours import work_of
-from training_scripts.planning.machine_checks import (
-    ROOT,
-    Check,
-    Problem,
-    check_accelerators,
-    check_compiler,
-    check_nodes,
-    check_packages,
-    check_port,
-    known_shape,
-    package_problems,
-)
+from training_scripts.planning.machine_checks import MACHINE, ROOT, Check, Problem, known_shape, package_problems
 from training_scripts.planning.memory import GIB
 from training_scripts.planning.plan import disk_needs, label_price, most_disk
 from training_scripts.planning.recipe import Recipe
@@ -252,18 +241,6 @@ def go_offline_if_need_be(recipe: Recipe) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-CHECKS: tuple[Check, ...] = (
-    check_packages,
-    check_compiler,
-    check_accelerators,
-    check_nodes,
-    check_port,
-    check_batches,
-    check_output,
-    check_labelling,
-    check_model,
-    check_data,
-)
 MADE_BY_RUN: tuple[Check, ...] = (check_labelling, check_model, check_data)
 """Checks of what run_tiny.sh makes itself: model, data and reviser."""
 
@@ -279,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         recipe = Recipe.from_environment()
         recipe.hosts()
-        checks = [check for check in CHECKS if not (argv and check in MADE_BY_RUN)]
+        checks = [*MACHINE, check_batches, check_output, *([] if argv else MADE_BY_RUN)]
         if not argv:
             go_offline_if_need_be(recipe)
         problems, checked = [problem for check in checks for problem in check(recipe)], len(checks)

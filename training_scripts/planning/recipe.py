@@ -189,10 +189,11 @@ def _read(name: str, kind: type, environment: Mapping[str, str], problems: list[
     if text is None:
         problems.append(f"{variable} is not set")
         return None
+    read, expected = _READERS[kind]
     try:
-        value = _READERS[kind](text)
-    except ValueError:
-        problems.append(f"{variable}={text}: expected {_EXPECTED[kind]}")
+        value = read(text)
+    except (ValueError, KeyError):
+        problems.append(f"{variable}={text}: expected {expected}")
         return None
     least = int(not field.endswith(_MAY_BE_ZERO))
     if field.endswith("zero_stage"):
@@ -207,17 +208,12 @@ def _read(name: str, kind: type, environment: Mapping[str, str], problems: list[
     return value
 
 
-def _switch(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError
-    return text == "1"
-
-
-def _switch_or_auto(text: str) -> bool | None:
-    return None if text == "auto" else _switch(text)
-
-
-_READERS = {str: str, int: int, float: float, bool: _switch, bool | None: _switch_or_auto}
+_SWITCH = {"0": False, "1": True}
+_READERS = {
+    str: (str, "a text"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    bool: (_SWITCH.__getitem__, "1 (on) or 0 (off)"),
+    bool | None: ((_SWITCH | {"auto": None}).__getitem__, "1 (on), 0 (off) or auto"),
+}
 _MAY_BE_ZERO = ("decode_batch_size", "ppo_save_interval", "tokens_per_micro_batch")
-_EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}
-_EXPECTED[bool | None] = "1 (on), 0 (off) or auto"
