@@ -16,6 +16,7 @@ from deepspeed_chat_tlcr.pictures import (
     missing_chart,
     number,
     paragraph,
+    point_chart,
     radar_chart,
     sample_html,
     table_html,
@@ -348,6 +349,9 @@ def curves(results: dict) -> Html:
         lines = [Series(one["name"], one["x"], [nan(y) for y in one["y"]]) for one in chart["series"]]
         drawn.append(line_chart(lines, chart["title"], "step", chart["unit"], results["smoothing"]))
     drawn += [missing_chart(key, "not recorded by any run") for key in results["absent"]]
+    if both := results.get("frontier"):
+        points = [(name, *place) for name, place in both["points"].items()]
+        drawn.append(point_chart(points, "Frontier of two objectives", *both["keys"], line=both["on"]))
     note = "Lines are smoothed, raw values behind them. The same charts as PNG are in curves/." * bool(
         results["smoothing"]
     )

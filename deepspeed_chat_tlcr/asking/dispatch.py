@@ -8,7 +8,7 @@ import asyncio
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from deepspeed_chat_tlcr.asking.endpoint import (
@@ -142,8 +142,13 @@ class Dispatcher(Asker):
         self.let_loose = asyncio.Event()  # the first request has told how to ask: the others may follow
         self.error: BaseException | None = None
 
-    async def run(self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None) -> str | None:
-        """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk)."""
+    async def run(
+        self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None, heed_signals: bool = True
+    ) -> str | None:
+        """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk).
+
+        ``heed_signals``: SIGINT and SIGTERM stop it; otherwise they stay the caller's.
+        """
         self.on_outcome = on_outcome
         source = iter(requests)
         loop = asyncio.get_running_loop()
@@ -151,7 +156,7 @@ class Dispatcher(Asker):
         spare = max(8, self.limits.concurrency // 4)
         count = self.limits.concurrency + spare
         workers = [loop.create_task(self._work(source, alone=number == 0)) for number in range(count)]
-        with on_stop_signals(lambda name: self._on_signal(workers, name)):
+        with on_stop_signals(lambda name: self._on_signal(workers, name)) if heed_signals else nullcontext():
             stopped = loop.create_task(self.stopping.wait())
             everything: asyncio.Future = asyncio.gather(*workers)
             await asyncio.wait([stopped, everything], return_when=asyncio.FIRST_COMPLETED)

@@ -171,9 +171,11 @@ def point_chart(
     x_label: str = "",
     y_label: str = "",
     intervals: Sequence[tuple[float, float] | None] | None = None,
+    line: Sequence[str] = (),
 ) -> Html:
     """One dot for each ``(name, x, y)``; ``intervals`` draw (low, high) whiskers of y. Not finite: left out.
 
+    ``line``: names of points that a line connects, in its order.
     The names stand beside a few dots, and in a legend above more than ``NAMED_POINTS``, which would cover each other.
     """
     intervals = intervals or [None] * len(points)
@@ -188,6 +190,10 @@ def point_chart(
     heights = [y for _, (_, _, y), _ in shown] + [edge for *_, pair in shown if pair for edge in pair]
     plot = _Plot(x_ticks[0], x_ticks[-1], ticks(*_ends(heights)))
     body = [plot.frame(x_label, y_label, x_ticks)]
+    if line:
+        at = {name: (x, y) for _, (name, x, y), _ in shown}
+        xs, ys = zip(*(at[name] for name in line), strict=True)
+        body.append(plot.path(xs, ys, "series raw", 'style="--k:var(--s0)"'))
     taken: list[tuple[float, float, float]] = []
     for index, (name, x, y), interval in sorted(shown, key=lambda one: one[1][2], reverse=True):
         named = len(shown) <= NAMED_POINTS

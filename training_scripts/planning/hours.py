@@ -4,7 +4,7 @@ import math
 
 from training_scripts.planning import duration, memory
 from training_scripts.planning.model_shapes import ModelShape
-from training_scripts.planning.recipe import Recipe
+from training_scripts.planning.recipe import ONE_ANSWER, Recipe
 
 CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
 """Stages that train a token classifier, and its labels."""
@@ -32,9 +32,10 @@ def trained_alone(
     training = recipe.trainings[stage]
     labels = CLASSIFIERS.get(stage)
     parameters = shape.classifier_parameters(labels) if labels else shape.causal_parameters
-    row = min(prompt + answer, recipe.max_seq_len)
+    answers = 3 if stage == "step2_grm" else 1  # it reads two before the one that it writes
+    row = min(prompt + answers * answer, recipe.longest(stage))
     packed = labels and training.tokens_per_micro_batch
-    second = 0 if stage == "step1" else min(answer, row) if packed else row
+    second = 0 if stage in ONE_ANSWER else min(answer, row) if packed else row
     tokens = training.epochs * examples * (row + second)
     passes = 4 if training.gradient_checkpointing else 3
     compared = stage == "dpo"  # with a frozen reference's forward pass
@@ -88,7 +89,7 @@ def ppo_step(recipe: Recipe, shape: ModelShape, prompt: float, answer: float, of
         duration.zero(card, parameters, stage, passes - 1, ranks, nodes, size)
         for stage in (recipe.actor_zero_stage, *critic)
     )
-    scorers = (recipe.reference_zero_stage, *[recipe.reward_zero_stage] * answers, *critic)
+    scorers = (recipe.reference_zero_stage, *[recipe.reward_zero_stage] * answers * recipe.reward_models, *critic)
     return {
         "decoding": answers * decoded * sequences / rows,
         "scoring": duration.computing(card, through, tokens, len(scorers)),

@@ -218,6 +218,7 @@ def ppo(
     checkpointing: bool,
     averaged: bool = False,
     size: int = 2,
+    reward_models: int = 1,
 ) -> Need:
     """Step 3: four models at once, three where the algorithm has no critic (ReMax).
 
@@ -248,6 +249,7 @@ def ppo(
         offloaded += states.host
         steps[role] = states.step
         loading = max(loading, _loading(parameters, stage, ranks / nodes, size))
+    gpu["reward model"] *= reward_models
     tokens = prompt_tokens + answer_tokens
     chosen = CHOSEN_LOGITS * trained_sequences * answer_tokens * shape.vocabulary
     scored = generated_sequences * answer_tokens * shape.vocabulary

@@ -14,7 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepspeed_chat_tlcr.asking.models import BATCH_DISCOUNT, Price, known_model, price_of
-from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate
+from deepspeed_chat_tlcr.asking.money import (
+    BYTES_PER_TOKEN,
+    EXPLANATION_TOKENS,
+    Estimate,
+    estimate,
+    estimate_tokens,
+)
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
@@ -23,11 +29,12 @@ from training_scripts.planning import duration, hours, memory
 from training_scripts.planning.hours import CLASSIFIERS, optimizer_steps
 from training_scripts.planning.memory import GIB, Need
 from training_scripts.planning.model_shapes import ModelShape, shape_of
-from training_scripts.planning.recipe import ALONE, Recipe
+from training_scripts.planning.recipe import ALONE, ONE_ANSWER, Recipe
 
 HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}
 """Training records of hub data sets that the plan knows without the network."""
 
+SPAN_QUESTION, SPAN_TOKENS = 870, 80  # characters of a question about spans without its texts; tokens of its answer
 LABEL_CONCURRENCY = 32  # calls in flight, labeling/main.py's default
 REVISERS = ("gpt-6-luna", "gpt-6.1-terra", "gpt-6-sol")  # whose price a plan shows beside that of the chosen one
 
@@ -109,8 +116,8 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
                 shape,
                 shape.classifier_parameters(labels) if labels else shape.causal_parameters,
                 # A record is two sequences everywhere but in SFT: the worse and the better response.
-                sequences=(1 if stage == "step1" else 2) * training.batch_size,
-                tokens=recipe.max_seq_len,
+                sequences=(1 if stage in ONE_ANSWER else 2) * training.batch_size,
+                tokens=recipe.longest(stage),
                 scored_logits=not labels,
                 zero_stage=training.zero_stage,
                 offload=training.offload,
@@ -135,6 +142,7 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
                 offload=offload_ppo,
                 checkpointing=recipe.ppo_gradient_checkpointing,
                 averaged=recipe.ppo_ema,
+                reward_models=recipe.reward_models,
                 **shared,
             )
     return needs
@@ -229,6 +237,25 @@ def _reviser_row(recipe: Recipe, texts: Texts, name: str) -> tuple[str, ...]:
     return (name or "(the one served)", *tokens, *usd)
 
 
+def records_of(stage: str, sft: int, reward: int) -> int:
+    """What a stage that trains one model learns from; RLMEC's from every revision twice, to edit and to leave."""
+    return sft if stage == "step1" else 2 * reward if stage == "step2_grm" else reward
+
+
+def spans_report(recipe: Recipe, texts: Texts | str) -> str:
+    """What DRLC's chat model costs while the policy learns: a question for every answer."""
+    title = f"Spans marked by {recipe.span_model} in step 3"
+    if isinstance(texts, str):
+        return f"{title}: {texts}"
+    calls = part_sizes(texts.records, recipe.data_split)[2] * recipe.prompt_epochs
+    answer = (texts.chosen + texts.rejected) / 2
+    price = label_price(replace(recipe, label_model=recipe.span_model))
+    cost = estimate_tokens(
+        calls, round(calls * (SPAN_QUESTION + texts.prompt + answer)), calls * SPAN_TOKENS, price, LABEL_CONCURRENCY
+    )
+    return f"{title}: {cost}"
+
+
 def steps_report(recipe: Recipe, texts: Texts | str) -> str:
     if isinstance(texts, str):
         return f"Optimiser steps: {texts}"
@@ -238,7 +265,7 @@ def steps_report(recipe: Recipe, texts: Texts | str) -> str:
     for stage, folder in recipe.folders().items():
         if stage in ALONE:
             training = recipe.trainings[stage]
-            examples = sft if stage == "step1" else reward
+            examples = records_of(stage, sft, reward)
             per_device, accumulation, epochs = training.batch_size, training.accumulation_steps, training.epochs
         elif stage == "step3":
             examples, per_device = rl, recipe.ppo_batch_size
@@ -260,7 +287,7 @@ def stage_seconds(recipe: Recipe, shape: ModelShape, texts: Texts) -> dict[str, 
     seconds = {}
     for stage, folder in recipe.folders().items():
         if stage in ALONE:
-            examples = sft if stage == "step1" else reward
+            examples = records_of(stage, sft, reward)
             seconds[folder] = hours.trained_alone(recipe, shape, stage, examples, prompt, answer)
         elif stage == "step3":
             sizes = recipe.ppo_batch_size, recipe.ppo_accumulation_steps, recipe.world_size, recipe.prompt_epochs
@@ -392,6 +419,7 @@ def main() -> None:
         return
     texts = find_texts(recipe)
     sections = [labelling_report(recipe, texts)] if recipe.labels_here else []
+    sections += [spans_report(recipe, texts)] if recipe.span_model else []
     if set(recipe.folders()) - {"label"}:
         sections += training_reports(recipe, texts)
     print("\n\n".join(sections))
