@@ -42,16 +42,16 @@ _CITATION = """\
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a model when it is saved. ``kind``: a stage's name in results.json, or critic."""
+    """The facts for a model's card. ``kind``: a stage's name in results.json, or critic."""
 
     kind: str
-    base: str  # folder or hub name of the model that the training started from
+    base: str  # folder or hub name of the model that training started from
     options: Any
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that were not left at their defaults. Of a path only its last part is shown."""
+        """The options that differ from their defaults. Only the last part of a path is shown."""
         given = {}
         for entry in fields(self.options):
             value = getattr(self.options, entry.name)
@@ -69,14 +69,14 @@ class Card:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write README.md into a saved model's folder and copy the base model's licence files, where it is a local folder.
+    """Write README.md into a saved model's folder, and copy the licence files of a base model in a local folder.
 
-    The licence and the name of the base model come from the base model's own card (of a hub name: the cached one, or
-    the Hub's where that can be reached); an unknown licence is called so.
+    Licence and base model come from the base model's own card: for a hub name the cached one, or the Hub's if it can
+    be reached. An unknown licence is named as unknown.
     """
     parent = _card_of(card.base)
     local = Path(card.base).is_dir()
-    saved_here = _TAG in (parent.tags or [])  # then its base model is ours too: SFT's of the policy
+    saved_here = _TAG in (parent.tags or [])  # then name its own base model, as for a policy SFT's
     base = parent.base_model if saved_here and parent.base_model else _public(card.base)
     licence = parent.license or "other"
     data = ModelCardData(
@@ -117,14 +117,14 @@ def _cell(value: Any) -> str:
 
 
 def _public(value: Any) -> Any:
-    """A path on this machine without the folders above it, also in a term of ``--reward``."""
+    """A local path without its parent folders, also in a term of ``--reward``."""
     if not isinstance(value, str):
         return value
     return Path(value).name if Path(value).exists() else _FOLDERS.sub("", value.rstrip("/"))
 
 
 def _card_of(base: str) -> ModelCardData:
-    """The metadata of a model's own card; empty where there is none to be had."""
+    """The metadata of a model's own card; empty if there is none."""
     try:
         folder = Path(base)
         file = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(base, "README.md"))

@@ -1,10 +1,10 @@
-"""A stage as a program of its own. Imports PyTorch only when that has run."""
+"""A stage as a program. Imports PyTorch only after the stage has run."""
 
 from collections.abc import Callable
 
 
 def as_program(main: Callable[[], None]) -> Callable[[], None]:
-    """A stage's ``main`` as a process of its own, script or console command, which ends well (``runtime.leave``)."""
+    """A stage's ``main`` for a script or console command, whose process then ends by ``runtime.leave``."""
 
     def program() -> None:
         main()

@@ -5,7 +5,7 @@
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 
 from deepspeed_chat_tlcr.arguments import OptionGroup, default_of, groups_of
 
@@ -151,15 +151,6 @@ def table(program: Program) -> str:
         lines += [f"### {group.title}", "", "| flag | default | meaning | name from | here |", "|---|---|---|---|---|"]
         lines += [*_rows(program, group), ""]
     return "\n".join(lines)
-
-
-def accepted(program: Program) -> set[str]:
-    """Names of all flags that a program parses, further spellings included."""
-    return {
-        name
-        for entry in fields(program.options)
-        for name in (entry.name, *(flag.lstrip("-") for flag in entry.metadata["flags"]))
-    }
 
 
 INTRODUCTION = """\

@@ -1,4 +1,4 @@
-"""The options of ``labeling/main.py``, and what is wrong with them."""
+"""The options of ``labeling/main.py`` and their checks."""
 
 from dataclasses import MISSING, dataclass
 from typing import Literal
@@ -61,7 +61,7 @@ class Options(EndpointOptions):
 
 
 def check(options: Options):
-    """Raises ``InputError`` for the first option that cannot be right by itself or beside another."""
+    """Raise ``InputError`` for the first impossible option or combination."""
     if options.import_file is not None and options.reviser == "chosen":
         raise InputError("--from imports revisions: it does not go with --reviser chosen")
     if options.reviser == "import" and options.import_file is None:

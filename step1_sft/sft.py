@@ -1,13 +1,14 @@
 """Step 1, supervised fine-tuning: the policy learns to answer like the chosen responses."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.data.preferences import load_preferences
+from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, packs_of, tokens_at_once
@@ -32,7 +33,7 @@ IGNORED = -100
 def tokenize_chosen(
     preferences: Iterable[Preference], tokenizer, max_length: int, what: str
 ) -> tuple[list[TokenizedExample], str]:
-    """Chosen responses as examples, and one sentence on what was dropped or cut. Raises ``InputError`` if none fit."""
+    """Chosen responses as examples, and a summary of what was dropped or cut. Raises ``InputError`` if none fit."""
     whole = [tokenize_response(tokenizer, record.prompt, record.chosen) for record in preferences]
     kept = [example for example in (truncate(example, max_length) for example in whole) if example is not None]
     if not kept:
@@ -68,7 +69,7 @@ class SftTrainer(StageTrainer):
 
 
 def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
-    """The summed NLL of a ``collate``d batch's labels, without padding and without logits of any other position."""
+    """The summed NLL of a ``collate``d batch's labels, without padding and without logits of other positions."""
     ids, counted = batch["input_ids"], batch["labels"] != IGNORED
     ends = batch["attention_mask"].sum(1)
     starts = (ends - counted.sum(1)).clamp(min=1)  # nothing says what a first token should be
@@ -119,19 +120,15 @@ def fine_tune(
 
 
 def train(options: Options, runtime: Runtime) -> None:
-    """Steps 1's work on every rank: read, tokenise, train, save."""
+    """Step 1 on every rank: read, tokenise, train, save."""
     config = stage_config(options, runtime)
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
-    seed, cache = options.data_seed, options.data_output_path
     records: dict[str, list[Preference]] = {}
     for split in ("train", "eval"):
-        records[split] = list(
-            load_preferences(options.data_path, "sft", split, options.data_split, seed, False, tokenizer, cache)
-        )
+        records[split] = list(load_part(options, "sft", split, tokenizer, require_rejected=False))
         if options.sft_only_data_path:
-            records[split] += load_preferences(
-                options.sft_only_data_path, "all", split, "10,0,0", seed, False, tokenizer, cache
-            )
+            chosen_only = replace(options, data_path=options.sft_only_data_path)
+            records[split] += load_part(chosen_only, "all", split, tokenizer, require_rejected=False)
     results = fine_tune(options, runtime, config, tokenizer, records, "sft", options.loss_on_prompt)
     if results:
         runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")

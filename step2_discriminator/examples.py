@@ -22,10 +22,10 @@ Pair = tuple[TokenizedExample, TokenizedExample]
 def token_pairs(
     revisions: Iterable[Revision], tokenizer, max_length: int, what: str, soft: bool = True
 ) -> tuple[list[Pair], str]:
-    """Labelled (modified, rejected) pairs, and one sentence on what was dropped, cut or unedited.
+    """Labelled (modified, rejected) pairs, and a summary of what was dropped, cut or unedited.
 
-    Several revisions of one rejected response (labeling's ``--n``) label it together, softly; each by itself, hard,
-    where ``soft`` is false.
+    Several revisions of one rejected response (labeling's ``--n``) give it soft labels; with ``soft`` false, each gives
+    hard labels by itself.
     """
     pairs: list[Pair] = []
     dropped = identical = cut = 0
@@ -105,7 +105,7 @@ def text_pairs(texts: Iterable[tuple[str, str, str]], tokenizer, max_length: int
 
 
 def preference_pairs(options, tokenizer, split: str) -> tuple[list[Pair], str]:
-    """The reward part's (chosen, rejected) pairs, by any stage's data options, and one sentence on them."""
+    """The reward part's (chosen, rejected) pairs, by a stage's data options, and a summary."""
     preferences = load_part(options, "reward", split, tokenizer)
     texts = ((p.prompt, p.chosen, p.rejected) for p in preferences)
     return text_pairs(texts, tokenizer, options.max_seq_len, split)

@@ -89,7 +89,7 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOpt
 
 
 def check(options: Options) -> None:
-    """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    """Raise ``InputError`` for options that do not go together, such as those of the other objective."""
     if options.do_eval and options.push_to_hub:
         raise InputError("--push_to_hub: --do_eval saves no model that could be uploaded; leave one of them out")
     if options.score_positions == "all" and options.tokens_per_micro_batch:

@@ -21,7 +21,7 @@ Labelled = TypeVar("Labelled", Revision, MarkedResponse)
 def load_revisions(options: RevisionOptions, tokenizer: PreTrainedTokenizerFast) -> dict[str, list[Revision]]:
     """Revisions for ``train`` and ``eval``. Raises ``InputError`` for missing, empty or foreign ones.
 
-    ``tokenizer``: its chat template makes prompts of data that is chat messages.
+    ``tokenizer``: its chat template renders the prompts of chat data.
     """
     if not options.revisions:
         raise InputError("--revisions is missing: give the revisions.jsonl that labeling/main.py wrote")
@@ -60,7 +60,7 @@ def _read(paths: Sequence[str]) -> list[Revision]:
 
 
 def hold_out(revisions: list[Labelled], share: float) -> tuple[list[Labelled], list[Labelled]]:
-    """Split by prompt, so that no prompt is on both sides; which prompts depends on nothing but their text."""
+    """Split by prompt, so that no prompt is on both sides. The choice depends only on the prompts' text."""
     ranked = sorted({r.prompt for r in revisions}, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
     held = set(ranked[: max(1, round(share * len(ranked)))])
     train = [revision for revision in revisions if revision.prompt not in held]
@@ -75,16 +75,11 @@ def refuse_foreign(
 ) -> None:
     """Raise ``InputError`` if a label's prompt is in the SFT or RL part of the data and not in the reward part.
 
-    Such labels would leak. A prompt may stand in several parts (data sets repeat prompts); one that is in none of
-    them is the user's own.
+    Such labels would leak. A prompt may be in several parts, because data sets repeat prompts; one that is in none is
+    the user's own.
     """
-    parts = part_of_prompts(
-        options.data_path,
-        options.data_split,
-        options.data_seed,
-        tokenizer=tokenizer,
-        cache_dir=options.data_output_path,
-    )
+    where = (options.data_path, options.data_split, options.data_seed)
+    parts = part_of_prompts(*where, tokenizer, options.data_output_path)
     for part, purpose in (("sft", "SFT"), ("rl", "RL")):
         foreign = [r for r in labelled if r.prompt in parts[part] and r.prompt not in parts["reward"]]
         if foreign:

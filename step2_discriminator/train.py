@@ -16,7 +16,6 @@ from deepspeed_chat_tlcr.models import (
     squash,
 )
 from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
-from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from deepspeed_chat_tlcr.training import (
@@ -41,13 +40,6 @@ from step2_discriminator.options import Options
 from step2_discriminator.revisions import load_marked, load_revisions
 
 NOT_COUNTED = -100.0
-
-
-def sequence_pairs(options: Options, tokenizer, split: str, revisions: dict[str, list[Revision]] | None):
-    if revisions is None:
-        return preference_pairs(options, tokenizer, split)
-    texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
-    return text_pairs(texts, tokenizer, options.max_seq_len, split)
 
 
 class ClassifierTrainer(StageTrainer):
@@ -129,7 +121,7 @@ TRAINERS = {"token": DiscriminatorTrainer, "sequence": RewardModelTrainer, "toke
 
 
 def train(options: Options, runtime: Runtime) -> None:
-    """Step 2's work on every rank: read, label, train, save."""
+    """Step 2 on every rank: read, label, train, save."""
     token_level = options.token_level
     objective = "token" if token_level else options.objective.replace("auto", "sequence")
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
@@ -144,8 +136,11 @@ def train(options: Options, runtime: Runtime) -> None:
             pairs[split], summary = marked_examples(marked[split], tokenizer, options.max_seq_len, split)
         elif token_level:
             pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split)
+        elif revisions is None:
+            pairs[split], summary = preference_pairs(options, tokenizer, split)
         else:
-            pairs[split], summary = sequence_pairs(options, tokenizer, split, revisions)
+            texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
+            pairs[split], summary = text_pairs(texts, tokenizer, options.max_seq_len, split)
         runtime.say(summary)
     require_batch(options, runtime, len(pairs["train"]))
 
@@ -158,8 +153,8 @@ def train(options: Options, runtime: Runtime) -> None:
         config,
         options.dropout_rate,
         new_head=new_head,
-        # D = 0.5 everywhere at first. A random head on a real backbone, whose last states have outliers, calls every
-        # token positive, and the first steps are spent on coming back.
+        # So that D = 0.5 everywhere at first. On a real backbone, whose last states have outliers, a random head calls
+        # every token positive, and the first steps only undo that.
         zero_head=new_head,
         attention=options.attn_implementation,
     )
@@ -172,7 +167,7 @@ def train(options: Options, runtime: Runtime) -> None:
         freeze_head_bias(model)
     # Tokens are judged one sequence at a time; pairs must stay together to be compared.
     held_out = list(chain.from_iterable(pairs["eval"])) if token_level and not marked else pairs["eval"]
-    # Without an optimiser DeepSpeed has nothing to do but to partition.
+    # Without an optimiser DeepSpeed is needed only to partition.
     partitioned = config["zero_optimization"]["stage"] == 3
     arguments = training_arguments(options, runtime, config if partitioned or not options.do_eval else None)
     if options.eval_interval > 0:
@@ -196,13 +191,9 @@ def train(options: Options, runtime: Runtime) -> None:
     facts = {"stage": f"step2_{objective}", "train_responses" if marked else "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
     if results and token_level:
-        accuracy, majority, auroc = (
-            results[f"eval/{key}"] for key in ("edited_accuracy", "majority_accuracy", "auroc")
-        )
         runtime.say(
-            f"discriminator: on held-out edited tokens accuracy {accuracy:.4f} (always the majority class: "
-            f"{majority:.4f}), AUROC {auroc:.4f}"
+            f"discriminator: on held-out edited tokens accuracy {results['eval/edited_accuracy']:.4f} (always the "
+            f"majority class: {results['eval/majority_accuracy']:.4f}), AUROC {results['eval/auroc']:.4f}"
         )
     elif results:
-        accuracy = results["eval/pair_accuracy"]
-        runtime.say(f"reward model: held-out pair accuracy {accuracy:.4f}")
+        runtime.say(f"reward model: held-out pair accuracy {results['eval/pair_accuracy']:.4f}")

@@ -127,10 +127,10 @@ class PPOOptions:
     reward: list[str] = option(
         ["auto"],
         "NAME[:PATH][@WEIGHT] terms, summed (WEIGHT START..END: linear over the run): tlcr, tlcr_fixed, "
-        "tlcr_positive_only, tlcr_negative_only, "
-        "tlcr_released_code, tlcr_redistributed, segments, sentences, sequence, uniform, abc, token_scores, rlmec, "
-        "critic, random, python:package.module:function (docs/rewards.md); auto: tlcr for a discriminator, sequence "
-        "for a sequence reward model, token_scores for a token reward model",
+        "tlcr_positive_only, tlcr_negative_only, tlcr_released_code, tlcr_sum, tlcr_redistributed, segments, "
+        "sentences, sequence, uniform, abc, token_scores, rlmec, critic, random, python:package.module:function "
+        "(docs/rewards.md); auto: tlcr for a discriminator, sequence for a sequence reward model, token_scores for a "
+        "token reward model",
     )
     reward_tokenizer: Literal["same", "own"] = option(
         "same",
@@ -202,6 +202,9 @@ class PPOOptions:
     clip_reward_value: float = option(5.0, "bound of a sequence reward model's score, and of ReMax's difference")
     critic_warmup_steps: int = option(
         0, "first sets of rollouts from which the critic alone learns, so that its values mean something", least=0
+    )
+    fixed_threshold: float = option(
+        0.6, "tlcr_fixed gives 0 where max(D, 1 - D) is below this (Eq. 2)", least=0.5, most=1
     )
     scale_rewards: bool = option(False, "divide rewards by the running standard deviation of their sums per response")
     whiten_advantages: bool = option(
@@ -330,10 +333,10 @@ class Options(
 
     @property
     def fixed_values(self) -> dict[str, float]:
-        """What ``tlcr_fixed`` gives positive and negative tokens."""
+        """From which certainty on, and what, ``tlcr_fixed`` gives positive and negative tokens."""
         positive = 0.0 if self.fixed_reward and self.use_negative_reward_only else self.fixed_positive_reward
         negative = 0.0 if self.fixed_reward and self.use_positive_reward_only else self.fixed_negative_reward
-        return {"positive": positive, "negative": negative}
+        return {"threshold": self.fixed_threshold, "positive": positive, "negative": negative}
 
     @property
     def micro_batches(self) -> int:

@@ -14,7 +14,7 @@ from deepspeed import DeepSpeedEngine
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.errors import InputError, RunError, told
+from deepspeed_chat_tlcr.errors import InputError, RunError, describe_error
 from deepspeed_chat_tlcr.models import head_of, load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.optim import without_adapters
 from deepspeed_chat_tlcr.rewriting import rewriting_prompt
@@ -196,7 +196,7 @@ class RewardSum:
             try:
                 term = self.functions[spec.path](rollout, self.tokenizer)
             except Exception as error:  # whatever a stranger's function raises
-                raise RunError(f"--reward python:{spec.path}: {told(error)}") from error
+                raise RunError(f"--reward python:{spec.path}: {describe_error(error)}") from error
             if not isinstance(term, torch.Tensor) or term.shape != mask.shape:
                 found = tuple(term.shape) if isinstance(term, torch.Tensor) else type(term).__name__
                 raise InputError(f"--reward python:{spec.path} returned {found}, expected a tensor {tuple(mask.shape)}")

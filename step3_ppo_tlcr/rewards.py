@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error
 from deepspeed_chat_tlcr.metrics import NEUTRAL_ZONE
 from deepspeed_chat_tlcr.models import squash
 from deepspeed_chat_tlcr.spans import Marks, places
@@ -110,6 +110,14 @@ def sequence_reward(
     """
     last = last_action(action_mask)
     return counted(((scores - mean) / std).clamp(-clip, clip).expand_as(last), last)
+
+
+def sum_at_the_end(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """The sum of all r_t on the last action: what the discriminator says, without saying where (a control).
+
+    Shapes as ``continuous_reward``.
+    """
+    return continuous_reward(positive_probs, action_mask).sum(1, keepdim=True) * last_action(action_mask)
 
 
 def uniform_reward(scores: torch.Tensor, action_mask: torch.Tensor, **scale: float) -> torch.Tensor:
@@ -217,6 +225,7 @@ REWARDS = {
     "tlcr_positive_only": Reward(positive_only_reward, 2, _D),
     "tlcr_negative_only": Reward(negative_only_reward, 2, _D),
     "tlcr_released_code": Reward(released_code_reward, 2, _D),
+    "tlcr_sum": Reward(sum_at_the_end, 2, _D),
     "tlcr_redistributed": Reward(redistributed_reward, 2, _D),
     "segments": Reward(segment_reward, 2, ("positive_probs", "answers")),
     "sentences": Reward(functools.partial(segment_reward, split=sentences), 2, ("positive_probs", "answers")),
@@ -228,6 +237,9 @@ REWARDS = {
     "critic": Reward(span_reward, 0, ("marks", "answers")),
     "random": Reward(random_reward, 0, ()),
 }
+
+
+SUM_TO_THE_SCORE = ("sequence", "uniform", "abc")
 
 
 @dataclass(frozen=True)
@@ -314,7 +326,7 @@ def load_function(path: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a stranger's module raises
-        raise InputError(f"--reward python:{path}: {told(error)}") from error
+        raise InputError(f"--reward python:{path}: {describe_error(error)}") from error
     if not callable(function):
         raise InputError(f"--reward python:{path}: is not a function")
     return function

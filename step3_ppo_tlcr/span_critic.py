@@ -12,7 +12,7 @@ from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, ChatRequest, Samplin
 from deepspeed_chat_tlcr.asking.journal import RunFolder, line_ids
 from deepspeed_chat_tlcr.asking.models import Price, check_base_url
 from deepspeed_chat_tlcr.asking.money import Account
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error
 from deepspeed_chat_tlcr.marking import MAX_TOKENS, load_template, question
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.spans import Marks, content_id, read_marked
@@ -116,21 +116,19 @@ class SpanCritic:
         try:
             return self.loop.run_until_complete(self._asked(requests))
         except Exception as error:  # whatever it is: this rank must be back in time for the next collective
-            return self.endpoint.redact(str(error) if isinstance(error, InputError) else told(error))
+            return self.endpoint.redact(str(error) if isinstance(error, InputError) else describe_error(error))
         finally:
             self.seconds -= self.loop.time() - begun
 
     async def _asked(self, requests: Mapping[str, ChatRequest]) -> str | None:
-        limits = Limits(self.options.span_concurrency, attempts=1, max_retries=3, grace=0.0)
+        limits = Limits(self.options.span_concurrency, attempts=1, max_retries=3)
         dispatcher = Dispatcher(self.endpoint, self.folder, self.account, limits, self.state)
         if self.endpoint.answered:  # nothing is left to learn from a first request that goes alone
             dispatcher.let_loose.set()
-        timer = self.loop.call_later(self.seconds, dispatcher.stop, "late")
         self.folder.open_files()
         try:
-            return await dispatcher.run(requests.values(), heed_signals=False)
+            return await dispatcher.run(requests.values(), seconds=self.seconds)
         finally:
-            timer.cancel()
             await self.folder.close_files()
             self.account.settle(self.account.held, lost=self.account.held)  # calls given up may be billed
 

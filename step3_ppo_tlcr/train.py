@@ -19,10 +19,12 @@ from deepspeed_chat_tlcr.models import (
     require_attention,
     require_positions,
     token_aggregate,
+    trained_positions,
 )
 from deepspeed_chat_tlcr.runtime import Preemption, Runtime
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, require_same_tokenizer
+from deepspeed_chat_tlcr.training import warn_of_warmup
 from step3_ppo_tlcr.engines import load_reference, train_actor, train_critic
 from step3_ppo_tlcr.heldout import HeldOut
 from step3_ppo_tlcr.models import Models
@@ -111,6 +113,17 @@ def span_critic_of(specs: Sequence[RewardSpec], options: Options, runtime: Runti
     return SpanCritic(models[0], options, runtime)
 
 
+def sets_of(options: Options, runtime: Runtime, prompts: Sequence[list[int]]) -> int:
+    """Sets of rollouts of a whole run."""
+    return len(prompts) // set_size(options, runtime) * options.num_train_epochs
+
+
+def updates_of(options: Options, runtime: Runtime, prompts: Sequence[list[int]]) -> int:
+    """Optimiser steps of a whole run."""
+    per_set = options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
+    return sets_of(options, runtime, prompts) * per_set
+
+
 def build(
     options: Options,
     runtime: Runtime,
@@ -120,12 +133,11 @@ def build(
     span_critic: "SpanCritic | None" = None,
 ) -> Trainer:
     """Load every model and make the trainer of ``--algo``."""
-    sets = len(prompts) // set_size(options, runtime) * options.num_train_epochs
-    per_set = options.ppo_epochs * options.micro_batches // options.gradient_accumulation_steps
+    sets, updates = sets_of(options, runtime, prompts), updates_of(options, runtime, prompts)
     if options.critic_warmup_steps >= sets:
         raise InputError(f"--critic_warmup_steps {options.critic_warmup_steps}: the run has {sets} sets of rollouts")
-    actor = train_actor(options, runtime, (sets - options.critic_warmup_steps) * per_set)
-    critic = train_critic(options, runtime, sets * per_set) if options.algo == "ppo" else None
+    actor = train_actor(options, runtime, updates - updates // sets * options.critic_warmup_steps)
+    critic = train_critic(options, runtime, updates, specs) if options.algo == "ppo" else None
     rewrites = any(REWARDS[spec.name].rewrites for spec in specs if spec.model)
     references = load_references(options, tokenizer) if rewrites else None
     models = Models(
@@ -167,6 +179,7 @@ def train(options: Options, runtime: Runtime) -> None:
     done = step_to_continue(checkpoints, options, known_by, runtime)
     sets = len(prompts) // set_size(options, runtime)
     steps = sets * options.num_train_epochs
+    warn_of_warmup(options, runtime, updates_of(options, runtime, prompts))
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
     # ---- models ----
@@ -219,6 +232,11 @@ def common_tokenizer(options: Options, specs: Sequence[RewardSpec]) -> PreTraine
     longest = options.max_prompt_seq_len + options.max_answer_seq_len
     for path in (options.actor_model_name_or_path, *others):
         require_positions(path, longest, "--max_prompt_seq_len + --max_answer_seq_len")
+        if (known := trained_positions(path)) and options.max_answer_seq_len > known:
+            raise InputError(
+                f"--max_answer_seq_len {options.max_answer_seq_len}: {path} was trained for {known} positions, prompt "
+                "included"
+            )
     for path, role in others.items():
         own = "--reward_tokenizer own lets it read answers by its own" if path in judges else None
         require_same_tokenizer(tokenizer, load_tokenizer(path, options.new_eos), role, own)

@@ -127,15 +127,16 @@ def write_report(
     ``results``: what ``results.json`` holds, ``{"sft": {"true_score", "response_length"}, "tlcr": {…, "kl"},
     "discriminator": {"edited_accuracy", "majority_accuracy", …}, "seconds": {stage: seconds}}``; further policies may
     stand beside ``sft`` and ``tlcr``, such as ``sft_best`` and ``tlcr_best`` with their ``temperature``; ``repeats`` is
-    the share of answers that state a fact twice, ``tlcr_over_sft`` what ``verdict`` reads. ``answers``: one prompt with
-    several policies' answers each. ``revisions``: held-out pairs, labels beside rewards. ``about``: what was run, on
-    what, in a sentence or two. ``scores``: true scores of the answers that each step of PPO learnt from. ``world``:
+    the share of answers that state a fact twice, ``tlcr_over_frontier`` what ``verdict`` reads. ``answers``: one prompt
+    with several policies' answers each. ``revisions``: held-out pairs, labels beside rewards. ``about``: what was run,
+    on what, in a sentence or two. ``scores``: true scores of the answers that each step of PPO learnt from. ``world``:
     what the true score rewards. ``made``: where the numbers come from (``provenance``).
     """
     words = [paragraph(text, "lead") for text in (verdict(results), about) if text]
     lead = join([*words, headline(results)])
     sections = [
         ("Results", result_tables(results)),
+        ("Beside colder sampling", frontier_charts(results)),
         ("Answers, token by token", _samples(answers, "reward", "No answers were given to this report.")),
         ("Held-out revisions", _samples(revisions, "label", "No held-out revisions were given to this report.")),
         ("Training", training_curves(runs, scores)),
@@ -158,20 +159,24 @@ def policy_name(key: str, row: Mapping) -> str:
 
 
 def verdict(results: Mapping) -> str:
-    """Whether TLCR beats SFT with both at their best temperature, in a sentence; "" where it was not measured."""
-    best, at_one = ((results.get("tlcr_over_sft") or {}).get(key) or {} for key in ("best", "temperature_1"))
-    if not _known(best, "mean") or not _known(best, "standard_error"):
+    """Whether TLCR gains what colder sampling of SFT does not, in a sentence; "" where it was not measured.
+
+    It must lie above SFT's frontier at its KL and at its entropy alike, each with a 95 % interval over prompts.
+    """
+    over = [(results.get("tlcr_over_frontier") or {}).get(cost) or {} for cost in ("kl", "entropy")]
+    if not all(_known(gap, "low") and _known(gap, "high") for gap in over):
         return ""
-    mean, half = best["mean"], 1.96 * best["standard_error"]
-    if mean - half > 0:
-        words = "TLCR scores higher than SFT with both at their best temperature"
-    elif mean + half < 0:
-        words = "TLCR scores lower than SFT with both at their best temperature"
+    if all(gap["low"] > 0 for gap in over):
+        words = "TLCR scores higher than SFT sampled colder"
+    elif all(gap["high"] < 0 for gap in over):
+        words = "TLCR scores lower than SFT sampled colder"
     else:
-        words = "TLCR does not differ measurably from SFT with both at their best temperature"
-    interval = f"{mean:+.2f}, 95 % interval {mean - half:+.2f} to {mean + half:+.2f}, of one run"
-    gain = f"; at temperature 1 the difference is {at_one['mean']:+.2f}" if _known(at_one, "mean") else ""
-    return f"{words} ({interval}){gain}.".replace("-", "−")
+        words = "TLCR does not differ measurably from SFT sampled colder"
+    kl, entropy = (f"{gap['mean']:+.2f} [{gap['low']:+.2f}, {gap['high']:+.2f}]" for gap in over)
+    gain = ((results.get("tlcr_over_sft") or {}).get("best") or {}).get("mean")
+    beside = "" if gain is None else f"; with both at their best temperature the difference is {gain:+.2f}"
+    told = f"{words}: {kl} at its KL, {entropy} at its entropy, 95 % intervals over the prompts of one run{beside}."
+    return told.replace("-", "−")
 
 
 def headline(results: Mapping) -> Html:
@@ -227,6 +232,28 @@ def result_tables(results: Mapping) -> Html:
             ),
         ]
     )
+
+
+def frontier_charts(results: Mapping) -> Html:
+    """True score against what it costs: SFT at every temperature and as best-of-n, TLCR at 1 and at its best."""
+    swept, tlcr = results.get("sft_sweep"), [results.get(key) or {} for key in ("tlcr", "tlcr_best")]
+    if not swept or not all(_known(row, "entropy") for row in tlcr):
+        return paragraph("SFT was not measured at several temperatures.", "quiet")
+    sets = [("SFT at nine temperatures", swept, 0), ("TLCR at T = 1 and its best T", tlcr, 1)]
+    best_of_n = ("SFT, best of n by the discriminator", results.get("sft_best_of_n") or [], 2)
+    charts = []
+    for cost, title in (("kl", "KL to SFT"), ("entropy", "Entropy")):
+        lines = [*sets, best_of_n] if cost == "kl" else sets
+        series = [
+            Series(name, [row[cost] for row in rows], [row["true_score"] for row in rows], color=color)
+            for name, rows, color in ((name, sorted(rows, key=lambda row: row[cost]), c) for name, rows, c in lines)
+            if rows
+        ]
+        charts.append(line_chart(series, f"True score against {title}", f"{title}, nats per response", "1 to 10"))
+    kinds = {key: results[key].get("by_kind") or {} for key in ("sft_best", "tlcr_best") if results.get(key)}
+    header = ["true score by what is new in the prompts", *next(iter(kinds.values()), {})]
+    rows = [[policy_name(key, results[key]), *row.values()] for key, row in kinds.items()]
+    return join([columns(*charts, kind="charts"), table_html(header, rows) if rows else Html("")])
 
 
 def with_error(row: Mapping, name: str) -> object:

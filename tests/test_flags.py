@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from dataclasses import fields
 from importlib import import_module
 
 import pytest
@@ -10,7 +11,7 @@ from conftest import ROOT
 import step1_sft.main
 from deepspeed_chat_tlcr.metrics import read_metrics
 from docs import flags
-from docs.flags import PROGRAMS, Program, accepted
+from docs.flags import PROGRAMS, Program
 
 BY_PATH = {program.path: program for program in PROGRAMS}
 
@@ -120,6 +121,15 @@ def test_flags_of_the_peers_keep_their_meaning():
     assert [parse("step2_discriminator/main.py", line).token_level for line in step2] == [0, 0, 0, 1, 0]
     discriminator = parse("step2_discriminator/main.py", step2[3])
     assert (discriminator.revisions, discriminator.eval_revisions) == (["t.pkl"], ["e.pkl"])
+
+
+def accepted(program: Program) -> set[str]:
+    """Names of all flags that a program parses, further spellings included."""
+    return {
+        name
+        for entry in fields(program.options)
+        for name in (entry.name, *(flag.lstrip("-") for flag in entry.metadata["flags"]))
+    }
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.path)

@@ -160,15 +160,15 @@ def test_the_cost_cap_is_never_passed(pairs, tmp_path):
 def test_a_cap_counts_what_a_kill_may_have_cost(pairs, tmp_path):
     output = tmp_path / "out"
     with fault_server(tmp_path / "log", hang=1.0) as url:
-        process = start(pairs, url, output, concurrency=4, max_cost_usd=10, timeout=60)
-        while len(lines(tmp_path / "log")) < 4:
+        process = start(pairs, url, output, max_cost_usd=10, timeout=60)
+        while not lines(tmp_path / "log"):
             time.sleep(0.02)
         process.kill()
         process.communicate()
     with fault_server() as url:
         assert label(pairs, url, output, max_cost_usd=0.05) == 3
-    assert ids(output) == {}  # the four calls that were lost may have cost more than 0.05
-    assert run_json(output)["usd_possibly_billed_without_answer"] > 0.05
+    assert ids(output) == {}  # the first call, which was lost, may have cost 0.044: another might pass the cap
+    assert 0.04 < run_json(output)["usd_possibly_billed_without_answer"] < 0.05
 
 
 def test_retry_failed_takes_only_the_failed(pairs, tmp_path):
@@ -275,11 +275,11 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, capsys):
         fault_server(hang=1.0) as hung,
     ):
         processes = [
-            start(few, url, tmp_path / f"out{number}", timeout=1, max_retries=1)
+            start(few, url, tmp_path / f"out{number}", timeout=1, max_retries=1, fresh=url == faulty)
             for number, url in enumerate((faulty, refusing, hung))
         ]
         time.sleep(0.1)
-        commands = [Path(f"/proc/{process.pid}/cmdline").read_text() for process in processes[:3]]
+        commands = [Path(f"/proc/{process.pid}/cmdline").read_text() for process in processes]
         texts = [process.communicate(timeout=patience(60))[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 2, 4]
     assert "[secret]" in texts[1]  # the server did repeat it

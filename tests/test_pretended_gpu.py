@@ -185,6 +185,7 @@ def test_evaluation_answers_and_judges_on_several_gpus(tiny, made, tmp_path):
             *("evaluation/reward_scores.py", "--models", f"a={tiny / 'model'}", "--prompts", prompts),
             *("--discriminator", made / "disc", "--sequence_reward", made / "rm", "--max_answer_seq_len", 6),
             *("--generation_batch_size", 2, "--num_processes", processes, "--out", tmp_path / str(processes)),
+            fresh=True,
         )
         results.append(json.loads((tmp_path / str(processes) / "reward_scores" / "results.json").read_text()))
     assert results[0] == results[1]

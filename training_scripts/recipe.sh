@@ -187,6 +187,38 @@ prepare() {
   done
 }
 
+# add_training PREFIX FOLDER SCHEDULE…: adds to the array `command` what a stage that trains one model reads, by the
+# variables of its PREFIX, with the options of its schedule in between.
+add_training() {
+  local -n batch_size=$1_BATCH_SIZE accumulation_steps=$1_ACCUMULATION_STEPS epochs=$1_EPOCHS
+  local -n learning_rate=$1_LEARNING_RATE zero_stage=$1_ZERO_STAGE
+  command+=(
+    --data_path "${data[@]}"
+    --data_split "$DATA_SPLIT"
+    --data_seed "$DATA_SEED"
+    --max_seq_len "$MAX_SEQ_LEN"
+    --per_device_train_batch_size "$batch_size"
+    --per_device_eval_batch_size "$batch_size"
+    --gradient_accumulation_steps "$accumulation_steps"
+    --num_train_epochs "$epochs"
+    --learning_rate "$learning_rate"
+    "${@:3}"
+    --zero_stage "$zero_stage"
+    --dtype "$DTYPE"
+    --seed "$SEED"
+    --output_dir "$OUTPUT/$2"
+  )
+}
+
+# add_switches PREFIX: adds to such a stage's `command` packs, attention, checkpointing and offload, where they are set.
+add_switches() {
+  local -n packs=$1_TOKENS_PER_MICRO_BATCH checkpointing=$1_GRADIENT_CHECKPOINTING offload=$1_OFFLOAD
+  [[ ${packs:-0} == 0 ]] || command+=(--tokens_per_micro_batch "$packs")
+  attend
+  switch --gradient_checkpointing "$checkpointing"
+  switch --offload "$offload"
+}
+
 # attend: adds ATTENTION to the array `command`; sdpa is every program's own.
 attend() {
   [[ $ATTENTION == sdpa ]] || command+=(--attn_implementation "$ATTENTION")
@@ -254,9 +286,8 @@ show_command() {
   printf '%s\n' "$line"
 }
 
-# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs, nor how many
-# processes answer; nor a labelling endpoint's address and key, whose model is an option of its own; nor how much it may
-# cost, which grows as it goes on.
+# What decides a command's result: its program and options, wherever OUTPUT lies. Not the number of GPUs or of processes
+# that answer, a labelling endpoint's address and key (its model counts), or how much it may cost.
 settings_of() {
   while [[ $1 != *.py ]]; do shift; done
   local word shown words=() skip=''
@@ -274,7 +305,7 @@ settings_of() {
 }
 
 # run_stage NAME DONE COMMAND…: run a stage, its output to the terminal and to OUTPUT/NAME/training.log, unless the
-# command DONE says that it is finished. Finished with other settings is an error, never reused without a word.
+# command DONE says that it is finished. A stage that was finished with other settings is an error.
 run_stage() {
   local folder=$OUTPUT/$1 finished=$2 settings
   shift 2
@@ -309,16 +340,15 @@ run_stage() {
   }
 }
 
-# An interrupt, or the end of the script, is meant for the stage, whose last words are still to be logged.
+# Interrupts are for the stage alone: tee ignores them, to log the stage's last words.
 logged() {
   local log=$1
   shift
   "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log")
 }
 
-# attended COMMAND…: run it, and take it along where SIGTERM ends this script, which would otherwise leave it running.
-# Bash reads signals at once only while it waits for a background job, so the command is one, but with the terminal's
-# input and its Ctrl-C.
+# attended COMMAND…: run it, and end it too when SIGTERM ends this script. Bash handles signals at once only while it
+# waits for a background job, so the command is one, but with the terminal's input and its Ctrl-C.
 attended() {
   (trap - INT && "$@") <&0 &
   local job=$! status=0
@@ -345,19 +375,32 @@ has_results() {
   [[ -f $1/results.json ]]
 }
 
+# has FILE FOLDER
+has() {
+  [[ -f $2/$1 ]]
+}
+
+# is_newer_than STAGE… FOLDER: whether OUTPUT's own results were made after those of all the stages.
+is_newer_than() {
+  local stage
+  for stage in "${@:1:$#-1}"; do
+    [[ $OUTPUT/results.json -nt $OUTPUT/$stage/results.json ]] || return 1
+  done
+}
+
 is_labelled() {
   [[ -f $1/run.json ]] &&
     python3 -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("complete"))' "$1/run.json"
 }
 
-# Before anything starts: all that could stop it. A plan runs nothing and asks nothing.
+# Looks for all that could stop the run before it starts. A plan runs nothing and checks nothing.
 preflight() {
   [[ $PLAN == 1 || $PREFLIGHT == 0 ]] || python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
   PREFLIGHT=0 # for the stages, which would ask the same again
 }
 
-# With PLAN=1 of several methods, each of which would plan what it shares with those before: takes from STAGES what the
-# file PLANNED says is planned already, and adds the rest to it.
+# With PLAN=1 of several methods that share stages: takes those out of STAGES that the file PLANNED lists already, and adds
+# the others to that file.
 without_planned() {
   [[ $PLAN == 1 && -n ${PLANNED:-} ]] || return 0
   local stage made left=()
@@ -388,7 +431,7 @@ train() {
   done
 }
 
-# With PLAN=1, behind the commands: what they will cost.
+# With PLAN=1, after the commands: what they will cost.
 plan() {
   [[ $PLAN != 1 ]] || { echo && "$plan_python" -m training_scripts.planning.plan; }
 }

@@ -18,6 +18,17 @@ ROLLOUTS = "TLCR_STUDY_ROLLOUTS"
 """The variable that names the file in which ``testbed.study.recorder`` keeps a run's rollouts."""
 
 
+class Clock:
+    """When no further step may begin: ``seconds`` from now on."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.end
+
+
 @dataclass
 class Outcome:
     """What became of the steps that were wanted."""
@@ -27,11 +38,11 @@ class Outcome:
     skipped: int = 0
 
 
-def run(store: Store, wanted: Sequence[Step], jobs: int, title: str) -> Outcome:
+def run(store: Store, wanted: Sequence[Step], jobs: int, title: str, clock: Clock | None = None) -> Outcome:
     """Make ``wanted`` and all that they need, ``jobs`` at a time; what is done is not made again.
 
     A step that fails keeps the others from nothing but what needs it: the caller says which ones did. An interrupt
-    ends the running steps; they begin anew at the next call.
+    ends the running steps; they begin anew at the next call. Once ``clock`` is over none begins.
     """
     steps = in_order(wanted)
     left = [step for step in steps if not store.is_done(step)]
@@ -43,7 +54,7 @@ def run(store: Store, wanted: Sequence[Step], jobs: int, title: str) -> Outcome:
     with tqdm(total=len(steps), initial=outcome.done, desc=title, dynamic_ncols=True) as bar:
         try:
             while left or running:
-                left = _begin(store, left, jobs, running, outcome)
+                left = [] if clock and clock.is_over else _begin(store, left, jobs, running, outcome)
                 if not running:
                     break
                 process, status = os.wait()
@@ -77,7 +88,7 @@ def _begin(store: Store, left: list[Step], jobs: int, running: dict, outcome: Ou
             # Anew, not from a checkpoint of a run that was ended: its rollouts would not be those of all updates.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            variables = {ROLLOUTS: str(folder / "rollouts.jsonl")}
+            variables = {ROLLOUTS: str(folder / "rollouts.jsonl"), **dict(step.variables)}
             process = forked.start(step.program, store.arguments(step), folder / LOG, variables)
             running[process] = (step, time.monotonic())
         else:

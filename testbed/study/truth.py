@@ -1,19 +1,13 @@
 """The true score, by a function that is named as ``python:package.module:function``."""
 
-import functools
 import importlib
 import inspect
 import math
-import os
-from collections.abc import Callable
 
-from deepspeed_chat_tlcr.errors import InputError, told
-from testbed.world import World
+from deepspeed_chat_tlcr.errors import InputError, describe_error
+from testbed.measures import Scorer
 
-TESTBED = "python:testbed.study.truth:testbed_score"
-
-Scorer = Callable[[str, str, bool], float]
-"""(prompt, response, whether the response was ended by the policy itself) to a score; higher is better."""
+TESTBED = "python:testbed.world:true_score"
 
 
 def load_scorer(name: str) -> Scorer:
@@ -25,7 +19,7 @@ def load_scorer(name: str) -> Scorer:
     try:
         scorer = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a stranger's module raises
-        raise InputError(f"--scorer {name}: {told(error)}") from None
+        raise InputError(f"--scorer {name}: {describe_error(error)}") from None
     try:
         inspect.signature(scorer).bind("prompt", "response", True)
     except (TypeError, ValueError) as error:
@@ -41,7 +35,7 @@ def checked(scorer: Scorer, name: str) -> Scorer:
         try:
             score = float(scorer(prompt, response, ended))
         except Exception as error:
-            raise InputError(f"{where}: {told(error)}") from error
+            raise InputError(f"{where}: {describe_error(error)}") from error
         if not math.isfinite(score):
             raise InputError(f"{where}: {score}; expected a finite number")
         return score
@@ -51,13 +45,3 @@ def checked(scorer: Scorer, name: str) -> Scorer:
 
 def shortened(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "…")
-
-
-def testbed_score(prompt: str, response: str, ended: bool) -> float:
-    """True score, 1-10, in the world of seed ``TESTBED_WORLD_SEED`` (default 0); builds each world once."""
-    return _world(int(os.environ.get("TESTBED_WORLD_SEED", "0"))).score(prompt, response, ended)
-
-
-@functools.cache
-def _world(seed: int) -> World:
-    return World(seed=seed)

@@ -1,6 +1,6 @@
 """The variables of training_scripts/recipe.sh as a record, for the preflight and the plan.
 
-Defaults stand in recipe.sh and nowhere else: a variable that is not set is an error here.
+recipe.sh alone has the defaults, so a variable that is not set is an error here.
 """
 
 import os
@@ -37,6 +37,8 @@ ONE_ANSWER = ("step1", "step2_grm")
 """Those whose records are one sequence each, not two."""
 UNPACKED = ("dpo", "figa", "step2_grm")
 """Those that have no packs."""
+CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
+"""Those of them that train a token classifier, and its number of labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +144,9 @@ class Recipe:
         models = {term.partition(":")[2] for term in terms}  # "": DISCRIMINATOR_MODEL
         return len(models | {""}) if self.reward.startswith("rlmec:") else len(models)
 
-    def is_complete(self, stage: str) -> bool:
-        """Whether a stage has written its results, the last thing that it does."""
-        return (Path(self.output) / stage / "results.json").is_file()
+    def is_complete(self, folder: str) -> bool:
+        """Whether the stage with this ``folder`` under OUTPUT has written its results, the last thing that it does."""
+        return (Path(self.output) / folder / "results.json").is_file()
 
     @property
     def labels_here(self) -> bool:
@@ -182,7 +184,7 @@ class Recipe:
             if not slots.isdigit():
                 raise InputError(f'HOSTFILE {path}:{number}: expected "name slots=8", found {line!r}')
             if not re.fullmatch(r"(\w[\w.-]*@)?\w[\w.-]*", words[0]):  # ssh takes -oProxyCommand=… for an option
-                raise InputError(f"HOSTFILE {path}:{number}: {words[0]!r} is no name of a host")
+                raise InputError(f"HOSTFILE {path}:{number}: {words[0]!r} is not a host name")
             if words[0] in hosts:
                 raise InputError(f"HOSTFILE {path}:{number}: {words[0]} is named twice")
             hosts[words[0]] = wanted or int(slots)
