@@ -15,11 +15,13 @@ _TAG = "deepspeed-chat-tlcr"
 _UNKNOWN = "unknown: that of the base model"
 _NOT_SHOWN = {"output_dir", "local_rank", "resume", "report_to", "push_to_hub", "deepspeed", "max_faults"}
 _NOT_SHOWN |= {"tensorboard_path", "enable_tensorboard", "data_output_path", "save_total_limit", "print_loss"}
+_NOT_SHOWN |= {"span_base_url", "span_api_key_env"}  # an address may hold a password
 _KINDS = {
     "sft": "Language model after supervised fine-tuning",
     "step2_token": "Token discriminator: POSITIVE has D, the probability that a token is good; its reward is 2D - 1",
     "step2_token_pairs": "Token reward model: squash(value) of every token is its reward, learnt from whole pairs",
     "step2_sequence": "Sequence reward model: the head's value at the last token scores a whole response",
+    "step2_grm": "Generative reward model of RLMEC: a language model that rewrites answers with few edits",
     "dpo": "Language model after direct preference optimisation (DPO)",
     "figa": "Language model after fine-grained quality signals (FIGA)",
     "ppo": "Language model after PPO with token-level rewards",
@@ -60,8 +62,9 @@ class Card:
 
     @property
     def data(self) -> list[str]:
-        """Names of the data sets, or of the files with revisions, that the model learnt from."""
-        names = getattr(self.options, "revisions", None) or getattr(self.options, "data_path", None) or []
+        """Names of the data sets, or of the files with revisions or spans, that it learnt from."""
+        labels = (getattr(self.options, name, None) for name in ("revisions", "spans", "data_path"))
+        names: list[str] = next(filter(None, labels), [])
         return [str(_public(name)) for name in names]
 
 

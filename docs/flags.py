@@ -97,6 +97,7 @@ PROGRAMS = (
         "step2_discriminator/main.py",
         {_CHAT: _names(_STEP_2), _REMAX: _names(_FORK_STEP_2), _TLCR: _names(_TLCR_STEP_2)},
     ),
+    Program("step2_grm.main", "step2_grm/main.py"),
     Program("baselines.dpo.main", "baselines/dpo/main.py", {_CHAT: _names(_DPO)}),
     Program("baselines.figa.main", "baselines/figa/main.py"),
     Program(

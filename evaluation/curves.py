@@ -29,6 +29,9 @@ class CurveOptions:
 
     runs: list[str] = option([], "NAME=PATH of each run: its metrics.jsonl, or the folder with it")
     metrics: list[str] = option(list(CURVES), "keys of metrics.jsonl, a chart each")
+    frontier: list[str] = option(
+        [], "two keys of metrics.jsonl, such as reward/tlcr reward/tlcr_2: a dot for each run, a line through the best"
+    )
     smoothing: float = option(
         0.8, "weight of a point's neighbours, in [0, 1); raw values are drawn behind; 0: not smoothed", below=1
     )
@@ -77,8 +80,39 @@ def series_of(runs: dict[str, list[dict]], key: str) -> list[Series]:
     return lines
 
 
+LAST = 0.2
+"""Share of a run's lines, at its end, whose mean is its place on the frontier."""
+
+
+def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The runs that no other one beats, being as good in both measures and better in one; by the first measure."""
+    best = [
+        name
+        for name, (x, y) in points.items()
+        if not any(u >= x and v >= y and (u, v) != (x, y) for u, v in points.values())
+    ]
+    return sorted(best, key=lambda name: points[name])
+
+
+def places(runs: dict[str, list[dict]], keys: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Each run's mean of every key over its last lines. Raises ``InputError`` for a run without them."""
+    found = {}
+    for name, log in runs.items():
+        last = log[-max(1, round(LAST * len(log))) :]
+        values = [[as_number(line.get(key)) for line in last] for key in keys]
+        kept = [[value for value in column if math.isfinite(value)] for column in values]
+        for key, column in zip(keys, kept, strict=True):
+            if not column:
+                raise InputError(f"--frontier {key}: not in the last lines of the run {name}")
+        found[name] = tuple(sum(column) / len(column) for column in kept)
+    return found
+
+
 def run(options: Options) -> None:
+    if options.frontier and len(options.frontier) != 2:
+        raise InputError(f"--frontier: takes two keys of metrics.jsonl, not {len(options.frontier)}")
     runs = read_runs(options.runs)
+    points = places(runs, options.frontier) if options.frontier else {}
     folder = Path(options.out) / "curves"
     folder.mkdir(parents=True, exist_ok=True)
     charts, absent = [], []
@@ -98,6 +132,8 @@ def run(options: Options) -> None:
         print(f"not recorded by any run: {', '.join(absent)}")
     steps = {name: log[-1]["step"] for name, log in runs.items()}
     results = {"runs": steps, "charts": charts, "absent": absent, "smoothing": options.smoothing}
+    if points:
+        results["frontier"] = {"keys": options.frontier, "points": points, "on": frontier(points)}
     save_results(options.out, "curves", results)
 
 

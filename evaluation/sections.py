@@ -16,6 +16,7 @@ from deepspeed_chat_tlcr.pictures import (
     missing_chart,
     number,
     paragraph,
+    point_chart,
     radar_chart,
     sample_html,
     table_html,
@@ -339,6 +340,9 @@ def curves(results: dict) -> Html:
         drawn.append(line_chart(lines, chart["title"], "step", chart["unit"], results["smoothing"]))
     titles = [CURVES.get(key, (key, ""))[0] for key in results["absent"]]
     drawn += [missing_chart(title, "not recorded by any run") for title in titles]
+    if both := results.get("frontier"):
+        points = [(name, *place) for name, place in both["points"].items()]
+        drawn.append(point_chart(points, "Frontier of two objectives", *both["keys"], line=both["on"]))
     note = "Lines are smoothed, with the raw values behind them. " if results["smoothing"] else ""
     return join([columns(*drawn, kind="charts"), paragraph(f"{note}The same charts as PNG are in curves/.", "note")])
 

@@ -1,10 +1,12 @@
 """Step 1, supervised fine-tuning: the policy learns to answer like the chosen responses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError
@@ -80,18 +82,23 @@ def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tens
     return torch.stack([nll(pack) for pack in packs_of(ids, [Row(*span) for span in spans], budget)]).sum()
 
 
-def train(options: Options, runtime: Runtime) -> None:
-    """Step 1 on every rank: read, tokenise, train, save."""
-    config = stage_config(options, runtime)
+def fine_tune(
+    options: Any,
+    runtime: Runtime,
+    config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    records: Mapping[str, Sequence[Preference]],
+    stage: str,
+    loss_on_prompt: bool = False,
+) -> dict[str, Any] | None:
+    """Train on the chosen responses of ``records["train"]``, measure on those of ``eval``, save; the results.
 
-    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
+    ``options``: a stage's, with TrainOptions and PackingOptions; ``config``: DeepSpeed's, of ``training.stage_config``.
+    None where the run was stopped.
+    """
     examples = {}
     for split in ("train", "eval"):
-        records = list(load_part(options, "sft", split, tokenizer, require_rejected=False))
-        if options.sft_only_data_path:
-            chosen_only = replace(options, data_path=options.sft_only_data_path)
-            records += load_part(chosen_only, "all", split, tokenizer, require_rejected=False)
-        examples[split], summary = tokenize_chosen(records, tokenizer, options.max_seq_len, split)
+        examples[split], summary = tokenize_chosen(records[split], tokenizer, options.max_seq_len, split)
         runtime.say(summary)
     require_batch(options, runtime, len(examples["train"]))
 
@@ -102,13 +109,26 @@ def train(options: Options, runtime: Runtime) -> None:
     trainer = SftTrainer(
         prepare_model(model, options),
         training_arguments(options, runtime, config),
-        data_collator=collate(tokenizer, options.loss_on_prompt),
+        data_collator=collate(tokenizer, loss_on_prompt),
         train_dataset=examples["train"],
         eval_dataset=examples["eval"],
         stage=options,
         train_lengths=[len(example.input_ids) for example in examples["train"]],
         tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
     )
-    results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
+    return run(trainer, tokenizer, {"stage": stage, "train_examples": len(examples["train"])})
+
+
+def train(options: Options, runtime: Runtime) -> None:
+    """Step 1 on every rank: read, tokenise, train, save."""
+    config = stage_config(options, runtime)
+    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
+    records: dict[str, list[Preference]] = {}
+    for split in ("train", "eval"):
+        records[split] = list(load_part(options, "sft", split, tokenizer, require_rejected=False))
+        if options.sft_only_data_path:
+            chosen_only = replace(options, data_path=options.sft_only_data_path)
+            records[split] += load_part(chosen_only, "all", split, tokenizer, require_rejected=False)
+    results = fine_tune(options, runtime, config, tokenizer, records, "sft", options.loss_on_prompt)
     if results:
         runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")

@@ -55,8 +55,11 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOpt
     objective: Literal["auto", "token", "sequence", "token_pairs"] = option(
         "auto",
         "token: D per token (Eq. 6); sequence: Bradley-Terry; token_pairs: Bradley-Terry of what --aggregate makes of "
-        "token rewards; auto: token with --revisions or --discriminate_reward, else sequence, which is what "
+        "token rewards; auto: token with --revisions, --spans or --discriminate_reward, else sequence, which is what "
         "DeepSpeed-Chat's command line means",
+    )
+    spans: list[str] = option(
+        [], "spans.jsonl files in place of revisions: tokens in spans called good 1, bad 0, all others 0.5 (DRLC)"
     )
     aggregate: Literal["avg", "sum", "max", "min"] = option(
         "avg", "token_pairs: what a response is worth, from its tokens' rewards; max and min are soft"
@@ -78,7 +81,8 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOpt
     def token_level(self) -> bool:
         """Whether the objective is the token discriminator's."""
         if self.objective == "auto":
-            return self.discriminate_reward or (bool(self.revisions) and self.pairs == "preferences")
+            labelled = bool(self.revisions or self.spans)
+            return self.discriminate_reward or (labelled and self.pairs == "preferences")
         return self.objective == "token"
 
 
@@ -91,6 +95,8 @@ def check(options: Options) -> None:
             "--score_positions all: averages over padding too, as DeepSpeed-Chat does, and --tokens_per_micro_batch "
             "leaves none; keep one of them"
         )
+    if options.spans and (options.revisions or options.eval_revisions or not options.token_level):
+        raise InputError("--spans: are labels of the objective token, in place of --revisions; leave the others out")
     if options.token_level and options.save_format == "deepspeed_chat":
         raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
     if options.objective == "token_pairs":

@@ -27,7 +27,7 @@ from deepspeed_chat_tlcr.training import (
     stage_config,
     training_arguments,
 )
-from step2_discriminator.examples import Pair, collate, preference_pairs, text_pairs, token_pairs
+from step2_discriminator.examples import collate, marked_examples, preference_pairs, text_pairs, token_pairs
 from step2_discriminator.objectives import (
     aggregate,
     diverging_pair_loss,
@@ -37,7 +37,7 @@ from step2_discriminator.objectives import (
     token_loss,
 )
 from step2_discriminator.options import Options
-from step2_discriminator.revisions import load_revisions
+from step2_discriminator.revisions import load_marked, load_revisions
 
 NOT_COUNTED = -100.0
 
@@ -56,7 +56,8 @@ class DiscriminatorTrainer(ClassifierTrainer):
     """Eq. 6 on (modified, rejected) pairs. The chosen response is not forwarded: it has no loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = self.logits(model, inputs, pairs=model.training)  # held-out responses come one by one
+        # Held-out responses come one by one, and those whose spans are marked always.
+        logits = self.logits(model, inputs, pairs=model.training and not self.stage.spans)
         loss = token_loss(logits, inputs["targets"], inputs["response_mask"], self.stage.neutral_weight)
         return (loss, logits) if return_outputs else loss
 
@@ -124,12 +125,16 @@ def train(options: Options, runtime: Runtime) -> None:
     token_level = options.token_level
     objective = "token" if token_level else options.objective.replace("auto", "sequence")
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
-    revisions = load_revisions(options, tokenizer) if token_level or options.pairs == "modified" else None
+    revisions, marked = None, load_marked(options, tokenizer) if options.spans else None
+    if not marked and (token_level or options.pairs == "modified"):
+        revisions = load_revisions(options, tokenizer)
     config = stage_config(options, runtime)
 
-    pairs: dict[str, list[Pair]] = {}
+    pairs: dict[str, list[Any]] = {}  # or single responses, of --spans
     for split in ("train", "eval"):
-        if token_level:
+        if marked:
+            pairs[split], summary = marked_examples(marked[split], tokenizer, options.max_seq_len, split)
+        elif token_level:
             pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split)
         elif revisions is None:
             pairs[split], summary = preference_pairs(options, tokenizer, split)
@@ -161,7 +166,7 @@ def train(options: Options, runtime: Runtime) -> None:
     if options.save_format == "deepspeed_chat":
         freeze_head_bias(model)
     # Tokens are judged one sequence at a time; pairs must stay together to be compared.
-    held_out = list(chain.from_iterable(pairs["eval"])) if token_level else pairs["eval"]
+    held_out = list(chain.from_iterable(pairs["eval"])) if token_level and not marked else pairs["eval"]
     # Without an optimiser DeepSpeed is needed only to partition.
     partitioned = config["zero_optimization"]["stage"] == 3
     arguments = training_arguments(options, runtime, config if partitioned or not options.do_eval else None)
@@ -177,10 +182,13 @@ def train(options: Options, runtime: Runtime) -> None:
         eval_dataset=held_out,
         compute_metrics=trainer_class.measures,
         stage=options,
-        train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
+        train_lengths=[
+            max(len(example.input_ids) for example in (pair if isinstance(pair, tuple) else (pair,)))
+            for pair in pairs["train"]
+        ],
         tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
     )
-    facts = {"stage": f"step2_{objective}", "train_pairs": len(pairs["train"])}
+    facts = {"stage": f"step2_{objective}", "train_responses" if marked else "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
     if results and token_level:
         runtime.say(

@@ -46,12 +46,13 @@ def inherited_unit(specs: Sequence[RewardSpec], options: Options) -> float:
     """What one unit of the critic path's own score is worth as reward: the weight of the terms that sum to its score.
 
     1 where no term has that model: then it is a critic, whose values are in units of reward already. 0 where
-    ``--normalise_rewards`` changes the unit from set to set.
+    ``--normalise_rewards`` changes the unit from set to set, or RLMEC asks the model only what is right.
     """
     critic = os.path.realpath(options.critic_model_name_or_path)
     weights = [spec.weight for spec in specs if spec.name in SUM_TO_THE_SCORE and os.path.realpath(spec.path) == critic]
     if not weights:
-        return 1.0
+        judges = any(spec.name == "rlmec" for spec in specs) and options.rlmec_judge is None
+        return 0.0 if judges else 1.0
     return sum(weights) / options.score_std if options.normalise_rewards == "off" else 0.0
 
 

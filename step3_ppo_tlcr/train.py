@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -30,14 +31,17 @@ from step3_ppo_tlcr.models import Models
 from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.ppo import PPO
 from step3_ppo_tlcr.pretraining import Pretraining, load_blocks
-from step3_ppo_tlcr.prompts import load_prompts, require_a_set, set_size
+from step3_ppo_tlcr.prompts import load_prompts, load_references, require_a_set, set_size
 from step3_ppo_tlcr.remax import ReMax
-from step3_ppo_tlcr.reward_models import RewardSum
+from step3_ppo_tlcr.reward_models import RewardSum, scores_sequences
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, parse_rewards
 from step3_ppo_tlcr.rollout import make_rollouts
 from step3_ppo_tlcr.run import Run, sets_by_step, step_to_continue
 from step3_ppo_tlcr.scores import action_logits
 from step3_ppo_tlcr.trainer import Trainer
+
+if TYPE_CHECKING:
+    from step3_ppo_tlcr.span_critic import SpanCritic
 
 ALGORITHMS = {"ppo": PPO, "remax": ReMax}
 
@@ -65,7 +69,11 @@ def require_rewards(specs: Sequence[RewardSpec]) -> None:
             load_function(spec.path)
             continue
         needed = REWARDS[spec.name]
-        if spec.path is None:
+        if spec.model is None:
+            continue
+        if needed.rewrites:
+            if label_count(spec.path) is not None:
+                raise InputError(f"--reward {spec.name}: {spec.path!r} is not a language model of step2_grm/main.py")
             continue
         labels = label_count(spec.path)
         if labels != needed.labels:
@@ -74,6 +82,35 @@ def require_rewards(specs: Sequence[RewardSpec]) -> None:
         if needed.of_tokens != bool(token_aggregate(spec.path)):
             other = "a model of --objective token_pairs" if needed.of_tokens else what[1]
             raise InputError(f"--reward {spec.name}: {spec.path!r} is not {other}")
+
+
+def require_judge(options: Options, specs: Sequence[RewardSpec]) -> None:
+    """Raise ``InputError`` where RLMEC has nothing that tells right answers from wrong ones."""
+    if options.rlmec_judge == "number" or not any(spec.name == "rlmec" for spec in specs):
+        return
+    path = options.rlmec_judge_model
+    if label_count(path) != 1 or token_aggregate(path):
+        raise InputError(
+            f"--reward rlmec: {path!r} is not a sequence reward model, which would tell right answers from wrong ones; "
+            "name one with --rlmec_judge, or number where answers end in numbers"
+        )
+
+
+def span_critic_of(specs: Sequence[RewardSpec], options: Options, runtime: Runtime) -> "SpanCritic | None":
+    """The chat model of ``--reward critic:MODEL``, if there is one, asked a first question.
+
+    Raises ``InputError`` where it does not answer, for two of them, and for a threshold of scores that nothing gives.
+    """
+    models = list(dict.fromkeys(spec.path for spec in specs if spec.name == "critic"))
+    if not models:
+        return None
+    if len(models) > 1:
+        raise InputError(f"--reward: {' and '.join(models)} both mark spans; name one chat model")
+    if options.span_threshold is not None and not any(map(scores_sequences, specs)):
+        raise InputError("--span_threshold: is of a sequence reward model's score; add one to --reward, sequence:PATH")
+    from step3_ppo_tlcr.span_critic import SpanCritic  # brings openai, which no other reward needs
+
+    return SpanCritic(models[0], options, runtime)
 
 
 def sets_of(options: Options, runtime: Runtime, prompts: Sequence[list[int]]) -> int:
@@ -93,6 +130,7 @@ def build(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[list[int]],
     specs: Sequence[RewardSpec],
+    span_critic: "SpanCritic | None" = None,
 ) -> Trainer:
     """Load every model and make the trainer of ``--algo``."""
     sets, updates = sets_of(options, runtime, prompts), updates_of(options, runtime, prompts)
@@ -100,11 +138,13 @@ def build(
         raise InputError(f"--critic_warmup_steps {options.critic_warmup_steps}: the run has {sets} sets of rollouts")
     actor = train_actor(options, runtime, updates - updates // sets * options.critic_warmup_steps)
     critic = train_critic(options, runtime, updates, specs) if options.algo == "ppo" else None
+    rewrites = any(REWARDS[spec.name].rewrites for spec in specs if spec.model)
+    references = load_references(options, tokenizer) if rewrites else None
     models = Models(
         actor=actor,
         critic=critic,
         reference=load_reference(options, runtime),
-        reward=RewardSum(specs, tokenizer, options, runtime, critic),
+        reward=RewardSum(specs, tokenizer, options, runtime, critic, span_critic, references, sets),
     )
 
     @torch.no_grad()
@@ -126,6 +166,7 @@ def train(options: Options, runtime: Runtime) -> None:
     require_attention(options.attn_implementation, runtime.dtype)
     specs = reward_specs(options)
     require_rewards(specs)
+    require_judge(options, specs)
     tokenizer = common_tokenizer(options, specs)
     preemption = Preemption()
 
@@ -142,7 +183,7 @@ def train(options: Options, runtime: Runtime) -> None:
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
     # ---- models ----
-    trainer = build(options, runtime, tokenizer, prompts, specs)
+    trainer = build(options, runtime, tokenizer, prompts, specs, span_critic_of(specs, options, runtime))
     runtime.seed(options.seed)
     run = Run(options, runtime, trainer, checkpoints, done, known_by)
     held_out = HeldOut(held_out_prompts, trainer, runtime, run.done) if options.eval_interval else None
@@ -183,7 +224,9 @@ def common_tokenizer(options: Options, specs: Sequence[RewardSpec]) -> PreTraine
     others = {options.critic_model_name_or_path: "critic"}
     if options.reference_model_name_or_path:
         others[options.reference_model_name_or_path] = "reference model"
-    judges = {spec.path: "reward model" for spec in specs if spec.name != "python" and spec.path}
+    judges = {spec.model: "reward model" for spec in specs if spec.model and not REWARDS[spec.name].rewrites}
+    if options.rlmec_judge not in (None, "number"):
+        judges[options.rlmec_judge] = "reward model"
     if options.reward_tokenizer == "same":
         others |= judges
     longest = options.max_prompt_seq_len + options.max_answer_seq_len

@@ -162,10 +162,10 @@ def test_print_loss_and_data_output_path(tiny, tmp_path, in_process, capsys):
 
 
 @pytest.mark.parametrize(
-    "program", [program for program in PROGRAMS if "figa" not in program.path], ids=lambda p: p.path
+    "program", [p for p in PROGRAMS if not p.path.startswith(("baselines/figa", "step2_grm"))], ids=lambda p: p.path
 )
 def test_data_output_path_is_used_by_every_program_that_reads_data(tiny, tmp_path, in_process, program, capsys):
-    """A file where the folder should be: the one message says which flag. (FIGA reads revisions alone.)"""
+    """A file where the folder should be: the one message says which flag. (FIGA and RLMEC read revisions.)"""
     (tmp_path / "file").touch()
     model = ("--model_name_or_path", tiny / "model")
     if program.path.startswith("step3"):

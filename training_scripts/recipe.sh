@@ -74,6 +74,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${DISCRIMINATOR_TOKENS_PER_MICRO_BATCH:=1024}" # packs of so many tokens, a pair's prompt in them once; 0: padded
 
 # ---- step2_sequence.sh: the sequence reward model of PPO_seq, PPO_synthetic and ReMax ----
+: "${SEQUENCE_OBJECTIVE:=sequence}"         # sequence; token_pairs: a reward for each token, from the same pairs
 : "${SEQUENCE_PAIRS:=preferences}"          # preferences: chosen over rejected; modified: modified over rejected
 : "${SEQUENCE_FOLDER:=step2_sequence}"      # sub-folder of OUTPUT
 : "${SEQUENCE_BATCH_SIZE:=16}"              # pairs per GPU and micro-batch
@@ -85,6 +86,16 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${SEQUENCE_OFFLOAD:=0}"
 : "${SEQUENCE_GRADIENT_CHECKPOINTING:=1}"
 : "${SEQUENCE_TOKENS_PER_MICRO_BATCH:=1024}" # as DISCRIMINATOR_TOKENS_PER_MICRO_BATCH
+
+# ---- step2_grm.sh: RLMEC's model that rewrites answers (its release's epochs and learning rate) ----
+: "${GRM_BATCH_SIZE:=8}"                    # rewritten answers per GPU and micro-batch
+: "${GRM_ACCUMULATION_STEPS:=2}"
+: "${GRM_EPOCHS:=3}"
+: "${GRM_LEARNING_RATE:=2e-5}"
+: "${GRM_ZERO_STAGE:=2}"
+: "${GRM_OFFLOAD:=0}"
+: "${GRM_GRADIENT_CHECKPOINTING:=1}"
+: "${GRM_MAX_SEQ_LEN:=1024}"                # tokens of conversation, two answers and the rewritten one
 
 # ---- dpo.sh (docs/methods.md says where these come from) ----
 : "${DPO_BATCH_SIZE:=8}"                    # pairs per GPU and micro-batch
@@ -121,6 +132,8 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${MAX_ANSWER_LEN:=256}"                  # tokens; longer answers are cut
 : "${ACTOR_LEARNING_RATE:=1e-6}"
 : "${CRITIC_LEARNING_RATE:=1e-6}"
+: "${PPO_PRESET:=none}"                     # step 3's --preset, for what has no variable here
+: "${PPO_WARMUP_STEPS:=0}"                  # optimiser steps of linear warm-up
 : "${KL_COEFFICIENT:=0.1}"
 : "${GAMMA:=1}"                             # discount of later rewards
 : "${ACTOR_WEIGHT_DECAY:=0}"
@@ -146,7 +159,7 @@ set +a
 
 # ---- what the scripts share ----
 
-KNOWN_STAGES="step1 label step2 step2_sequence step3 dpo figa"
+KNOWN_STAGES="step1 label step2 step2_sequence step2_grm step3 dpo figa"
 
 # Finds or makes the Python environment (PLAN=1 needs none) and fills the arrays `launcher` and `data`.
 prepare() {
@@ -282,6 +295,7 @@ settings_of() {
     case $skip$word in
       skip* | --yes | --batch) skip='' ;;
       --base_url | --api_key_env | --max_cost_usd | --price | --max_failure_share | --num_processes) skip=skip ;;
+      --span_base_url | --span_api_key_env | --span_max_cost_usd | --span_price) skip=skip ;;
       *) words+=("$word") ;;
     esac
   done

@@ -13,7 +13,7 @@ read -ra revisions <<<"$REVISIONS"
 
 command=(
   "${launcher[@]}" "${at}step2_discriminator/main.py" --deepspeed
-  --objective sequence
+  --objective "$SEQUENCE_OBJECTIVE"
   --pairs "$SEQUENCE_PAIRS"
   --model_name_or_path "$MODEL"
 )

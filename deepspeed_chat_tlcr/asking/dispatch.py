@@ -8,7 +8,7 @@ import asyncio
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from deepspeed_chat_tlcr.asking.endpoint import (
@@ -139,8 +139,14 @@ class Dispatcher(Asker):
         self.let_loose = asyncio.Event()  # set once the first request has shown what the endpoint takes
         self.error: BaseException | None = None
 
-    async def run(self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None) -> str | None:
-        """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk)."""
+    async def run(
+        self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None, seconds: float | None = None
+    ) -> str | None:
+        """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk).
+
+        ``seconds``: when they are over, it stops ("late") and gives up the calls in flight. Then SIGINT and SIGTERM are
+        left to the caller, who waits no longer than that; without a limit they stop it.
+        """
         self.on_outcome = on_outcome
         source = iter(requests)
         loop = asyncio.get_running_loop()
@@ -148,14 +154,17 @@ class Dispatcher(Asker):
         spare = max(8, self.limits.concurrency // 4)
         count = self.limits.concurrency + spare
         workers = [loop.create_task(self._work(source, alone=number == 0)) for number in range(count)]
-        with on_stop_signals(lambda name: self._on_signal(workers, name)):
+        late = loop.call_later(seconds, self.stop, "late") if seconds is not None else None
+        with nullcontext() if late else on_stop_signals(lambda name: self._on_signal(workers, name)):
             stopped = loop.create_task(self.stopping.wait())
             everything: asyncio.Future = asyncio.gather(*workers)
             await asyncio.wait([stopped, everything], return_when=asyncio.FIRST_COMPLETED)
             if self.stopping.is_set():
-                await asyncio.wait(workers, timeout=GRACE)
+                await asyncio.wait(workers, timeout=0 if late else GRACE)
                 for worker in workers:
                     worker.cancel()
+            if late:
+                late.cancel()
             stopped.cancel()
             await asyncio.gather(stopped, everything, return_exceptions=True)
         if self.error is not None:

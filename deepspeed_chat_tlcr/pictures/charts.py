@@ -172,9 +172,11 @@ def point_chart(
     x_label: str = "",
     y_label: str = "",
     intervals: Sequence[tuple[float, float] | None] | None = None,
+    line: Sequence[str] = (),
 ) -> Html:
     """One dot for each finite ``(name, x, y)``; ``intervals`` draw (low, high) whiskers of y.
 
+    ``line``: names of points that a line connects, in its order.
     Up to ``NAMED_POINTS`` names stand beside their dots; more would cover each other and go into a legend.
     """
     intervals = intervals or [None] * len(points)
@@ -190,6 +192,10 @@ def point_chart(
     heights = [y for _, (_, _, y), _ in shown] + [edge for *_, pair in shown if pair for edge in pair]
     plot = _Plot(x_ticks[0], x_ticks[-1], ticks(min(heights), max(heights)))
     body = [plot.frame(x_label, y_label, x_ticks)]
+    if line:
+        at = {name: (x, y) for _, (name, x, y), _ in shown}
+        across, up = zip(*(at[name] for name in line), strict=True)
+        body.append(plot.path(across, up, "series raw", 'style="--k:var(--s0)"'))
     taken: list[tuple[float, float, float]] = []
     for index, (name, x, y), interval in sorted(shown, key=lambda one: one[1][2], reverse=True):
         named = len(shown) <= NAMED_POINTS

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from deepspeed_chat_tlcr.data.split import part_sizes
 from training_scripts.planning import duration, memory
 from training_scripts.planning.model_shapes import ModelShape
-from training_scripts.planning.recipe import ALONE, CLASSIFIERS, Recipe
+from training_scripts.planning.recipe import ALONE, CLASSIFIERS, ONE_ANSWER, Recipe
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ def work_of(recipe: Recipe, records: int) -> dict[str, Work]:
         if stage in ALONE:
             training = recipe.trainings[stage]
             batch = training.batch_size * training.accumulation_steps * recipe.world_size
-            work[stage] = Work(sft if stage == "step1" else reward, batch, training.epochs)
+            # RLMEC's model learns from every revision twice: to edit, and to leave as it is.
+            seen = {"step1": sft, "step2_grm": 2 * reward}.get(stage, reward)
+            work[stage] = Work(seen, batch, training.epochs)
         elif stage == "step3":
             batch = recipe.ppo_batch_size * recipe.ppo_accumulation_steps * recipe.world_size
             work[stage] = Work(rl, batch, recipe.prompt_epochs)
@@ -53,9 +55,10 @@ def trained_alone(
     card, ranks, nodes = duration.CARDS[recipe.gpu_card], recipe.world_size, len(recipe.hosts())
     training = recipe.trainings[stage]
     parameters = memory.trained_parameters(shape, stage)
-    row = min(prompt + answer, recipe.max_seq_len)
+    answers = 3 if stage == "step2_grm" else 1  # it reads two before the one that it writes
+    row = min(prompt + answers * answer, recipe.longest(stage))
     packed = stage in CLASSIFIERS and training.tokens_per_micro_batch
-    second = 0 if stage == "step1" else min(answer, row) if packed else row
+    second = 0 if stage in ONE_ANSWER else min(answer, row) if packed else row
     tokens = work.epochs * work.records * (row + second)
     passes = 4 if training.gradient_checkpointing else 3
     compared = stage == "dpo"  # with a frozen reference's forward pass
@@ -108,7 +111,7 @@ def ppo_step(recipe: Recipe, shape: ModelShape, prompt: float, answer: float, of
         duration.zero(card, parameters, stage, passes - 1, ranks, nodes, size)
         for stage in (recipe.actor_zero_stage, *critic)
     )
-    scorers = (recipe.reference_zero_stage, *[recipe.reward_zero_stage] * answers, *critic)
+    scorers = (recipe.reference_zero_stage, *[recipe.reward_zero_stage] * answers * recipe.reward_models, *critic)
     return {
         "decoding": answers * decoded * sequences / rows,
         "scoring": duration.computing(card, through, tokens, len(scorers)),

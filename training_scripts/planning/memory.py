@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from deepspeed_chat_tlcr.deepspeed_config import LIVE_PARAMETERS
 from training_scripts.planning.model_shapes import ModelShape
-from training_scripts.planning.recipe import ALONE, CLASSIFIERS, Recipe
+from training_scripts.planning.recipe import ALONE, CLASSIFIERS, ONE_ANSWER, Recipe
 
 GIB = 2**30
 REDUCE_BUCKET = 500_000_000  # elements of DeepSpeed's gradient bucket (its default)
@@ -153,9 +153,9 @@ def ppo_parameters(recipe: Recipe, shape: ModelShape) -> int:
 def trained_alone(recipe: Recipe, shape: ModelShape, stage: str) -> Need:
     """Steps 1 and 2, DPO, FIGA: one model, a micro-batch at a time on each GPU."""
     training, parameters = recipe.trainings[stage], trained_parameters(shape, stage)
-    ranks, size, tokens = recipe.world_size, recipe.bytes_per_parameter, recipe.max_seq_len
-    # A record is two sequences everywhere but in SFT: the worse and the better response.
-    sequences = (1 if stage == "step1" else 2) * training.batch_size
+    ranks, size, tokens = recipe.world_size, recipe.bytes_per_parameter, recipe.longest(stage)
+    # A record is mostly two sequences: the worse and the better response.
+    sequences = (1 if stage in ONE_ANSWER else 2) * training.batch_size
     shared = {"ranks": ranks, "largest_layer": largest_layer(shape), "bytes_per_parameter": size}
     states = model_states(parameters, zero_stage=training.zero_stage, offload=training.offload, **shared)
     logits = 0 if stage in CLASSIFIERS else FULL_LOGITS * sequences * tokens * shape.vocabulary
@@ -210,6 +210,7 @@ def ppo(recipe: Recipe, shape: ModelShape, offload: bool) -> Need:
         offloaded += states.host
         steps[role] = states.step
         loading = max(loading, _loading(parameters, stage, ranks / nodes, size))
+    gpu["reward model"] *= recipe.reward_models
     tokens, checkpointing = recipe.max_prompt_len + recipe.max_answer_len, recipe.ppo_gradient_checkpointing
     trained_rows, scored_rows = recipe.ppo_batch_size, recipe.generation_batch_size
     chosen = CHOSEN_LOGITS * trained_rows * recipe.max_answer_len * shape.vocabulary

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepspeed_chat_tlcr.asking.models import BATCH_DISCOUNT, Price, known_model, price_of
-from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate
+from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate, estimate_tokens
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
@@ -26,6 +26,7 @@ from training_scripts.planning.recipe import ALONE, Recipe
 HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}
 """Training records of hub data sets that the plan knows without the network."""
 
+SPAN_QUESTION, SPAN_TOKENS = 870, 80  # characters of a question about spans without its texts; tokens of its answer
 LABEL_CONCURRENCY = 32  # calls in flight, labeling/main.py's default
 REVISERS = ("gpt-6-luna", "gpt-6.1-terra", "gpt-6-sol")  # whose price a plan shows beside that of the chosen one
 
@@ -164,6 +165,17 @@ def _reviser_row(recipe: Recipe, texts: Texts, name: str) -> tuple[str, ...]:
         usd = ["none", "none"]
     tokens = (f"{cost.calls:,}", f"{cost.prompt_tokens:,}", f"{cost.completion_tokens:,}", f"{cost.hours:.1f}")
     return (name or "(the one served)", *tokens, *usd)
+
+
+def spans_report(recipe: Recipe, texts: Texts | str) -> str:
+    """What DRLC's chat model costs while the policy learns: a question for every answer."""
+    title = f"Spans marked by {recipe.span_model} in step 3"
+    if isinstance(texts, str):
+        return f"{title}: {texts}"
+    calls = part_sizes(texts.records, recipe.data_split)[2] * recipe.prompt_epochs
+    question = SPAN_QUESTION + texts.prompt + (texts.chosen + texts.rejected) / 2
+    price = label_price(replace(recipe, label_model=recipe.span_model))
+    return f"{title}: {estimate_tokens(calls, round(calls * question), calls * SPAN_TOKENS, price, LABEL_CONCURRENCY)}"
 
 
 def steps_report(recipe: Recipe, texts: Texts | str) -> str:
@@ -307,6 +319,7 @@ def main() -> None:
         return
     texts = find_texts(recipe)
     sections = [labelling_report(recipe, texts)] if recipe.labels_here else []
+    sections += [spans_report(recipe, texts)] if recipe.span_model else []
     if set(recipe.folders()) - {"label"}:
         sections += training_reports(recipe, texts)
     print("\n\n".join(sections))

@@ -37,14 +37,12 @@ RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes firs
 
 def check_labelling(recipe: Recipe) -> Iterator[Problem]:
     """The key is set (its value is never shown), and an endpoint on this machine answers."""
-    if "label" not in recipe.folders():
-        return
-    own = Path(recipe.output) / "labeling"
-    if Path(recipe.revisions).parent != own:
+    own, labels = Path(recipe.output) / "labeling", "label" in recipe.folders()
+    if labels and Path(recipe.revisions).parent != own:
         if not Path(recipe.revisions).is_file():
             yield Problem(f"REVISIONS={recipe.revisions}: no such file", "name a revisions.jsonl of labeling/main.py")
-        return
-    if labelling_is_complete(own):
+        labels = False
+    if not (labels and not labelling_is_complete(own)) and not recipe.span_model:
         return
     key = os.environ.get(recipe.api_key_env, "").strip()
     address = recipe.label_base_url.rstrip("/") or None

@@ -27,11 +27,16 @@ class Training:
     zero_stage: int
     offload: bool
     gradient_checkpointing: bool
-    tokens_per_micro_batch: int = 0  # DPO and FIGA have no packs
+    tokens_per_micro_batch: int = 0
 
 
 ALONE = {"step1": "SFT", "step2": "DISCRIMINATOR", "step2_sequence": "SEQUENCE", "dpo": "DPO", "figa": "FIGA"}
+ALONE |= {"step2_grm": "GRM"}
 """Stages that train one model, and the prefix of their variables."""
+ONE_ANSWER = ("step1", "step2_grm")
+"""Those whose records are one sequence each, not two."""
+UNPACKED = ("dpo", "figa", "step2_grm")
+"""Those that have no packs."""
 CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
 """Those of them that train a token classifier, and its number of labels."""
 
@@ -63,6 +68,8 @@ class Recipe:
     label_price: str
     api_key_env: str
     max_seq_len: int
+    grm_max_seq_len: int
+    reward: str
     algo: str
     generation_batch_size: int
     generation_batches: int
@@ -94,9 +101,7 @@ class Recipe:
         values = {name: _read(name, kind, environment, problems) for name, kind in _kinds(cls).items()}
         values["trainings"] = {}
         for stage, prefix in ALONE.items():
-            names = [
-                name for name in _kinds(Training) if name != "tokens_per_micro_batch" or stage not in ("dpo", "figa")
-            ]
+            names = [name for name in _kinds(Training) if name != "tokens_per_micro_batch" or stage not in UNPACKED]
             found = {name: _read(f"{prefix}_{name}", _kinds(Training)[name], environment, problems) for name in names}
             values["trainings"][stage] = Training(**found)
         if not any(name.upper() in environment for name in values):
@@ -112,6 +117,7 @@ class Recipe:
             "label": "labeling",
             "step2": "step2_discriminator",
             "step2_sequence": self.sequence_folder,
+            "step2_grm": "step2_grm",
             "dpo": "dpo",
             "figa": "figa",
             "step3": self.ppo_folder,
@@ -120,6 +126,23 @@ class Recipe:
         if unknown:
             raise InputError(f"STAGES: there is no stage {unknown[0]!r}; known: {' '.join(folders)}")
         return {stage: folders[stage] for stage in self.stages.split()}
+
+    def longest(self, stage: str) -> int:
+        """Tokens of a record of a stage that trains one model."""
+        return self.grm_max_seq_len if stage == "step2_grm" else self.max_seq_len
+
+    @property
+    def span_model(self) -> str:
+        """The chat model that marks spans in step 3, if one does."""
+        named = [term.removeprefix("critic:") for term in self.reward.split() if term.startswith("critic:")]
+        return named[0].rpartition("@")[0] or named[0] if named and "step3" in self.folders() else ""
+
+    @property
+    def reward_models(self) -> int:
+        """How many models step 3 scores answers with; RLMEC's has a second one that says which are right."""
+        terms = [term.rpartition("@")[0] or term for term in self.reward.split() if not term.startswith("critic:")]
+        models = {term.partition(":")[2] for term in terms}  # "": DISCRIMINATOR_MODEL
+        return len(models | {""}) if self.reward.startswith("rlmec:") else len(models)
 
     def is_complete(self, folder: str) -> bool:
         """Whether the stage with this ``folder`` under OUTPUT has written its results, the last thing that it does."""
