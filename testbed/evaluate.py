@@ -25,7 +25,6 @@ from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation.logprobs import as_examples
 from evaluation.scoring import heatmap, revision_heatmaps, token_probs
 from step2_discriminator.revisions import hold_out
-from testbed.base import BOS
 from testbed.measures import (
     BEST_OF,
     TEMPERATURES,
@@ -35,10 +34,11 @@ from testbed.measures import (
     best_of_kl,
     frontier,
     interval,
+    scores_in_training,
     write_answers,
 )
-from testbed.report import Run, policy_name, verdict, write_report
-from testbed.world import REWARDED, WORLDS, World
+from testbed.report import policy_name, verdict, write_report
+from testbed.world import REWARDED, WORLDS
 
 SHOWN = 4
 """Prompts, and revisions, whose tokens the report shows."""
@@ -116,17 +116,6 @@ def revision_samples(path: Path, tokenizer: PreTrainedTokenizerFast, discriminat
     return [Sample(r.prompt, revision_heatmaps(tokenizer, discriminator, r, 4096)) for r in shown]
 
 
-def scores_in_training(run: Path, world: World, eos: str) -> dict[int, list[float]]:
-    """True scores of the answers that each step of PPO learnt from, where the run has saved them."""
-    scores: dict[int, list[float]] = {}
-    for file in sorted((run / "step3_ppo_tlcr").glob("answers-*.jsonl")):
-        for _, line in read_jsonl(file):
-            prompt = line["prompt"].removeprefix(BOS)
-            score = world.score(prompt, line["answer"].removesuffix(eos), line["answer"].endswith(eos))
-            scores.setdefault(line["step"], []).append(score)
-    return scores
-
-
 def print_table(results: dict) -> None:
     table = Table(title="Held-out prompts; the true score is never shown to training")
     for column in ("policy", "true score (1-10)", "repeat a fact", "response length", "KL to SFT at T=1", "entropy"):
@@ -193,18 +182,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts, {"SFT": policies["sft_best"], "TLCR": policies["tlcr_best"]}, tokenizer, discriminator
         ),
         revisions=revision_samples(run / "labeling" / "revisions.jsonl", tokenizer, discriminator),
-        runs=[
-            Run("sft", run / "step1_sft" / "metrics.jsonl"),
-            Run("discriminator", run / "step2_discriminator" / "metrics.jsonl"),
-            Run("ppo", run / "step3_ppo_tlcr" / "metrics.jsonl"),
-        ],
+        metrics={
+            "sft": run / "step1_sft" / "metrics.jsonl",
+            "discriminator": run / "step2_discriminator" / "metrics.jsonl",
+            "ppo": run / "step3_ppo_tlcr" / "metrics.jsonl",
+        },
         about=(
             f"A run on the testbed, a made-up world whose true score is known: a Llama of "
             f"{sum(p.numel() for p in sft.parameters()) / 1e6:.1f} million parameters, "
             f"{ANSWERS} answers to each of {len(prompts)} held-out prompts, seed {options.seed}. A policy’s best "
             f"temperature was chosen on {len(others)} other prompts."
         ),
-        scores=scores_in_training(run, world, tokenizer.eos_token),
+        scores=scores_in_training(run / "step3_ppo_tlcr", world.score, tokenizer.eos_token),
         world=REWARDED,
         made=made,
     )

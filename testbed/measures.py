@@ -16,8 +16,10 @@ from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.generation import Answer, Decoding, seeded_answers
+from deepspeed_chat_tlcr.records import read_jsonl
 from deepspeed_chat_tlcr.tokenization import tokenize_prompt
 from evaluation.logprobs import response_logprobs
+from testbed.base import BOS
 from testbed.world import repeats_a_fact
 
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -96,6 +98,17 @@ def write_answers(path: Path, prompts: Sequence[str], measured: Mapping[str, Mea
                 line = {"set": name, "prompt": prompt, "scores": one.scores[at].round(4).tolist()}
                 line |= {"answers": [answer.text for answer in row], "ended": [answer.ended for answer in row]}
                 file.write(json.dumps(line) + "\n")
+
+
+def scores_in_training(folder: Path, scorer: Scorer, eos: str) -> dict[int, list[float]]:
+    """True scores of the answers that each step of PPO learnt from, where the run has saved them (--save_answers)."""
+    scores: dict[int, list[float]] = {}
+    for file in sorted(folder.glob("answers-*.jsonl")):
+        for _, line in read_jsonl(file):
+            prompt, answer = line["prompt"].removeprefix(BOS), line["answer"]
+            score = scorer(prompt, answer.removesuffix(eos), answer.endswith(eos))
+            scores.setdefault(line["step"], []).append(score)
+    return scores
 
 
 def best_of(selected_by: np.ndarray, true: np.ndarray, n: int) -> np.ndarray:
