@@ -79,8 +79,8 @@ def write_report(
     """Write the page and return its path. What is missing is named as missing, never left out silently.
 
     ``results``: what ``testbed.evaluate`` writes: policies such as ``sft`` and ``tlcr_best``, each with the measures of
-    ``COLUMNS``; ``discriminator``; ``seconds`` by stage; what ``verdict`` and ``frontier_charts`` read. ``answers``: one
-    prompt with several policies' answers each. ``revisions``: held-out pairs, labels beside rewards. ``metrics``: a
+    ``COLUMNS``; ``discriminator``; ``seconds`` by stage; what ``verdict`` and ``frontier_charts`` read. ``answers``:
+    one prompt with several policies' answers each. ``revisions``: held-out pairs, labels beside rewards. ``metrics``: a
     stage's metrics.jsonl. ``about``: what was run. ``scores``: true scores of the answers that each step of PPO learnt
     from. ``world``: what the true score rewards. ``made``: where the numbers come from (``provenance``).
     """

@@ -69,7 +69,7 @@ class Method:
     kl: float = 1.0  # times the KL coefficient
     rate: float = 1.0  # times the learning rate
     sharpness: float | Literal["fit"] = 1.0  # of D: what its logits are multiplied by; fit: as held-out labels say
-    noise: float = 0.0  # uniform noise on every token's reward, in units of the reward before it is scaled
+    noise: float = 0.0  # beside it on every token, uniform in [-noise, noise], before both are scaled
     rounds: int = 0  # of own answers that the reviser edits and the discriminator learns from
     options: Mapping[str, float] = field(default_factory=dict)  # further flags of step 3
 
