@@ -277,9 +277,9 @@ def registered(tmp_path: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         ({"methods__tlcr__algo": "grpo"}, r"methods.tlcr.algo: 'grpo'; known are sft, dpo, figa, ppo, remax"),
-        ({"methods__tlcr__lr": 1}, "methods.tlcr: unknown lr; known are title, algo"),
-        ({"methods__tlcr": {"title": "x"}}, "methods.tlcr: algo is missing"),
-        ({"scale__pears": 3}, "scale: unknown pears"),
+        ({"methods__tlcr__lr": 1}, "methods.tlcr: got an unexpected keyword argument 'lr'"),
+        ({"methods__tlcr": {"title": "x"}}, "methods.tlcr: missing 1 required keyword-only argument: 'algo'"),
+        ({"scale__pears": 3}, "scale: got an unexpected keyword argument 'pears'"),
         ({"seeds__results": [101, 2]}, r"no result: \{101\}"),
         ({"seeds__results": [2, 2]}, "twice the same"),
         ({"stages__main__methods": ["grpo"]}, "no method is called grpo"),

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -20,23 +19,9 @@ from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.records import read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.logprobs import as_examples
-from evaluation.scoring import sequence_scores, token_probs
-from testbed.measures import (
-    BEST_OF,
-    TEMPERATURES,
-    Measured,
-    Sampler,
-    Scorer,
-    best_of,
-    best_of_kl,
-    scores_in_training,
-    write_answers,
-)
+from testbed.measures import BEST_OF, TEMPERATURES, Measured, Sampler, Scorer, judged, scores_in_training, write_answers
 from testbed.study.truth import TESTBED, checked, load_scorer
 
-CHOOSING = 2
-"""Answers to each validation prompt."""
 CURVES = {
     "reward/per_token": "reward_per_token",
     "rollout/response_length": "response_length",
@@ -92,21 +77,11 @@ def told(measured: Measured, kinds: Sequence[str]) -> dict:
 
 def best_of_judges(options: Options, measured: Measured, pad_id: int) -> dict[str, list[dict]]:
     """Best-of-n of the answers by each judge and, as a limit that nobody can have, by the truth."""
-    examples = as_examples(measured.answers)
-    judged = {"truth": measured.scores.ravel()}
-    if options.discriminator:
-        model = load_token_classifier(options.discriminator, 2, torch.float32).eval()
-        judged["discriminator"] = [sum(2 * p - 1 for p in row) for row in token_probs(model, examples, pad_id, 64)]
-    if options.reward_model:
-        model = load_token_classifier(options.reward_model, 1, torch.float32).eval()
-        judged["reward_model"] = sequence_scores(model, examples, pad_id, 64)
-    found: dict[str, list[dict]] = {}
-    for name, values in judged.items():
-        by = np.reshape(values, measured.scores.shape)
-        for n in (n for n in BEST_OF if n <= by.shape[1]):
-            scores = best_of(by, measured.scores, n)
-            row = {"n": n, "kl": best_of_kl(n), "true_score": float(scores.mean()), "scores": scores.round(4).tolist()}
-            found.setdefault(name, []).append(row)
+    found = {"truth": measured.best_of_n(measured.scores.ravel().tolist())}
+    for name, labels in (("discriminator", 2), ("reward_model", 1)):
+        if path := getattr(options, name):
+            model = load_token_classifier(path, labels, torch.float32).eval()
+            found[name] = measured.best_of_n(judged(model, measured, pad_id))
     return found
 
 
@@ -134,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy, sft = (load_causal_lm(path, torch.float32).eval() for path in (options.policy, options.sft))
     sampler = sampler_of(options, tokenizer, sft)
     others = prompts_of(options.validation)[0]
-    tried = {t: float(sampler.measure(policy, others, t, CHOOSING).scores.mean()) for t in TEMPERATURES}
+    tried = sampler.sweep(policy, others)
     best = max(TEMPERATURES, key=tried.__getitem__)
     results: dict = {"validation": {f"{t:g}": score for t, score in tried.items()}, "best": f"{best:g}"}
     if options.prompts:
