@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import exits_cleanly
@@ -24,29 +24,25 @@ from deepspeed_chat_tlcr.records import read_jsonl, read_revisions, results_of_s
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation.logprobs import as_examples
-from evaluation.scoring import heatmap, revision_heatmaps, token_probs
+from evaluation.scoring import heatmap, revision_heatmaps
 from step2_discriminator.revisions import hold_out
-from testbed.base import BOS
 from testbed.measures import (
-    BEST_OF,
     TEMPERATURES,
     Measured,
     Sampler,
-    best_of,
-    best_of_kl,
     frontier,
     interval,
+    judged,
+    scores_in_training,
     write_answers,
 )
-from testbed.report import Run, policy_name, verdict, write_report
-from testbed.world import REWARDED, WORLDS, World
+from testbed.report import policy_name, verdict, write_report
+from testbed.world import WORLDS
 
 SHOWN = 4
 """Prompts, and revisions, whose tokens the report shows."""
 ANSWERS = 8
 """Answers to each test prompt."""
-CHOOSING = 2
-"""Answers to each validation prompt."""
 STAGES = {
     "base": "base/results.json",
     "sft": "step1_sft/results.json",
@@ -55,6 +51,7 @@ STAGES = {
     "ppo": "step3_ppo_tlcr/results.json",
 }
 """What each stage of a run writes last."""
+TRAINED = ("sft", "discriminator", "ppo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +66,6 @@ class Options:
     batch_size: int = option(128, "answers generated at once")
 
 
-def chosen_temperature(
-    sampler: Sampler, model: PreTrainedModel, prompts: Sequence[str], name: str
-) -> dict[float, float]:
-    """Mean true score at every temperature, on prompts other than those that are reported."""
-    measured = (sampler.measure(model, prompts, t, CHOOSING, f"{name} at temperature {t:g}") for t in TEMPERATURES)
-    return {one.temperature: float(one.scores.mean()) for one in measured}
-
-
 def over_frontier(measured: Measured, sft: Sequence[Measured]) -> dict[str, dict]:
     """How far answers lie above what the SFT model reaches at their KL and at their entropy, paired by prompt."""
     costs = {"kl": lambda one: float(one.kls.mean()), "entropy": lambda one: -float(one.entropies.mean())}
@@ -85,14 +74,6 @@ def over_frontier(measured: Measured, sft: Sequence[Measured]) -> dict[str, dict
         name: interval(measured.scores.mean(1) - frontier([cost(one) for one in sft], scores, cost(measured)))
         for name, cost in costs.items()
     }
-
-
-def best_by_discriminator(sft: Measured, discriminator, pad_id: int) -> list[dict[str, float]]:
-    """Best-of-n of the SFT model's answers by the sum of the discriminator's rewards: n, its KL, true score."""
-    totals = [sum(2 * p - 1 for p in row) for row in token_probs(discriminator, as_examples(sft.answers), pad_id, 64)]
-    judged = np.reshape(totals, sft.scores.shape)
-    found = {n: best_of(judged, sft.scores, n).mean() for n in BEST_OF if n <= sft.scores.shape[1]}
-    return [{"n": n, "kl": best_of_kl(n), "true_score": float(score)} for n, score in found.items()]
 
 
 def answer_samples(
@@ -115,17 +96,6 @@ def revision_samples(path: Path, tokenizer: PreTrainedTokenizerFast, discriminat
     _, held_out = hold_out(list(read_revisions(path)), share=0.05)
     shown = [revision for revision in held_out if revision.modified != revision.rejected][:SHOWN]
     return [Sample(r.prompt, revision_heatmaps(tokenizer, discriminator, r, 4096)) for r in shown]
-
-
-def scores_in_training(run: Path, world: World, eos: str) -> dict[int, list[float]]:
-    """True scores of the answers that each step of PPO learnt from, where the run has saved them."""
-    scores: dict[int, list[float]] = {}
-    for file in sorted((run / "step3_ppo_tlcr").glob("answers-*.jsonl")):
-        for _, line in read_jsonl(file):
-            prompt = line["prompt"].removeprefix(BOS)
-            score = world.score(prompt, line["answer"].removesuffix(eos), line["answer"].endswith(eos))
-            scores.setdefault(line["step"], []).append(score)
-    return scores
 
 
 def print_table(results: dict) -> None:
@@ -164,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     discriminator = load_token_classifier(str(run / "step2_discriminator"), 2, torch.float32).eval()
     sampler = Sampler(tokenizer, sft, world.score, options.max_answer_seq_len, options.batch_size, options.seed)
     swept = {t: sampler.measure(sft, prompts, t, ANSWERS, f"SFT at temperature {t:g}") for t in TEMPERATURES}
-    tried = {name: chosen_temperature(sampler, model, others, name) for name, model in (("sft", sft), ("tlcr", tlcr))}
+    tried = {name: sampler.sweep(model, others, name) for name, model in (("sft", sft), ("tlcr", tlcr))}
     best = {name: max(scores, key=scores.__getitem__) for name, scores in tried.items()}
     policies = {"sft": swept[1.0], "sft_best": swept[best["sft"]]}
     for name, temperature in (("tlcr", 1.0), ("tlcr_best", best["tlcr"])):
@@ -180,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tlcr_over_frontier": over_frontier(policies["tlcr_best"], list(swept.values())),
         "tlcr_over_sft": {"temperature_1": interval(gaps[""]), "best": interval(gaps["_best"])},
         "sft_sweep": [one.summary() for one in swept.values()],
-        "sft_best_of_n": best_by_discriminator(swept[1.0], discriminator, tokenizer.pad_token_id),
+        "sft_best_of_n": swept[1.0].best_of_n(judged(discriminator, swept[1.0], tokenizer.pad_token_id)),
         "temperatures": {name: {f"{t:g}": score for t, score in row.items()} for name, row in tried.items()},
         "discriminator": judge,
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
@@ -194,19 +164,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts, {"SFT": policies["sft_best"], "TLCR": policies["tlcr_best"]}, tokenizer, discriminator
         ),
         revisions=revision_samples(run / "labeling" / "revisions.jsonl", tokenizer, discriminator),
-        runs=[
-            Run("sft", run / "step1_sft" / "metrics.jsonl"),
-            Run("discriminator", run / "step2_discriminator" / "metrics.jsonl"),
-            Run("ppo", run / "step3_ppo_tlcr" / "metrics.jsonl"),
-        ],
+        metrics={name: run / STAGES[name].replace("results.json", "metrics.jsonl") for name in TRAINED},
         about=(
             f"A run on the testbed, a made-up world whose true score is known: a Llama of "
             f"{sum(p.numel() for p in sft.parameters()) / 1e6:.1f} million parameters, "
             f"{ANSWERS} answers to each of {len(prompts)} held-out prompts, seed {options.seed}. A policy’s best "
             f"temperature was chosen on {len(others)} other prompts."
         ),
-        scores=scores_in_training(run, world, tokenizer.eos_token),
-        world=REWARDED,
+        scores=scores_in_training(run / "step3_ppo_tlcr", world.score, tokenizer.eos_token),
+        world=world.rewarded,
         made=made,
     )
     print_table(results)

@@ -1,9 +1,8 @@
-"""The testbed's command line: ``python testbed/main.py data|base|serve|score …`` (each with ``--help``)."""
+"""The testbed's command line: ``python testbed/main.py data|base|serve …`` (each with ``--help``)."""
 
 import json
 import random
 import signal
-import statistics
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option, parse, run_command, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.records import read_jsonl, write_jsonl
+from deepspeed_chat_tlcr.records import write_jsonl
 from testbed.serve import MODEL, make_server
 from testbed.world import WORLDS, World, distinct_prompts
 
@@ -62,13 +61,6 @@ class ServeOptions(WorldOptions):
     port_file: str | None = option(None, "file to write the port to once the server listens")
     model: str = option(MODEL, "name of the model to answer as")
     revision_noise: float = option(World.revision_noise, "chance that a choice is edited wrongly", most=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions(WorldOptions):
-    """Score texts truly. Prints one JSON object: count, mean, standard deviation and the scores in order."""
-
-    input: str = option(MISSING, "JSON lines with prompt, response and ended (false where the answer was cut off)")
 
 
 def write_data(argv: list[str]) -> None:
@@ -126,28 +118,7 @@ def serve(argv: list[str]) -> None:
             print("stopped", flush=True)
 
 
-def score(argv: list[str]) -> None:
-    options = parse(ScoreOptions, argv)
-    world = options.made()
-    scores = []
-    for number, record in read_jsonl(options.input):
-        for name, kind in (("prompt", str), ("response", str), ("ended", bool)):
-            if not isinstance(record.get(name), kind):
-                raise InputError(f"{options.input}:{number}: {name!r} must be there and of type {kind.__name__}")
-        try:
-            scores.append(world.score(record["prompt"], record["response"], record["ended"]))
-        except InputError as error:
-            raise InputError(f"{options.input}:{number}: {error}") from None
-    if not scores:
-        raise InputError(f"{options.input}: holds no texts to score")
-    print(
-        json.dumps(
-            {"count": len(scores), "mean": statistics.fmean(scores), "sd": statistics.pstdev(scores), "scores": scores}
-        )
-    )
-
-
-COMMANDS = {"data": write_data, "base": train_base, "serve": serve, "score": score}
+COMMANDS = {"data": write_data, "base": train_base, "serve": serve}
 
 
 @exits_cleanly

@@ -16,8 +16,11 @@ from scipy import stats
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.generation import Answer, Decoding, seeded_answers
+from deepspeed_chat_tlcr.records import read_jsonl
 from deepspeed_chat_tlcr.tokenization import tokenize_prompt
-from evaluation.logprobs import response_logprobs
+from evaluation.logprobs import as_examples, response_logprobs
+from evaluation.scoring import sequence_scores, token_probs
+from testbed.base import BOS
 from testbed.world import repeats_a_fact
 
 TEMPERATURES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)
@@ -56,6 +59,11 @@ class Sampler:
         rows = (np.asarray(values, float).reshape(len(prompts), count) for values in (scores, away, -own))
         return Measured(temperature, written, *rows)
 
+    def sweep(self, policy: PreTrainedModel, prompts: Sequence[str], name: str | None = None) -> dict[float, float]:
+        """Mean true score at every temperature, of two answers to each prompt: what a temperature is chosen by."""
+        shown = {t: name and f"{name} at temperature {t:g}" for t in TEMPERATURES}
+        return {t: float(self.measure(policy, prompts, t, 2, shown[t]).scores.mean()) for t in TEMPERATURES}
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -80,6 +88,15 @@ class Measured:
             found |= {name: float(by_prompt.mean()), f"{name}_standard_error": float(stats.sem(by_prompt))}
         return found
 
+    def best_of_n(self, judged: Sequence[float]) -> list[dict]:
+        """Best-of-n of these answers by what a judge says of each: n, KL to temperature 1, true scores."""
+        by, found = np.reshape(judged, self.scores.shape), []
+        for n in (n for n in BEST_OF if n <= by.shape[1]):
+            scores = best_of(by, self.scores, n)
+            row = {"n": n, "kl": best_of_kl(n), "true_score": float(scores.mean())}
+            found.append(row | {"scores": scores.round(4).tolist()})
+        return found
+
     def by_kind(self, kinds: Sequence[str]) -> dict[str, float]:
         """Mean true score by what is new in the prompts."""
         scores, of = self.scores.mean(1), np.asarray(kinds)
@@ -96,6 +113,25 @@ def write_answers(path: Path, prompts: Sequence[str], measured: Mapping[str, Mea
                 line = {"set": name, "prompt": prompt, "scores": one.scores[at].round(4).tolist()}
                 line |= {"answers": [answer.text for answer in row], "ended": [answer.ended for answer in row]}
                 file.write(json.dumps(line) + "\n")
+
+
+def judged(model: PreTrainedModel, measured: Measured, pad_id: int) -> list[float]:
+    """What a discriminator (the sum of 2D - 1) or a sequence reward model says of each answer."""
+    examples = as_examples(measured.answers)
+    if model.num_labels == 1:
+        return sequence_scores(model, examples, pad_id, 64)
+    return [sum(2 * p - 1 for p in row) for row in token_probs(model, examples, pad_id, 64)]
+
+
+def scores_in_training(folder: Path, scorer: Scorer, eos: str) -> dict[int, list[float]]:
+    """True scores of the answers that each step of PPO learnt from, where the run has saved them (--save_answers)."""
+    scores: dict[int, list[float]] = {}
+    for file in sorted(folder.glob("answers-*.jsonl")):
+        for _, line in read_jsonl(file):
+            prompt, answer = line["prompt"].removeprefix(BOS), line["answer"]
+            score = scorer(prompt, answer.removesuffix(eos), answer.endswith(eos))
+            scores.setdefault(line["step"], []).append(score)
+    return scores
 
 
 def best_of(selected_by: np.ndarray, true: np.ndarray, n: int) -> np.ndarray:

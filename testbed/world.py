@@ -59,8 +59,8 @@ REWARDED = (
     "A prompt names a topic and a manner and says what is to be told about the topic. The true score, from 1 to 10, "
     "rewards an answer that states the right facts asked for, each once; that opens, words its facts and closes in the "
     "manner asked for; and that ends. Wrong, repeated or unasked facts cost up to 8 points, a wrong manner up to 4.8, "
-    "every fact too many 1, words that belong to nothing up to 3, no end 1. In 40 % of facts and half of the manners "
-    "what texts usually say is wrong. Training never sees this score, only preferences drawn from it and minimal edits."
+    "every fact too many 1, words that belong to nothing up to 3, no end 1. Training never sees this score, only "
+    "preferences drawn from it and minimal edits."
 )
 """What a report says of the true score to those who have not read this file."""
 
@@ -138,6 +138,7 @@ class World:
 
     topics: ClassVar = words.TOPICS
     relations: ClassVar = words.RELATIONS
+    rewarded: ClassVar = f"{REWARDED} In 40 % of facts and half of the manners what texts usually say is wrong."
     kinds: ClassVar = ("prompts", "facts", "phrasings")
     """What is new in a held-out prompt: itself alone; the facts it asks for; how it is phrased."""
 
@@ -328,6 +329,7 @@ class World1(World):
 
     topics: ClassVar = words.OLD_TOPICS
     relations: ClassVar = words.OLD_RELATIONS
+    rewarded: ClassVar = REWARDED
     kinds: ClassVar = ("prompts",)
     usual: ClassVar = {}
     held_out: ClassVar = set()
@@ -366,11 +368,8 @@ def true_score(prompt: str, response: str, ended: bool) -> float:
 
     The scorer to name where one is wanted as ``python:testbed.world:true_score``.
     """
-    version, seed = (int(os.environ.get(name, default)) for name, default in (("TESTBED_WORLD", 2), (SEED_VARIABLE, 0)))
-    return _world(version, seed).score(prompt, response, ended)
-
-
-SEED_VARIABLE = "TESTBED_WORLD_SEED"
+    version, seed = os.environ.get("TESTBED_WORLD", "2"), os.environ.get("TESTBED_WORLD_SEED", "0")
+    return _world(int(version), int(seed)).score(prompt, response, ended)
 
 
 @cache
@@ -407,27 +406,12 @@ def key(text: str) -> str:
     return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
-class _Phrases:
-    """A set of phrases to look up at a place in a text, longest first so that no phrase hides a longer one."""
-
-    def __init__(self, texts: Iterable[str]):
-        self.known = {tuple(key(text).split()) for text in texts}
-        self.lengths = sorted({len(phrase) for phrase in self.known}, reverse=True)
-
-
 REGISTER = {
     key(phrase): register
     for registers in (words.OPENERS, words.ADVERBS, words.CLOSERS)
     for register, phrases in registers.items()
     for phrase in phrases
 }
-_OPENERS = _Phrases(phrase for phrases in words.OPENERS.values() for phrase in phrases)
-_CLOSERS = _Phrases(phrase for phrases in words.CLOSERS.values() for phrase in phrases)
-_ADVERBS = _Phrases(phrase for phrases in words.ADVERBS.values() for phrase in phrases)
-_ORDINALS = _Phrases(words.ORDINALS)
-_SUBJECTS = _Phrases([*(f"the {topic}" for topic in words.TOPICS), "it"])
-_RELATIONS = _Phrases(words.RELATIONS)
-_OBJECTS = _Phrases(thing for objects in words.RELATIONS.values() for thing in objects)
 
 
 def parse_prompt(prompt: str) -> Request:
@@ -447,41 +431,26 @@ def parse_prompt(prompt: str) -> Request:
     return Request(found[0], found[1], words.COUNTS[found[2]])
 
 
-_PUNCTUATION = re.compile(r"[.!?:,;]*")
+def _word(name: str, known: Iterable[str]) -> str:
+    """A pattern for one of the known words, whatever follows it."""
+    return rf"(?P<{name}>{'|'.join(map(key, known))})(?![^\W_])"
 
 
-class _Reader:
-    """Words of a text with a position that moves only over what was recognised."""
+def _phrases(registers: dict[str, tuple[str, ...]]) -> list[str]:
+    return [phrase for phrases in registers.values() for phrase in phrases]
 
-    def __init__(self, text: str):
-        self.text = text
-        self.words = [(match.group().lower(), match.start(), match.end()) for match in re.finditer(r"[^\W_]+", text)]
-        self.position = 0
 
-    def take(self, phrases: _Phrases, sentence: bool = False) -> Span | None:
-        """The longest of ``phrases`` that stands here, or None. A ``sentence`` takes its final punctuation along."""
-        for length in phrases.lengths:
-            here = self.words[self.position : self.position + length]
-            phrase = tuple(word for word, _, _ in here)
-            if phrase in phrases.known:
-                self.position += len(phrase)
-                end = _PUNCTUATION.match(self.text, here[-1][2]).end() if sentence else here[-1][2]
-                return Span(" ".join(phrase), here[0][1], end)
-        return None
-
-    def clause(self) -> Clause | None:
-        before = self.position
-        ordinal = self.take(_ORDINALS)
-        subject = self.take(_SUBJECTS)
-        adverb = self.take(_ADVERBS)
-        relation = self.take(_RELATIONS)
-        thing = self.take(_OBJECTS)
-        if not (subject and relation and thing):
-            self.position = before
-            return None
-        topic = None if subject.text == "it" else subject.text.removeprefix("the ")
-        end = _PUNCTUATION.match(self.text, thing.end).end()
-        return Clause((ordinal or subject).start, end, topic, adverb, relation, thing)
+_GAP, _STOP = r"[\W_]+", r"[.!?:,;]*"
+_CLAUSE = (
+    rf"(?:{_word('ordinal', words.ORDINALS)}{_GAP})?(?:the{_GAP}{_word('topic', words.TOPICS)}|it){_GAP}"
+    rf"(?:{_word('adverb', _phrases(words.ADVERBS))}{_GAP})?{_word('relation', words.RELATIONS)}{_GAP}"
+    rf"{_word('object', (thing for objects in words.RELATIONS.values() for thing in objects))}{_STOP}"
+)
+_PIECE = re.compile(
+    rf"(?<![^\W_])(?:{_CLAUSE}|{_word('opener', _phrases(words.OPENERS))}{_STOP}|"
+    rf"{_word('closer', _phrases(words.CLOSERS))}{_STOP}|(?P<stray>[^\W_]+))",
+    re.IGNORECASE,
+)
 
 
 def parse_answer(response: str) -> Parts:
@@ -489,25 +458,20 @@ def parse_answer(response: str) -> Parts:
 
     The opener is the first one, if it stands before all clauses; the closer is the first one behind all of them.
     """
-    reader = _Reader(response)
     clauses: list[Clause] = []
-    openers: list[Span] = []
-    closers: list[Span] = []
-    stray: list[Span] = []
-    while reader.position < len(reader.words):
-        if clause := reader.clause():
-            clauses.append(clause)
-        elif opener := reader.take(_OPENERS, sentence=True):
-            openers.append(opener)
-        elif closer := reader.take(_CLOSERS, sentence=True):
-            mark = CLOSING_MARK if response.endswith(CLOSING_MARK, 0, closer.start) else ""
-            closers.append(Span(closer.text, closer.start - len(mark), closer.end))
-        else:
-            word, start, end = reader.words[reader.position]
-            stray.append(Span(word, start, end))
-            reader.position += 1
+    found: dict[str, list[Span]] = {"opener": [], "closer": [], "stray": []}
+    for piece in _PIECE.finditer(response):
+        spans = {name: Span(text.lower(), *piece.span(name)) for name, text in piece.groupdict().items() if text}
+        if "relation" in spans:
+            topic = spans["topic"].text if "topic" in spans else None
+            clauses.append(Clause(*piece.span(), topic, spans.get("adverb"), spans["relation"], spans["object"]))
+            continue
+        name = str(piece.lastgroup)
+        marked = name == "closer" and response.endswith(CLOSING_MARK, 0, piece.start())
+        start = piece.start() - len(CLOSING_MARK) * marked
+        found[name].append(Span(spans[name].text, start, piece.end()))
     first, last = (clauses[0].start, clauses[-1].start) if clauses else (len(response), 0)
-    opener = next((span for span in openers[:1] if span.start < first), None)
-    closer = next((span for span in closers if span.start >= last), None)
-    misplaced = tuple(span for span in (*openers, *closers) if span not in (opener, closer))
-    return Parts(opener, tuple(clauses), closer, misplaced, tuple(stray))
+    opener = next((span for span in found["opener"][:1] if span.start < first), None)
+    closer = next((span for span in found["closer"] if span.start >= last), None)
+    misplaced = tuple(span for span in (*found["opener"], *found["closer"]) if span not in (opener, closer))
+    return Parts(opener, tuple(clauses), closer, misplaced, tuple(found["stray"]))

@@ -29,11 +29,10 @@ from testbed.study.measure import learning_curve
 from testbed.study.methods import Artefacts, World
 from testbed.study.options import Options, chosen_world, known_steps
 from testbed.study.pages import verdicts, write_study_page
-from testbed.study.recorder import true_reward
 from testbed.study.registration import REGISTRATION, Scale, Setting, read
 from testbed.study.results import at_equal_tokens, collapses, decide, gaps, with_gaps
 from testbed.study.sharpen import fitted, loss
-from testbed.study.truth import checked
+from testbed.study.truth import checked, true_reward
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -245,7 +244,7 @@ def test_the_true_score_as_reward_stands_on_the_last_action(monkeypatch):
             return "".join("?abcdefg"[i] for i in ids if i)
 
     monkeypatch.setenv("TLCR_STUDY_SCORER", "python:test_study:length_of")
-    monkeypatch.setattr("testbed.study.recorder.end_ids", lambda tokenizer: (0,))
+    monkeypatch.setattr("testbed.study.truth.end_ids", lambda tokenizer: (0,))
     ids = torch.tensor([[1, 2, 3, 0], [1, 2, 3, 4]])
     rollout = Rollout(ids, torch.ones_like(ids), torch.tensor([[1, 1, 0], [1, 1, 1]]))
     assert true_reward(rollout, Letters()).tolist() == [[0, 2 - 10, 0], [0, 0, 3 - 10]]
@@ -278,9 +277,9 @@ def registered(tmp_path: Path, **changes: object) -> Path:
     ("changes", "message"),
     [
         ({"methods__tlcr__algo": "grpo"}, r"methods.tlcr.algo: 'grpo'; known are sft, dpo, figa, ppo, remax"),
-        ({"methods__tlcr__lr": 1}, "methods.tlcr: unknown lr; known are title, algo"),
-        ({"methods__tlcr": {"title": "x"}}, "methods.tlcr: algo is missing"),
-        ({"scale__pears": 3}, "scale: unknown pears"),
+        ({"methods__tlcr__lr": 1}, "methods.tlcr: got an unexpected keyword argument 'lr'"),
+        ({"methods__tlcr": {"title": "x"}}, "methods.tlcr: missing 1 required keyword-only argument: 'algo'"),
+        ({"scale__pears": 3}, "scale: got an unexpected keyword argument 'pears'"),
         ({"seeds__results": [101, 2]}, r"no result: \{101\}"),
         ({"seeds__results": [2, 2]}, "twice the same"),
         ({"stages__main__methods": ["grpo"]}, "no method is called grpo"),
@@ -522,17 +521,17 @@ def test_scores_at_equal_tokens_and_collapses_by_hand():
     assert collapses({"curve": {"true_score": [5.0] * 9}}) is None
 
 
-def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
-    """Two scored sets an update, the greedy ones second."""
-    lines = [{"step": step, "rollout/response_length": 5.0} for step in (1, 2)]
+def test_learning_curve_from_the_answers_that_were_kept(tmp_path):
+    """Two updates of two answers; ReMax's greedy answers are counted as long as the sampled ones."""
+    lines = [{"step": step, "rollout/response_length": 3.0, "reward/greedy_per_sequence": 0.0} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = [[{"prompt": "", "response": text, "ended": True}] for text in ("a", "aaaa", "aa", "aaaa")]
-    calls = [{"tokens": 3, "texts": text} for text in texts]
-    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
-    curve = learning_curve(tmp_path, lambda prompt, response, ended: float(len(response)))
-    assert curve["true_score"] == [1.0, 2.0]
-    assert curve["generated_tokens"] == [6, 6]
-    assert curve["response_length"] == [5.0, 5.0]
+    texts = [(1, "a</s>"), (1, "aaa"), (2, "aa</s>"), (2, "aaaa</s>")]
+    answers = [{"step": step, "prompt": "<s>p", "answer": text, "reward": 0.0} for step, text in texts]
+    (tmp_path / "answers-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    curve = learning_curve(tmp_path, lambda prompt, response, ended: len(response) - (not ended), "</s>")
+    assert curve["true_score"] == [1.5, 3.0]
+    assert curve["generated_tokens"] == [12, 12]
+    assert curve["response_length"] == [3.0, 3.0]
 
 
 # ---- the page ----

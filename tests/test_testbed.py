@@ -15,7 +15,7 @@ import openai
 import pytest
 import torch
 import warm
-from conftest import ROOT, launch, patience, write_jsonl
+from conftest import ROOT, launch, patience
 from transformers import AutoModelForCausalLM
 
 from deepspeed_chat_tlcr.data.formats import ChatRecords
@@ -635,42 +635,8 @@ def test_serve_runs_until_it_is_terminated(tmp_path):
     assert server.returncode == 0
 
 
-def test_score_prints_the_true_scores(tmp_path):
-    texts = write_jsonl(
-        tmp_path / "texts.jsonl",
-        [
-            {"prompt": PROMPT, "response": PERFECT, "ended": True},
-            {"prompt": PROMPT, "response": PERFECT, "ended": False},
-            {"prompt": PROMPT, "response": "", "ended": True},
-        ],
-    )
-    done = run_testbed("score", "--input", texts, "--world", 1)
-    scored = json.loads(done.stdout)
-    assert scored == {
-        "count": 3,
-        "mean": pytest.approx(20 / 3),
-        "sd": pytest.approx(4.0277, abs=1e-4),
-        "scores": [10, 9, 1],
-    }
-
-
-@pytest.mark.parametrize(
-    ("record", "says"),
-    [
-        ({"prompt": PROMPT, "response": "x"}, "texts.jsonl:1: 'ended'"),
-        ({"prompt": PROMPT, "response": 3, "ended": True}, "texts.jsonl:1: 'response'"),
-        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": "x", "ended": True}, "texts.jsonl:1: .* 0 topics"),
-    ],
-)
-def test_score_names_the_line_that_is_wrong(tmp_path, record, says):
-    done = run_testbed("score", "--input", write_jsonl(tmp_path / "texts.jsonl", [record]))
-    assert done.returncode == 2
-    assert re.search(says, done.stderr)
-    assert "Traceback" not in done.stderr
-
-
 @pytest.mark.parametrize("arguments", [(), ("labels",)])
 def test_an_unknown_command_lists_the_known_ones(arguments):
     done = run_testbed(*arguments)
     assert done.returncode == 2
-    assert "data, base, serve, score" in done.stderr
+    assert "data, base, serve" in done.stderr

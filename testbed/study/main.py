@@ -143,8 +143,10 @@ class Study:
         return policy.step, made.measured(policy)
 
     def runs(self, stage: str) -> list[tuple[str, int]]:
-        of = self.registration.stages[stage]
-        return [(name, seed) for seed in self.registration.seeds[: of.seeds] for name in of.methods]
+        of, methods = self.registration.stages[stage], self.registration.methods
+        # Own answers have no reviser where revisions are given.
+        names = [name for name in of.methods if not (methods[name].rounds and self.world.revisions)]
+        return [(name, seed) for seed in self.registration.seeds[: of.seeds] for name in names]
 
     def stage_steps(self, stage: str) -> list[Step]:
         return [self.measured(name, seed)[1] for name, seed in self.runs(stage)]

@@ -5,11 +5,10 @@ Nothing here is seen by a method: it runs when training is over.
 
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -17,16 +16,12 @@ from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
-from deepspeed_chat_tlcr.records import parse_json, read_jsonl
+from deepspeed_chat_tlcr.records import read_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.logprobs import as_examples
-from evaluation.scoring import sequence_scores, token_probs
-from testbed.measures import BEST_OF, TEMPERATURES, Measured, Sampler, best_of, best_of_kl, write_answers
-from testbed.study.truth import TESTBED, Scorer, checked, load_scorer
+from testbed.measures import BEST_OF, TEMPERATURES, Measured, Sampler, Scorer, judged, scores_in_training, write_answers
+from testbed.study.truth import TESTBED, checked, load_scorer
 
-CHOOSING = 2
-"""Answers to each validation prompt."""
 CURVES = {
     "reward/per_token": "reward_per_token",
     "rollout/response_length": "response_length",
@@ -82,41 +77,28 @@ def told(measured: Measured, kinds: Sequence[str]) -> dict:
 
 def best_of_judges(options: Options, measured: Measured, pad_id: int) -> dict[str, list[dict]]:
     """Best-of-n of the answers by each judge and, as a limit that nobody can have, by the truth."""
-    examples = as_examples(measured.answers)
-    judged = {"truth": measured.scores.ravel()}
-    if options.discriminator:
-        model = load_token_classifier(options.discriminator, 2, torch.float32).eval()
-        judged["discriminator"] = [sum(2 * p - 1 for p in row) for row in token_probs(model, examples, pad_id, 64)]
-    if options.reward_model:
-        model = load_token_classifier(options.reward_model, 1, torch.float32).eval()
-        judged["reward_model"] = sequence_scores(model, examples, pad_id, 64)
-    found: dict[str, list[dict]] = {}
-    for name, values in judged.items():
-        by = np.reshape(values, measured.scores.shape)
-        for n in (n for n in BEST_OF if n <= by.shape[1]):
-            scores = best_of(by, measured.scores, n)
-            row = {"n": n, "kl": best_of_kl(n), "true_score": float(scores.mean()), "scores": scores.round(4).tolist()}
-            found.setdefault(name, []).append(row)
+    found = {"truth": measured.best_of_n(measured.scores.ravel().tolist())}
+    for name, labels in (("discriminator", 2), ("reward_model", 1)):
+        if path := getattr(options, name):
+            model = load_token_classifier(path, labels, torch.float32).eval()
+            found[name] = measured.best_of_n(judged(model, measured, pad_id))
     return found
 
 
-def learning_curve(training: Path, scorer: Scorer) -> dict[str, list[float | None]]:
-    """By update: what training logged, and the true score of the rollouts that were kept (temperature 1)."""
+def learning_curve(training: Path, scorer: Scorer, eos: str) -> dict[str, list[float | None]]:
+    """By update: what training logged, the true score of its answers (temperature 1), and the tokens generated.
+
+    ReMax's greedy answers, which are not kept, count as as many tokens as its sampled ones.
+    """
     log = read_metrics(training / "metrics.jsonl")
     curve = {name: [entry.get(key) for entry in log] for key, name in CURVES.items()}
-    rollouts = training / "rollouts.jsonl"
-    if log and rollouts.is_file():
-        calls = [parse_json(line) for line in rollouts.read_text(encoding="utf-8").splitlines()]
-        # ReMax has its greedy answers scored too, behind the sampled ones: they cost tokens, but are not the policy's.
-        size = max(1, len(calls) // len(log))
-        updates = [calls[begin : begin + size] for begin in range(0, size * len(log), size)]
-        curve["generated_tokens"] = [sum(call["tokens"] for call in update) for update in updates]
-        curve["true_score"] = [mean_score(update[0]["texts"], scorer) for update in updates]
+    scores = scores_in_training(training, scorer, eos)
+    if scores:
+        each = 2 if "reward/greedy_per_sequence" in log[0] else 1
+        lengths = {entry["step"]: entry["rollout/response_length"] for entry in log}
+        curve["generated_tokens"] = [round(each * len(of) * lengths[step]) for step, of in scores.items()]
+        curve["true_score"] = [round(statistics.fmean(of), 4) for of in scores.values()]
     return {"update": [entry["step"] for entry in log], **curve}
-
-
-def mean_score(texts: Iterable[dict], scorer: Scorer) -> float:
-    return round(statistics.fmean(scorer(text["prompt"], text["response"], text["ended"]) for text in texts), 4)
 
 
 @exits_cleanly
@@ -127,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     policy, sft = (load_causal_lm(path, torch.float32).eval() for path in (options.policy, options.sft))
     sampler = sampler_of(options, tokenizer, sft)
     others = prompts_of(options.validation)[0]
-    tried = {t: float(sampler.measure(policy, others, t, CHOOSING).scores.mean()) for t in TEMPERATURES}
+    tried = sampler.sweep(policy, others)
     best = max(TEMPERATURES, key=tried.__getitem__)
     results: dict = {"validation": {f"{t:g}": score for t, score in tried.items()}, "best": f"{best:g}"}
     if options.prompts:
@@ -140,5 +122,5 @@ def main(argv: Sequence[str] | None = None) -> None:
             results["best_of"] = best_of_judges(options, many, tokenizer.pad_token_id)
         write_answers(Path(options.output_dir) / "answers.jsonl.xz", prompts, measured)
     if options.training:
-        results["curve"] = learning_curve(Path(options.training), sampler.scorer)
+        results["curve"] = learning_curve(Path(options.training), sampler.scorer, tokenizer.eos_token)
     write_json(Path(options.output_dir) / "results.json", results)

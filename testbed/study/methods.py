@@ -10,10 +10,9 @@ from dataclasses import dataclass, replace
 
 from testbed.study.artefacts import Argument, Inverse, Joined, Output, Step, flags
 from testbed.study.registration import Method, RewardModel, Scale, Setting
-from testbed.study.truth import TESTBED
+from testbed.study.truth import SCORER, TESTBED
 
-RECORDER = "python:testbed.study.recorder:record@0"
-TRUE_REWARD = "python:testbed.study.recorder:true_reward"
+TRUE_REWARD = "python:testbed.study.truth:true_reward"
 UNCLIPPED = 1e6
 """A clip of sequence scores would be of raw ones, before units."""
 
@@ -265,7 +264,8 @@ class Artefacts:
             algo=method.algo,
             actor_model_name_or_path=self.sft(),
             critic_model_name_or_path=self.sft(),
-            reward=[*terms, RECORDER],
+            reward=terms,
+            save_answers=True,
             data_path=self.part("rl_half" if half else "rl"),
             data_split="0,0,10",
             max_prompt_seq_len=scale.max_prompt,
@@ -286,7 +286,7 @@ class Artefacts:
         )
         variables: Mapping[str, object] = {}
         if method.judge == "truth":
-            variables = {"TLCR_STUDY_SCORER": self.world.scorer, "TESTBED_WORLD": self.world.version}
+            variables = {SCORER: self.world.scorer, "TESTBED_WORLD": self.world.version}
             variables = {**variables, "TESTBED_WORLD_SEED": self.seed}
         told = tuple((key, str(value)) for key, value in variables.items())
         content = self.world.truth if method.judge == "truth" else ""

@@ -7,7 +7,7 @@ the file's hash when it freezes its settings and refuses to go on with another.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -69,7 +69,7 @@ class Method:
     kl: float = 1.0  # times the KL coefficient
     rate: float = 1.0  # times the learning rate
     sharpness: float | Literal["fit"] = 1.0  # of D: what its logits are multiplied by; fit: as held-out labels say
-    noise: float = 0.0  # uniform noise on every token's reward, in units of the reward before it is scaled
+    noise: float = 0.0  # beside it on every token, uniform in [-noise, noise], before both are scaled
     rounds: int = 0  # of own answers that the reviser edits and the discriminator learns from
     options: Mapping[str, float] = field(default_factory=dict)  # further flags of step 3
 
@@ -127,21 +127,17 @@ class Registration:
         return [name for name, method in self.methods.items() if method.like is None and method.algo != "sft"]
 
 
-def made(kind: type, told: object, where: str):
+def made(kind: type, told: dict, where: str):
     """A record of ``kind``. Raises ``InputError`` for an unknown or missing field or a word that is not allowed."""
-    if not isinstance(told, dict):
-        raise InputError(f"{where}: expected an object")
-    known = {one.name: one for one in fields(kind)}
-    if unknown := sorted(set(told) - set(known)):
-        raise InputError(f"{where}: unknown {', '.join(unknown)}; known are {', '.join(known)}")
-    needed = {n for n, one in known.items() if one.default is MISSING and one.default_factory is MISSING}
-    if missing := sorted(needed - set(told)):
-        raise InputError(f"{where}: {', '.join(missing)} is missing")
-    for name, value in told.items():
-        words = get_args(known[name].type) if isinstance(value, str) else ()
-        if words and all(isinstance(word, str) for word in words) and value not in words:
-            raise InputError(f"{where}.{name}: {value!r}; known are {', '.join(words)}")
-    return kind(**told)
+    try:
+        found = kind(**told)
+    except TypeError as error:
+        raise InputError(f"{where}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
+    for one in fields(kind):
+        words, value = [word for word in get_args(one.type) if isinstance(word, str)], getattr(found, one.name)
+        if words and isinstance(value, str) and value not in words and one.type is not str:
+            raise InputError(f"{where}.{one.name}: {value!r}; known are {', '.join(words)}")
+    return found
 
 
 def read(path: str | Path = REGISTRATION) -> Registration:

@@ -14,8 +14,6 @@ from testbed.study import forked
 from testbed.study.artefacts import Step, Store, in_order
 
 LOG = "study.log"
-ROLLOUTS = "TLCR_STUDY_ROLLOUTS"
-"""The variable that names the file in which ``testbed.study.recorder`` keeps a run's rollouts."""
 
 
 class Clock:
@@ -88,8 +86,7 @@ def _begin(store: Store, left: list[Step], jobs: int, running: dict, outcome: Ou
             # Anew, not from a checkpoint of a run that was ended: its rollouts would not be those of all updates.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            variables = {ROLLOUTS: str(folder / "rollouts.jsonl"), **dict(step.variables)}
-            process = forked.start(step.program, store.arguments(step), folder / LOG, variables)
+            process = forked.start(step.program, store.arguments(step), folder / LOG, dict(step.variables))
             running[process] = (step, time.monotonic())
         else:
             waiting.append(step)

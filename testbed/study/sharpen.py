@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_token_classifier(options.discriminator, 2, torch.float32).eval()
     labelled = [e for r in read_revisions(options.revisions) for e in label_revision(tokenizer, r, 4096) if e]
     probs = np.concatenate(token_probs(model, labelled, tokenizer.pad_token_id, 64))
-    targets = np.concatenate([example.targets[example.response_start :] for example in labelled])
+    targets = np.concatenate([example.targets for example in labelled])
     logits = logit(np.clip(probs, 1e-7, 1 - 1e-7))
     factor = options.factor or fitted(logits, targets)
     scale_head(model, factor)

@@ -5,7 +5,7 @@ matters. So every reward is divided by this deviation, and one KL coefficient me
 """
 
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -59,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(options.sft)
     sft = load_causal_lm(options.sft, torch.float32).eval()
     torch.manual_seed(options.seed)
-    measured = sampler_of(options, tokenizer, sft).measure(sft, prompts_of(options.prompts)[0], 1.0, EACH)
+    sampler = sampler_of(options, tokenizer, sft)
+    if options.reward != "truth":
+        sampler = replace(sampler, scorer=lambda prompt, response, ended: 0.0)  # which knows nothing
+    measured = sampler.measure(sft, prompts_of(options.prompts)[0], 1.0, EACH)
     found = measured.scores.ravel()
     if options.reward != "truth":
         found = totals(options, as_examples(measured.answers), tokenizer.pad_token_id)
