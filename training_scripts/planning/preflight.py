@@ -179,7 +179,10 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
         records = len(load_preferences(recipe.data.split(), "all", "train", recipe.data_split, tokenizer=tokenizer))
         sft, reward, rl = part_sizes(records, recipe.data_split)
     except InputError as error:
-        yield Problem(f"DATA={recipe.data}: {error}", "name local files or folders, or a data set that can be had")
+        remedy = "name local files or folders, or a data set that can be had"
+        if recipe.brings_revisions:
+            remedy += ": the one that REVISIONS come from, in whose SFT and RL parts their prompts must not be"
+        yield Problem(f"DATA={recipe.data}: {error}", remedy)
         return
     ranks = recipe.world_size
     batches = []
