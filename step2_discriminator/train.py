@@ -8,6 +8,7 @@ import torch
 from deepspeed_chat_tlcr.metrics import token_metrics
 from deepspeed_chat_tlcr.models import fit_vocabulary, freeze_head_bias, label_count, load_token_classifier
 from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.records import Revision
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
@@ -154,11 +155,11 @@ def train(options: Options, runtime: Runtime) -> None:
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
     if results and token_level:
         accuracy, majority, auroc = (
-            results[f"eval/{key}"] for key in ("edited_accuracy", "majority_accuracy", "auroc")
+            number(results[f"eval/{key}"], 4) for key in ("edited_accuracy", "majority_accuracy", "auroc")
         )
         runtime.say(
-            f"discriminator: on held-out edited tokens accuracy {accuracy:.4f} (always the majority class: "
-            f"{majority:.4f}), AUROC {auroc:.4f}"
+            f"discriminator: on held-out edited tokens accuracy {accuracy} (always the majority class: {majority}), "
+            f"AUROC {auroc}"
         )
     elif results:
         accuracy = results["eval/pair_accuracy"]
