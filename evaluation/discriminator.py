@@ -19,6 +19,7 @@ from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import auroc, predicted_targets, token_metrics
 from deepspeed_chat_tlcr.pictures import token_strings
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.records import Revision, read_revisions
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from deepspeed_chat_tlcr.turns import end_ids
@@ -234,10 +235,11 @@ def run(options: Options) -> None:
             )
         results["people"] = people
     save_results(options.out, "discriminator", results)
+    accuracy, majority, area = (number(results[key], 3) for key in ("edited_accuracy", "majority_accuracy", "auroc"))
     print(
-        f"discriminator: {results['edited_accuracy']:.3f} accuracy on edited tokens of {results['revisions']} held-out "
-        f"revisions (always the majority class: {results['majority_accuracy']:.3f}), AUROC {results['auroc']:.3f}, "
-        f"calibration error {results['calibration']['edited']['ece']:.3f}"
+        f"discriminator: {accuracy} accuracy on edited tokens of {results['revisions']} held-out revisions (always the "
+        f"majority class: {majority}), AUROC {area}, calibration error "
+        f"{number(results['calibration']['edited']['ece'], 3)}"
     )
 
 

@@ -28,6 +28,11 @@ def load_revisions(options: RevisionOptions, tokenizer: PreTrainedTokenizerFast)
     train = _read(options.revisions)
     if not train:
         raise InputError(f"--revisions {' '.join(options.revisions)}: no revisions in it; run labeling/main.py first")
+    if all(revision.modified == revision.rejected for revision in train):
+        raise InputError(
+            f"--revisions {' '.join(options.revisions)}: none of its {len(train)} revisions edits anything: there is "
+            "nothing to learn; label again with another model or prompt"
+        )
     if not options.allow_foreign_revisions:
         refuse_foreign(train, options, tokenizer)
     if options.eval_revisions:

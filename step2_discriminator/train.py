@@ -16,6 +16,7 @@ from deepspeed_chat_tlcr.models import (
     squash,
 )
 from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from deepspeed_chat_tlcr.training import (
@@ -191,9 +192,12 @@ def train(options: Options, runtime: Runtime) -> None:
     facts = {"stage": f"step2_{objective}", "train_responses" if marked else "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
     if results and token_level:
+        accuracy, majority, auroc = (
+            number(results[f"eval/{key}"], 4) for key in ("edited_accuracy", "majority_accuracy", "auroc")
+        )
         runtime.say(
-            f"discriminator: on held-out edited tokens accuracy {results['eval/edited_accuracy']:.4f} (always the "
-            f"majority class: {results['eval/majority_accuracy']:.4f}), AUROC {results['eval/auroc']:.4f}"
+            f"discriminator: on held-out edited tokens accuracy {accuracy} (always the majority class: {majority}), "
+            f"AUROC {auroc}"
         )
     elif results:
         runtime.say(f"reward model: held-out pair accuracy {results['eval/pair_accuracy']:.4f}")

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -219,6 +220,15 @@ def test_a_switch_is_on_or_off():
     assert done.returncode == 2
     assert '--offload is switched on with 1 and off with 0, not with "yes"' in done.stderr
     assert "--offload" in run("step1.sh", PLAN=1, SFT_OFFLOAD=1).stdout
+
+
+@pytest.mark.parametrize(
+    ("script", "name"), [("run_tiny.sh", "MODEL"), ("run_tiny.sh", "DATA"), ("run_qa_feedback.sh", "EVAL_REVISIONS")]
+)
+def test_a_variable_that_a_script_would_overwrite_is_refused(script, name):
+    done = run(script, PLAN=1, **{name: "mine"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {name}=mine: this script makes its own")
 
 
 def test_what_the_user_brings_is_not_made_again():
@@ -739,6 +749,25 @@ def test_sigterm_ends_the_stage_with_its_script(tmp_path):
         assert "the same command continues" in process.communicate(timeout=patience(30))[0]
         call.close()
     assert "the same command continues" in (tmp_path / "out" / "labeling" / "training.log").read_text()
+
+
+def test_sigterm_at_the_very_start_leaves_nothing_behind(tmp_path):
+    """As the first process starts, and as that starts others in its turn; what the script does at its end is done."""
+    script, ended = tmp_path / "script.sh", tmp_path / "ended"
+    body = "while :; do sleep 30 & sleep 0.01; done"  # a launcher that goes on starting processes
+    script.write_text(
+        f"source {SCRIPTS}/recipe.sh\ntrap 'touch {ended}' EXIT\necho starting; attended bash -c {shlex.quote(body)}\n"
+    )
+    for delay in (0, 0, 0, 0.002, 0.01, 0.05, 0.3):
+        to = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "start_new_session": True}
+        process = subprocess.Popen(["bash", script], **to)
+        assert process.stdout.readline() == "starting\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=patience(30)) == -signal.SIGTERM
+        process.communicate(timeout=patience(20))  # the pipe ends when nothing that the script started is left
+        assert ended.is_file()
+        ended.unlink()
 
 
 # ---- the whole of it -------------------------------------------------------------------------------------------------

@@ -355,6 +355,7 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
     lacking = write_jsonl(tmp_path / "lacking.jsonl", [{k: v for k, v in first.items() if k != "modified"}])
     mistyped = write_jsonl(tmp_path / "mistyped.jsonl", [first, first | {"modified": 3}])
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    unedited = write_jsonl(tmp_path / "unedited.jsonl", [first | {"modified": first["rejected"]}] * 9)
     good = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / "a")
     good = (*good, "--revisions", tiny / "revisions.jsonl")
     no_lora = ("--per_device_train_batch_size", 4, "--lora_dim", 2, "--lora_module_name")
@@ -363,6 +364,7 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
         (("--revisions", lacking), f"{lacking}:1: no 'modified'"),
         (("--revisions", mistyped), f"{mistyped}:2: 'modified' is of type int"),
         (("--revisions", empty), "no revisions in it"),
+        (("--revisions", unedited), "none of its 9 revisions edits anything"),
         (("--revisions", tmp_path / "none.jsonl"), "no such file"),
         (("--objective", "token", "--revisions"), "--revisions is missing"),
         (("--objective", "sequence"), "--pairs modified"),

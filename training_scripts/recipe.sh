@@ -350,10 +350,12 @@ logged() {
 # attended COMMAND…: run it, and end it too when SIGTERM ends this script. Bash handles signals at once only while it
 # waits for a background job, so the command is one, but with the terminal's input and its Ctrl-C.
 attended() {
-  (trap - INT && "$@") <&0 &
-  local job=$! status=0
-  trap 'terminate "$job"; trap - TERM; kill -TERM $$' TERM
+  local job='' status=0
+  # Before the start: a signal that comes with it finds the job by bash's own $!.
+  trap '[[ -z ${job:-${!-}} ]] || terminate "${job:-$!}"; trap - TERM; kill -TERM $$' TERM
   trap : INT # the terminal sends it to the command too; how that ends is up to the command
+  (trap - INT TERM && "$@") <&0 &
+  job=$!
   wait "$job" || status=$?
   while kill -0 "$job" 2>/dev/null; do
     status=0
@@ -363,12 +365,15 @@ attended() {
   return "$status"
 }
 
-# SIGTERM to a process and to all it started: DeepSpeed's launcher does not pass it on to the ranks.
+# SIGTERM to a process and to all it started: DeepSpeed's launcher does not pass it on to the ranks. It stands still
+# meanwhile, or it could start another process behind our back.
 terminate() {
   local child children=()
+  kill -STOP "$1" 2>/dev/null || true
   read -ra children -d '' < <(cat "/proc/$1/task/"*/children 2>/dev/null) || true
   for child in "${children[@]}"; do terminate "$child"; done
   kill -TERM "$1" 2>/dev/null || true
+  kill -CONT "$1" 2>/dev/null || true
 }
 
 has_results() {
@@ -395,7 +400,7 @@ is_labelled() {
 
 # Looks for all that could stop the run before it starts. A plan runs nothing and checks nothing.
 preflight() {
-  [[ $PLAN == 1 || $PREFLIGHT == 0 ]] || python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
+  [[ $PLAN == 1 || $PREFLIGHT == 0 ]] || attended python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
   PREFLIGHT=0 # for the stages, which would ask the same again
 }
 

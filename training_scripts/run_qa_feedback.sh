@@ -17,6 +17,11 @@ set -a
 : "${SEED:=1}"
 : "${MORE_METHODS:=}" # besides TLCR: ppo_seq tlcr_fixed tlcr_positive_only tlcr_negative_only tlcr_released_code random
 OUTPUT=${1:-${OUTPUT:-output/qa-feedback-seed$SEED}}
+for name in MODEL DATA REVISIONS EVAL_REVISIONS; do
+  [[ -z ${!name:-} ]] || {
+    echo "error: $name=${!name}: this script makes its own from QA_FEEDBACK; unset $name, or use run_7b.sh" >&2 && exit 2
+  }
+done
 MODEL=$OUTPUT/base/step1_sft DATA=$OUTPUT/prepared/pairs MADE_HERE=1 # made by this run: nothing to look for beforehand
 REVISIONS=$OUTPUT/prepared/revisions/train.jsonl EVAL_REVISIONS=$OUTPUT/prepared/revisions/eval.jsonl
 : "${VOCABULARY:=4096}" "${HIDDEN_SIZE:=128}" "${LAYERS:=2}" # the tokenizer and the Llama that are made on the spot

@@ -11,6 +11,11 @@
 set -a
 : "${SEED:=1}"
 OUTPUT=${1:-${OUTPUT:-output/tiny-seed$SEED}} # another seed never meets this one's results
+for name in MODEL DATA; do
+  [[ -z ${!name:-} ]] || {
+    echo "error: $name=${!name}: this script makes its own, the testbed's; unset $name, or use run_7b.sh" >&2 && exit 2
+  }
+done
 MODEL=$OUTPUT/base DATA=$OUTPUT/data MADE_HERE=1 # made by this run: nothing to look for beforehand
 : "${TESTBED_WORLD:=2}" # docs/testbed.md; 1: the old world
 : "${TESTBED_PAIRS:=12800}" "${TESTBED_EVAL_PAIRS:=1024}" # preference pairs to train on, held-out ones

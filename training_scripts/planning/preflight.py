@@ -166,7 +166,10 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
         records = len(load_preferences(recipe.data.split(), "all", "train", recipe.data_split, tokenizer=tokenizer))
         parts = work_of(recipe, records)
     except InputError as error:
-        yield Problem(f"DATA={recipe.data}: {error}", "name local files or folders, or a data set on the hub")
+        remedy = "name local files or folders, or a data set on the hub"
+        if recipe.brings_revisions:
+            remedy += ": the one that REVISIONS come from, in whose SFT and RL parts their prompts must not be"
+        yield Problem(f"DATA={recipe.data}: {error}", remedy)
         return
     for stage, work in parts.items():
         part, batch = {"step1": "SFT", "step3": "RL"}.get(stage, "reward"), work.batch

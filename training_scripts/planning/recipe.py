@@ -155,6 +155,11 @@ class Recipe:
         return "label" in self.folders() and Path(self.revisions) == own
 
     @property
+    def brings_revisions(self) -> bool:
+        """Whether step 2 learns from revisions that the run was given."""
+        return "step2" in self.folders() and Path(self.revisions) != Path(self.output) / "labeling" / "revisions.jsonl"
+
+    @property
     def with_critic(self) -> bool:
         """Whether step 3 trains a value function; ReMax's baseline is a greedy answer's score."""
         return self.algo == "ppo"
