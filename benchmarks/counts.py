@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,14 +44,7 @@ def counted(program: list[str], steps: int) -> dict[str, dict[str, int]]:
 
 def difference(fewer: dict[str, dict[str, int]], more: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     """What ``more`` counted beyond ``fewer``, the largest first."""
-    extra = {
-        kind: {name: count - fewer[kind].get(name, 0) for name, count in counts.items()}
-        for kind, counts in more.items()
-    }
-    return {
-        kind: dict(sorted(((name, n) for name, n in counts.items() if n > 0), key=lambda pair: -pair[1]))
-        for kind, counts in extra.items()
-    }
+    return {kind: dict((Counter(counts) - Counter(fewer[kind])).most_common()) for kind, counts in more.items()}
 
 
 def by_phase(done: dict[str, int]) -> dict[str, dict[str, float]]:
@@ -61,7 +55,7 @@ def by_phase(done: dict[str, int]) -> dict[str, dict[str, float]]:
     tables = {int(a) for phase, kind, a, _ in keys if kind == "token" and not phase.endswith("backward")}
     for key, count in done.items():
         phase, kind, a, b = key.split(";")
-        sums = phases.setdefault(phase or "between", dict.fromkeys(COLUMNS, 0.0))
+        sums = phases.setdefault(phase or "between", dict.fromkeys((*COUNTED, *duration.CARDS), 0.0))
         if kind in names:
             sums[names[kind]] += count
         if kind == "kernel":
@@ -83,24 +77,13 @@ def by_phase(done: dict[str, int]) -> dict[str, dict[str, float]]:
     return phases
 
 
-COLUMNS = (
-    "launches",
-    "waits",
-    "kernels",
-    "operations",
-    "host",
-    "link",
-    "computed",
-    "real",
-    "looked up",
-    *duration.CARDS,
-)
+COUNTED = ("launches", "waits", "kernels", "operations", "host", "link", "computed", "real", "looked up")
 
 
 def report(phases: dict[str, dict[str, float]]) -> str:
     rows = []
     for phase, sums in phases.items():
-        # Replayed graphs look tokens up without a call of the model: what of those is padding is not known here.
+        # Replayed graphs look up tokens without calling the model, so how many of them are padding is not known.
         called = 0 < sums["computed"] == sums["looked up"]
         share = f"{1 - sums['real'] / sums['computed']:.1%}" if called else ""
         whole = (f"{sums[name]:,.0f}" for name in ("launches", "waits", "kernels", "looked up"))
@@ -117,13 +100,13 @@ CHECKED = ((768, 6, 192), (768, 12, 192), (1024, 8, 320))
 """Width, blocks and tokens of the shapes; the MLP is 3 times as wide, the vocabulary has 4,000 words."""
 
 
-def seconds_of(works: list[Callable[[], object]], rounds: int = 5) -> list[float]:
-    """Processor seconds of each work, the least of several rounds through all, the first of which does not count.
+def seconds_of(works: list[Callable[[], object]]) -> list[float]:
+    """Processor seconds of each work, the least of five rounds through all, after one to warm up.
 
     In rounds, because a machine's speed drifts; the processor's seconds, because others may use it too.
     """
     times: list[list[float]] = [[] for _ in works]
-    for _ in range(rounds + 1):
+    for _ in range(6):
         for work, its_times in zip(works, times, strict=True):
             begun = time.process_time()
             work()
@@ -150,7 +133,7 @@ def check_cpu() -> None:
             LlamaConfig(vocab_size=4000, num_attention_heads=heads, num_key_value_heads=heads, **sizes)
         )
         ids = torch.randint(0, 4000, (1, tokens))
-        parameters = model.num_parameters() - 4000 * width  # looking words up is no arithmetic
+        parameters = model.num_parameters() - 4000 * width  # the embedding is looked up, without arithmetic
 
         def learn(model=model, ids=ids):
             model(input_ids=ids, labels=ids).loss.backward()
@@ -172,7 +155,7 @@ def check_cpu() -> None:
         ratios = said[number] / said[first], measured[number] / measured[first]
         cells = (f"{1e3 * said[number]:.1f}", f"{1e3 * measured[number]:.1f}", *(f"{ratio:.2f}" for ratio in ratios))
         rows.append((name, *cells, f"{ratios[0] / ratios[1] - 1:+.0%}"))
-    print(table(("work", "said, ms", "measured, ms", "ratio said", "ratio measured", "off"), rows))
+    print(table(("work", "model, ms", "measured, ms", "ratio, model", "ratio, measured", "off"), rows))
 
 
 def main(program: list[str]) -> None:

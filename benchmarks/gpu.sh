@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first minutes on a GPU: whether everything runs there, and what to keep of it. One line, pass or FAIL, a check.
+# The first minutes on a GPU: does everything run there? One line, pass or FAIL, for each check.
 #
 # Hardware: one A100, H100 or H200. Time: about 25 minutes with SIZE=full; never run on a real GPU yet.
 # Launch:   bash benchmarks/gpu.sh                  (models of random weights and data are made on the spot)
@@ -15,7 +15,7 @@ failed=0
 
 python3 benchmarks/gpu_inputs.py "$OUT" "$SIZE" >"$OUT/inputs.log" 2>&1 || { cat "$OUT/inputs.log"; exit 1; }
 
-# The card, versions and lines of this run; of a whole one a copy stays in benchmarks/results.
+# The card, the versions and this run's lines; those of a full run are copied to benchmarks/results.
 summary=$OUT/summary.txt
 # shellcheck disable=SC2086 # PYTHON may be a program with an argument
 $PYTHON benchmarks/gpu_inputs.py --machine >"$summary" 2>"$OUT/machine.log" || { cat "$OUT/machine.log"; exit 1; }

@@ -2,12 +2,12 @@
 
     python benchmarks/step2.py --model_name_or_path MODEL --data_path HH.jsonl.gz --per_device_train_batch_size 4
 
-The released recipe forwards chosen, rejected and modified response of each example, every one padded to 512 tokens; the
-chosen one has no loss. Here the two that have one are padded to the longest of a batch that is formed by length. Same
-model, same examples in a batch, same trainer on DeepSpeed. A token is useful if it is none of padding and stands in a
-sequence with a loss; with --tokens_per_micro_batch, which computes shared prompts once, their share of those computed
-may be above 1. Without --revisions, each rejected response of the data with one word more stands for its revision: the
-time depends on lengths alone. Takes step2_discriminator/main.py's options; prints one JSON object.
+The released recipe forwards chosen, rejected and modified response of each example, every one padded to 512 tokens;
+the chosen one has no loss. Here the two that have one are padded to the longest of a batch that is formed by length.
+Same model, same examples in a batch, same trainer on DeepSpeed. A token is useful if it is not padding and its
+sequence has a loss; with --tokens_per_micro_batch, which computes shared prompts once, there may be more useful
+tokens than computed ones. Without --revisions, each rejected response of the data with one word more stands for its
+revision: the time depends on lengths alone. Takes step2_discriminator/main.py's options; prints one JSON object.
 """
 
 import argparse

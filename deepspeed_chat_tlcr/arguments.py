@@ -9,8 +9,8 @@ A stage's options are one frozen dataclass that inherits the groups it needs::
 
     options = parse(Options, argv)
 
-Names and meanings are DeepSpeed-Chat's where it has the option. Where it also has a flag that can no longer do anything
-here, the flag parses and one warning says why.
+Names and meanings are DeepSpeed-Chat's where it has the option. Its flags that can no longer have an effect are
+accepted with a warning that says why.
 """
 
 import argparse
@@ -42,51 +42,45 @@ def option(
     most: float = 1e9,
     above: float | None = None,
     below: float | None = None,
+    multiple: int = 1,
     compatibility: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line option; ``default=MISSING`` makes it required.
 
-    ``no_effect`` says why an accepted flag does nothing (then giving it warns); ``better`` how it improves on the flag
-    of the same name in DeepSpeed-Chat or its forks (docs/flags.md); ``flags`` are further spellings;
-    ``compatibility``: another way to ask for what a newer option says. A number lies from ``least`` to ``most``, both
-    allowed, and between ``above`` and ``below``, neither of them; ``least`` is 1 for a whole number whose default is
-    above 0, and else 0, unless it is given.
+    ``no_effect``: why the flag is accepted and does nothing; giving it warns. ``better``: how it improves on the flag
+    of this name in DeepSpeed-Chat or its forks (docs/flags.md). ``flags``: further spellings. ``compatibility``: an
+    older way to ask for what another option says. Numbers lie from ``least`` to ``most``, both allowed, and between
+    ``above`` and ``below``, neither allowed. ``least`` is by default 1 for a whole number whose default is above 0,
+    else 0. Whole numbers are multiples of ``multiple``.
     """
     metadata: dict[str, Any] = {"help": help, "no_effect": no_effect, "flags": tuple(flags), "better": better}
-    metadata |= {"bounds": Bounds(least, most, above, below), "compatibility": compatibility or bool(no_effect)}
+    metadata |= {"bounds": (least, most, above, below, multiple), "compatibility": compatibility or bool(no_effect)}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata) if default is not MISSING else field(metadata=metadata)
 
 
 def seed_option(default: Any, help: str) -> Any:
-    """An option for what every random generator takes as a seed."""
+    """An option for a seed that every random generator takes."""
     return option(default, help, least=0, most=2**32 - 1)
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """The numbers that an option may be."""
-
-    least: float | None
-    most: float
-    above: float | None
-    below: float | None
-
-    def error(self, value: float, default: Any) -> str | None:
-        """What is wrong with a value: None where nothing is."""
+def _out_of_bounds(entry: Field, value: float) -> str | None:
+    """What is wrong with a number, or None."""
+    least, most, above, below, multiple = entry.metadata["bounds"]
+    if least is None:
+        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
         first = (default or [0])[0] if isinstance(default, list) else default
-        counts = type(value) is int and first is not None and (first is MISSING or first > 0)
-        least = self.least if self.least is not None else int(counts)
-        above = value > self.above if self.above is not None else value >= least
-        below = value < self.below if self.below is not None else value <= self.most
-        if above and below:
-            return None
-        if self.above is None and self.below is None:
-            return f"must be from {least:,.10g} to {self.most:,.10g}"
-        low = f"above {self.above:g}" if self.above is not None else f"at least {least:,.10g}"
-        high = f"below {self.below:g}" if self.below is not None else f"at most {self.most:,.10g}"
-        return f"must be {low} and {high}"
+        least = int(type(value) is int and first is not None and (first is MISSING or first > 0))
+    large_enough = value > above if above is not None else value >= least
+    small_enough = value < below if below is not None else value <= most
+    if large_enough and small_enough:
+        return None if multiple == 1 or value % multiple == 0 else f"must be a multiple of {multiple}"
+    if above is None and below is None:
+        return f"must be from {least:,.10g} to {most:,.10g}"
+    low = f"above {above:g}" if above is not None else f"at least {least:,.10g}"
+    high = f"below {below:g}" if below is not None else f"at most {most:,.10g}"
+    return f"must be {low} and {high}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +90,7 @@ class RunOptions:
     DEFAULTS: ClassVar[dict[str, Any]] = {}
 
     output_dir: str = option("./output", "folder for the model, metrics.jsonl, checkpoints and results.json")
-    seed: int = seed_option(
-        1234, "seed of initialisation, shuffling and sampling (the data split has its own: --data_seed)"
-    )
+    seed: int = seed_option(1234, "seed of initialisation, shuffling and sampling; the split has its own, --data_seed")
     dtype: Dtype = option(
         "auto",
         "training precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU",
@@ -124,10 +116,10 @@ class RunOptions:
     max_faults: int = option(5, "non-finite updates in a row after which the run stops with what caused them")
     report_to: list[str] = option([], "further trackers that get every number of metrics.jsonl, such as wandb")
     enable_tensorboard: bool = option(
-        False, "write TensorBoard logs", better="every number of metrics.jsonl, not the loss alone"
+        False, "write TensorBoard logs", better="all numbers of metrics.jsonl, not only the loss"
     )
     tensorboard_path: str = option(
-        "", "folder for TensorBoard logs; empty: output_dir/tensorboard", better="by default beside the model"
+        "", "folder for TensorBoard logs; empty: OUTPUT_DIR/tensorboard", better="has a default"
     )
     local_rank: int = option(-1, "set by the launcher", least=-1)
     deepspeed: bool = option(
@@ -234,14 +226,13 @@ class PackingOptions:
 
 
 def require_bounds(options: Any) -> None:
-    """Raise ``InputError`` for the first number outside its option's bounds, and for text or a list that is missing."""
+    """Raise ``InputError`` for the first number outside its option's bounds, and for missing text or an empty list."""
     for entry in fields(options):
-        value, default = getattr(options, entry.name), default_of(type(options), entry)
-        declared = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        value = getattr(options, entry.name)
         for one in value if isinstance(value, list) else [value]:
-            if type(one) in (int, float) and (wrong := entry.metadata["bounds"].error(one, declared)):
+            if type(one) in (int, float) and (wrong := _out_of_bounds(entry, one)):
                 raise InputError(f"--{entry.name} {one}: {wrong}")
-        if isinstance(value, str | list) and not value and default not in ("", [], None):
+        if isinstance(value, str | list) and not value and default_of(type(options), entry) not in ("", [], None):
             raise InputError(f"--{entry.name}: needs a value")
 
 
@@ -253,8 +244,8 @@ def parse(
 ) -> OptionsType:
     """Parse a command line into ``options_class``; loads no model and touches no device.
 
-    ``preset``: other defaults, by option. Warns once, on stderr, for every given flag that has no effect here. Raises
-    ``InputError`` for unknown flags, with the known one that comes nearest, and for values that cannot be.
+    ``preset``: other defaults, by option. Warns on stderr of every given flag that has no effect. Raises
+    ``InputError`` for unknown flags, with the nearest known one, and for impossible values.
     """
     parser = Parser(description=options_class.__doc__, formatter_class=_HelpFormatter, allow_abbrev=False)
     hints = typing.get_type_hints(options_class)
@@ -276,7 +267,7 @@ def parse(
 def run_command(
     commands: Mapping[str, Callable[[list[str]], None]], about: str | None, argv: Sequence[str] | None = None
 ) -> None:
-    """Call the command that the first word names with the others. Raises ``InputError`` for an unknown one."""
+    """Call the command that the first word names with the other words. Raises ``InputError`` for an unknown one."""
     name, *rest = (sys.argv[1:] if argv is None else list(argv)) or [""]
     known = ", ".join(commands)
     if name in ("-h", "--help"):
@@ -290,16 +281,16 @@ def run_command(
 
 @dataclass(frozen=True)
 class OptionGroup:
-    """The options that one class declares, under the first line of its docstring."""
+    """The options that one class declares; the title is the first line of its docstring."""
 
     title: str
     entries: tuple[Field, ...]
 
 
 def groups_of(options_class: type) -> list[OptionGroup]:
-    """A stage's options by the class that declares them: its own first, then those it inherits, as it names them.
+    """A stage's options by the class that declares them: its own first, then inherited ones.
 
-    Those that exist for other programs' scripts come last.
+    Options that exist only for other programs' scripts come last.
     """
     by_name = {entry.name: entry for entry in fields(options_class)}
     groups, last = [], []
@@ -314,11 +305,9 @@ def groups_of(options_class: type) -> list[OptionGroup]:
 
 
 def default_of(options_class: type, entry: Field) -> Any:
-    """An option's default in a stage, whose ``DEFAULTS`` win over the declaration; ``MISSING`` for a required one."""
-    overrides = getattr(options_class, "DEFAULTS", {})
-    if entry.name in overrides:
-        return overrides[entry.name]
-    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    """An option's default in a stage, whose ``DEFAULTS`` override the declaration; ``MISSING`` for a required one."""
+    declared = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+    return getattr(options_class, "DEFAULTS", {}).get(entry.name, declared)
 
 
 def _argparse_kwargs(entry, hint: Any, default: Any) -> dict[str, Any]:
@@ -342,13 +331,13 @@ def _argparse_kwargs(entry, hint: Any, default: Any) -> dict[str, Any]:
 
 
 class Parser(argparse.ArgumentParser):
-    """Argparse whose errors are one sentence."""
+    """An argument parser whose errors are one sentence."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message.removeprefix('argument ')} (--help lists all options)")
 
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        """``parse_args``, but an unknown flag is named before one that is missing, with the known one nearest to it."""
+        """``parse_args``, but unknown flags are reported before missing ones, with the nearest known flag."""
         argv = sys.argv[1:] if argv is None else argv
         for word in argv:
             if word.encode("utf-8", "ignore").decode() != word:
@@ -361,7 +350,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """A line of usage, then each option with its default where that says something."""
+    """A line of usage, then each option with its default, unless that is empty."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=38, width=120)
@@ -385,9 +374,9 @@ def announce(options: Any) -> None:
 
 
 def record(options: Any, folder: str | Path) -> None:
-    """Save the resolved options as ``run_options.json``; results of an earlier command, which this one replaces, go.
+    """Save the resolved options as ``run_options.json`` and delete the results of the command that this one replaces.
 
-    Rank 0 calls this when all that can be refused has been looked at.
+    Rank 0 calls this after all checks.
     """
     folder = Path(folder)
     try:

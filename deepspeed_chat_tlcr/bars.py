@@ -1,4 +1,4 @@
-"""Progress bars in a log: one place for ours, transformers' and those of datasets, which all are tqdm's."""
+"""Progress bars in a log. Ours and those of transformers and datasets are all tqdm's."""
 
 import sys
 import time
@@ -11,14 +11,14 @@ SECONDS_BETWEEN_LINES, SHORTEST_SHOWN = 30.0, 1.0
 
 
 def lines_instead_of_bars() -> None:
-    """Where stderr is no terminal, make every bar a whole line now and then, and one at its end.
+    """If stderr is not a terminal, print every bar as a whole line now and then, and once at its end.
 
-    A bar redraws itself with carriage returns, which a log keeps: a training of an hour would be one line of megabytes.
+    A bar redraws itself with carriage returns, which in a log would make one line of megabytes.
     """
     try:
         from tqdm.std import tqdm
     except ImportError:
-        return  # a plan and the preflight work without packages, and draw no bars
+        return  # the plan and the preflight work without packages and draw no bars
     if not sys.stderr.isatty():
         tqdm.display, tqdm.close, tqdm.clear = _display, _close, _clear
 
@@ -42,7 +42,7 @@ def _close(bar: "tqdm") -> None:
 
 
 def _clear(bar: "tqdm", nolock: bool = False) -> None:
-    """A line stays: ``tqdm.write`` has nothing to clear away."""
+    """Nothing to clear: printed lines stay."""
 
 
 def _write(bar: "tqdm", now: float) -> None:

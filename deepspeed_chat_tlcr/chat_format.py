@@ -1,10 +1,10 @@
-"""DeepSpeed-Chat's own folders: its critics and reward models read, and folders written that its scripts read.
+"""Read DeepSpeed-Chat's critics and reward models, and write folders that its scripts read.
 
-Such a folder holds ``config.json``, ``pytorch_model.bin`` and the tokenizer. A language model's keys are those of
-transformers 4; version 5 reads and writes them too, but has other names in memory (``lm_head`` for GPT-NeoX's
-``embed_out``, one tensor for all experts of Mixtral and Qwen2-MoE). A critic's or reward model's are the backbone's
-under ``rwtransformer.`` (before October 2023 and in the forks ``rwtranrsformer.``) and ``v_head.weight``, a linear head
-without bias.
+Such a folder holds ``config.json``, ``pytorch_model.bin`` and the tokenizer. A language model has the keys of
+transformers 4; version 5 reads and writes them, but has other names in memory (``lm_head`` for GPT-NeoX's
+``embed_out``, one tensor for all experts of Mixtral and Qwen2-MoE). A critic or reward model has its backbone under
+``rwtransformer.`` (before October 2023 and in the forks ``rwtranrsformer.``) and a linear head without bias,
+``v_head.weight``.
 """
 
 import json
@@ -25,15 +25,15 @@ _HEAD = "v_head.weight"
 
 
 def is_chat_critic(path: str | Path) -> bool:
-    """Whether a folder is a critic or reward model of DeepSpeed-Chat. Reads names, not weights."""
+    """Whether a folder is a critic or reward model of DeepSpeed-Chat, by the names of its weights."""
     file = Path(path) / WEIGHTS
     return file.is_file() and _HEAD in _read(file)
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    # weights_only: the file is a pickle, and nothing in a checkpoint may run code; mmap: pages come when they are used.
+    # weights_only: the file is a pickle, which must not run code. mmap: pages are read when they are used; files from
+    # before PyTorch 1.6 cannot be mapped.
     try:
-        # Files from before PyTorch 1.6 are no archives and cannot be mapped.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(f"{file}: no file of tensors that can be read safely ({type(error).__name__})") from None
@@ -42,8 +42,8 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 def critic_state_dict(path: str | Path, config: PretrainedConfig, head: str) -> dict[str, torch.Tensor]:
     """The critic's weights under the names of transformers' token classifier for ``config``.
 
-    ``head``: the name of that class's linear head. Its bias is 0: DeepSpeed-Chat's has none. Raises ``InputError`` for
-    a file whose backbone has neither of the known prefixes.
+    ``head``: the name of that class's linear head, whose bias is 0. Raises ``InputError`` for a file whose backbone has
+    neither of the known prefixes.
     """
     weights = _read(Path(path) / WEIGHTS)
     prefix = next((p for p in _BACKBONE_PREFIXES if any(key.startswith(p) for key in weights)), None)
@@ -55,12 +55,12 @@ def critic_state_dict(path: str | Path, config: PretrainedConfig, head: str) -> 
         if key.startswith(prefix):
             renamed[backbone + key.removeprefix(prefix)] = tensor
         elif key != _HEAD:
-            renamed[key] = tensor  # of no use: the strict check of keys will name it
+            renamed[key] = tensor  # unknown: the strict check of keys will name it
     return renamed
 
 
 def classifier_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """A family's token-classification class. Its ``base_model_prefix`` is where it keeps the backbone."""
+    """A family's token-classification class."""
     return AutoModelForTokenClassification._model_mapping[type(config)]  # type: ignore[return-value]
 
 
@@ -69,8 +69,8 @@ def to_chat_critic(
 ) -> dict[str, torch.Tensor]:
     """A token classifier's state dict under DeepSpeed-Chat's names. Raises ``InputError`` for what it cannot hold.
 
-    DeepSpeed-Chat's step 3 makes the embedding fit ``tokens``, the tokenizer's, up to a multiple of 8 before it loads a
-    critic: rows for no token are added (zero) or left out.
+    DeepSpeed-Chat's step 3 expects an embedding of ``tokens``, the tokenizer's size, rounded up to a multiple of 8:
+    zero rows are added, or unused rows left out.
     """
     if model.config.num_labels != 1:
         raise InputError("--save_format deepspeed_chat: it has no token discriminators; keep --save_format huggingface")
@@ -93,21 +93,22 @@ def to_chat_critic(
 
 
 def write_chat_folder(
-    model: PreTrainedModel,
-    state_dict: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
+    model: PreTrainedModel, state_dict: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
     """Write config, weights and tokenizer as DeepSpeed-Chat's scripts, which run on transformers 4, read them."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
-    path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps(_old_tokenizer_config(tokenizer), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    # A critic's file has no classifier's keys: named after the classifier it would be taken for one.
+    # transformers 4 does not know the tokenizer classes of version 5.
+    names = ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template")
+    special = {name: getattr(tokenizer, name) for name in names if getattr(tokenizer, name, None) is not None}
+    loader = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "clean_up_tokenization_spaces": False}
+    text = json.dumps(loader, indent=2, ensure_ascii=False) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    # Not the classifier's name for a critic: its file does not have a classifier's keys.
     architecture = type(model if model.can_generate() else model.base_model).__name__
     config = _old_config(model.config.to_dict()) | {
         "architectures": [architecture],
-        # Where chat.py looks for the tokenizer; it stops where the key is missing.
+        # chat.py looks for the tokenizer there, and needs the key.
         "_name_or_path": str(folder.resolve()),
     }
     if not model.can_generate():
@@ -122,7 +123,7 @@ def write_chat_folder(
 
 
 def _old_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the names that transformers 4 knows beside those of transformers 5."""
+    """A config with the names of transformers 4 beside those of transformers 5."""
     config = dict(config)
     if config.get("dtype") is not None:
         config["torch_dtype"] = str(config["dtype"]).removeprefix("torch.")
@@ -135,12 +136,3 @@ def _old_config(config: dict[str, Any]) -> dict[str, Any]:
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
     return config
-
-
-def _old_tokenizer_config(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """What transformers 4 needs to load ``tokenizer.json``; class names of transformers 5 are unknown to it."""
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "chat_template"):
-        if getattr(tokenizer, name, None) is not None:
-            config[name] = getattr(tokenizer, name)
-    return config | {"clean_up_tokenization_spaces": False}

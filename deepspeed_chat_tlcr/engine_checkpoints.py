@@ -1,8 +1,8 @@
-"""DeepSpeed's checkpoints without what can be made again.
+"""DeepSpeed's checkpoints without redundant copies.
 
-Of a trained parameter 12 bytes are kept, in fp32: itself, momentum, variance. ZeRO-1 and 2 would write it once more as
-the model computes with it, which is the fp32 one rounded. Of a frozen parameter nothing is kept: the model's folder
-has it. Only without ZeRO there are no such copies, and the model's own trained parameters are kept.
+A trained parameter takes 12 bytes, in fp32: itself, momentum, variance. ZeRO-1 and 2 would also write the model's
+16-bit copy, which is the fp32 one rounded. Frozen parameters are not written: the model's folder has them. Without ZeRO
+there are no fp32 copies, and the model's own trained parameters are kept.
 """
 
 import hashlib
@@ -27,32 +27,38 @@ TRUSTED = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
 
 def lean_checkpoints(engine: DeepSpeedEngine) -> None:
-    """Have an engine save no more than it needs, and load that as well as checkpoints that hold everything.
+    """Have an engine save no more than it needs; it still loads complete checkpoints too.
 
-    Loading raises ``InputError`` where the parameters' shapes, or the frozen ones themselves, are others than when the
-    checkpoint was written.
+    Loading raises ``InputError`` if the parameters' shapes or the frozen parameters have changed since.
     """
     save_all, load_all = engine.save_checkpoint, engine.load_checkpoint
     engine.checkpoint_engine.load = _load_tensors
 
     @cache
-    def known_by() -> str:
-        return _fingerprint(engine.module)
+    def fingerprint() -> str:
+        """A hash of all parameters' shapes, and of the values that this rank holds of frozen parameters."""
+        digest = hashlib.sha256()
+        for name, parameter in engine.module.named_parameters():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
+            if not parameter.requires_grad:
+                digest.update(_shard(parameter).detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
+        return digest.hexdigest()
 
     def leave_out(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
-        for name in _can_be_made_again(engine):
+        for name in _redundant(engine):
             state_dict.pop(name, None)
 
     def save(save_dir: str | Path, tag: str | None = None, save_latest: bool = True) -> None:
         hook = engine.module.register_state_dict_post_hook(leave_out)
         try:
-            # Without frozen parameters, also those that DeepSpeed keeps beside the module's.
-            save_all(save_dir, tag, {"model": known_by()}, save_latest, exclude_frozen_parameters=True)
+            # The last argument excludes the frozen parameters that DeepSpeed keeps beside the module's.
+            save_all(save_dir, tag, {"model": fingerprint()}, save_latest, exclude_frozen_parameters=True)
         finally:
             hook.remove()
 
     def put(src: dict[str, Any], dst: nn.Module) -> None:
-        left_out = set(_can_be_made_again(engine))
+        left_out = set(_redundant(engine))
         dst.load_state_dict(src, strict=not left_out or not left_out.isdisjoint(src))
 
     def load(load_dir: str | Path, tag: str | None = None, **kwargs: Any) -> tuple[str | None, dict[str, Any] | None]:
@@ -62,44 +68,33 @@ def lean_checkpoints(engine: DeepSpeedEngine) -> None:
             if isinstance(error, RuntimeError) and lost_a_rank(error):
                 raise
             raise unreadable(Path(load_dir), error) from error
-        if state is not None and state.get("model", known_by()) != known_by():
+        if state is not None and state.get("model", fingerprint()) != fingerprint():
             raise InputError(
                 f"{path} was written with another model than the one loaded now: the shapes of its parameters differ, "
                 "or those that do not train. Continue from the model it began with, or start anew with --resume never"
             )
         if engine.zero_optimization() and not engine.zero_optimization_partition_weights():
-            engine.optimizer.update_lp_params()  # what the model computes with, from the fp32 parameters
+            engine.optimizer.update_lp_params()  # the model's 16-bit copy, from the fp32 parameters
         return path, state
 
     engine.save_checkpoint, engine.load_checkpoint = save, load
 
 
 def _load_tensors(path: str, map_location: Any = None) -> dict[str, Any]:
-    """As DeepSpeed's own, but nothing in the file is run: tensors, plain values and DeepSpeed's few classes alone."""
+    """Like DeepSpeed's own, but runs no code of the file: loads tensors, plain values and the ``TRUSTED`` classes."""
     with torch.serialization.safe_globals(TRUSTED):
         return torch.load(path, map_location=map_location, weights_only=True)
 
 
-def _can_be_made_again(engine: DeepSpeedEngine) -> Iterator[str]:
-    """Names of parameters as a state dict has them, a tied one's under each of its names."""
+def _redundant(engine: DeepSpeedEngine) -> Iterator[str]:
+    """Names of the parameters that are not written, as in a state dict: a tied parameter under each of its names."""
     for name, parameter in engine.module.named_parameters(remove_duplicate=False):
         if engine.zero_optimization() or not parameter.requires_grad:
             yield name
 
 
-def _fingerprint(module: nn.Module) -> str:
-    """Names all parameters' shapes, and of those that do not train the values that this rank holds."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-        digest.update(f"{name} {shape} {parameter.requires_grad}\n".encode())
-        if not parameter.requires_grad:
-            digest.update(_held(parameter).detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def _held(parameter: nn.Parameter) -> torch.Tensor:
-    """What this rank has of a parameter; the last shards of ZeRO-3 end in memory that nobody has written."""
+def _shard(parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a parameter. The last shards of ZeRO-3 end in unused memory, which is left out."""
     if not hasattr(parameter, "ds_tensor"):
         return parameter.data
     shard = parameter.ds_tensor.data

@@ -1,4 +1,4 @@
-"""One kind of error for everything a user can mend."""
+"""The errors that a user sees, and how programs end with them."""
 
 import errno
 import functools
@@ -20,7 +20,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on for a reason outside the code: its message is all that the user needs. Exit code 1."""
+    """A run cannot continue, for a reason outside the code. The message says all that the user needs. Exit code 1."""
 
 
 class SaveError(RunError):
@@ -30,9 +30,8 @@ class SaveError(RunError):
 def exits_cleanly(main: Callable) -> Callable:
     """Wrap an entry point: an ``InputError`` becomes one line on stderr and exit code 2, without a traceback.
 
-    So does a file that cannot be used, whichever code met it. A ``RunError``, a full disk, too little memory or a lost
-    rank: one message and exit code 1. A reader that has seen enough (``| head``) ends the program without a word. In a
-    log, progress bars are lines.
+    So does a file that cannot be used. A ``RunError``, a full disk, too little memory or a lost rank becomes a message
+    and exit code 1. A closed pipe (``| head``) ends the program silently. In a log, progress bars are lines.
     """
 
     @functools.wraps(main)
@@ -41,7 +40,7 @@ def exits_cleanly(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            # Every rank sees the same mistake; one of them says so.
+            # Every rank makes the same mistake; one of them reports it.
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(EXIT_INPUT)
@@ -75,42 +74,46 @@ def exits_cleanly(main: Callable) -> Callable:
 
 
 def end(message: str, status: int = EXIT_RUN) -> NoReturn:
-    """Say why and leave at once: exit handlers would wait for ranks that are waiting for this one."""
+    """Print why and exit at once: exit handlers would wait for ranks that are waiting for this one."""
     print(message, file=sys.stderr, flush=True)
     os._exit(status)
 
 
 @contextmanager
 def reading(path: object, remedy: str = "remove it, or make it anew") -> Iterator[None]:
-    """Around code that uses what a file of ours says: a file that was damaged since is an ``InputError`` naming it."""
+    """For code that uses the contents of a file of ours: a damaged file becomes an ``InputError`` that names it."""
     try:
         yield
     except (InputError, UnicodeError):
         raise
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise InputError(f"{path}: not as this program wrote it ({told(error)}); {remedy}") from error
+        raise InputError(f"{path}: not as this program wrote it ({describe_error(error)}); {remedy}") from error
 
 
 def lost_a_rank(error: RuntimeError) -> bool:
     """Whether a collective failed because a process at its other end died."""
     # NCCL's errors have a class of their own, Gloo's are known by their text.
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    return "DistError" in kinds or "gloo/transport" in str(error)
+    classes = {base.__name__ for base in type(error).__mro__}
+    return "DistError" in classes or "gloo/transport" in str(error)
 
 
-_ACTING = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 MOST_SHOWN = 2000  # characters of a message
 
 
 def one_line(message: object) -> str:
-    """A message as one line that a terminal takes: what would act rather than show is spelt out, as in ``a\\nb``."""
-    text = _ACTING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), str(message))
+    """A message as one line that is safe to print: control characters are spelt out, as in ``a\\nb``."""
+    text = _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), str(message))
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN // 2]} … {text[-MOST_SHOWN // 2 :]}"
 
 
-def told(error: Exception) -> str:
-    """An error of somebody else's code in one line: its kind, its message, and the line of theirs that raised it."""
-    lines = str(error).strip().splitlines()
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the error's class where it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def describe_error(error: Exception) -> str:
+    """An error of other people's code in one line: its class, its message, and the line that raised it."""
     place = traceback.extract_tb(error.__traceback__)[-1:]
     where = f" ({place[0].filename}:{place[0].lineno})" if place else ""
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}{where}"
+    return f"{type(error).__name__}: {first_line(error) if str(error).strip() else 'no message'}{where}"

@@ -1,4 +1,4 @@
-"""What keeps a run of transformers' Trainer usable: whole checkpoints, SIGTERM, losses that are not numbers."""
+"""Fault tolerance for transformers' Trainer: complete checkpoints, SIGTERM, losses that are not finite."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from deepspeed_chat_tlcr.checkpoints import (
@@ -21,19 +20,19 @@ from deepspeed_chat_tlcr.checkpoints import (
     own_checkpoints,
 )
 from deepspeed_chat_tlcr.engine_checkpoints import lean_checkpoints
-from deepspeed_chat_tlcr.errors import RunError, SaveError
+from deepspeed_chat_tlcr.errors import RunError
 from deepspeed_chat_tlcr.finite import save_faulty_batch, watch_gradients, weights_are_finite
 from deepspeed_chat_tlcr.runtime import Preemption
-from deepspeed_chat_tlcr.saving import write_json
+from deepspeed_chat_tlcr.saving import write_json, writing
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
-    _Trainer = object  # the class that it is mixed into
+    _Trainer = object  # a mixin for it
 
 
 class FaultTolerant(_Trainer):
-    """For StageMixin: atomic checkpoints, and updates of those micro-batches whose loss is finite."""
+    """Atomic checkpoints, and updates from the micro-batches whose loss is finite."""
 
     faults_in_a_row = 0  # updates without one such micro-batch
     skipped_updates = 0
@@ -43,9 +42,9 @@ class FaultTolerant(_Trainer):
     train_lengths: Sequence[int]
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One micro-batch. Where its loss is not finite on any rank, it is left out on all and counted.
+        """One micro-batch. If its loss is not finite on some rank, all ranks skip and count it.
 
-        Raises ``RunError`` after ``--max_faults`` updates in a row that lost all of theirs, with the batch and a
+        Raises ``RunError`` after ``--max_faults`` updates in a row without any finite loss, with the batch and a
         checkpoint saved.
         """
         self.loss_was_finite, self.only_steps = True, False
@@ -54,13 +53,13 @@ class FaultTolerant(_Trainer):
             self.finite_batch = inputs
         else:
             self.left_out += 1
-            loss = torch.zeros_like(loss)  # a NaN would stay in the Trainer's running sum for good
+            loss = torch.zeros_like(loss)  # a NaN would stay in the Trainer's running sum
         if self.accelerator.sync_gradients:
             self._end_update(model, inputs, *args, **kwargs)
         return loss
 
     def _end_update(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """After an update's last micro-batch: have the others' gradients used where it was left out itself."""
+        """After an update's last micro-batch: apply the others' gradients if it was skipped itself."""
         finite, self.finite_batch = self.finite_batch, None
         if finite is None:
             self.faults_in_a_row += 1
@@ -70,16 +69,9 @@ class FaultTolerant(_Trainer):
             return
         self.faults_in_a_row = 0
         if not self.loss_was_finite:
-            # Engines step after a backward pass and reduce gradients in it: here is one whose gradients are zero.
+            # An engine reduces and steps only in a backward pass, so run one with zero gradients.
             self.only_steps = True
             super().training_step(model, finite, *args, **kwargs)
-
-    def _guard(self, loss: torch.Tensor) -> bool:
-        """Whether a loss is finite on every rank; a collective."""
-        finite = torch.isfinite(loss.detach()).all().float()
-        torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        self.loss_was_finite = bool(finite)
-        return self.loss_was_finite
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -97,7 +89,11 @@ class FaultTolerant(_Trainer):
             # Under DeepSpeed this is the backward pass and, at an accumulation boundary, the step.
             if self.only_steps:
                 backward(0 * loss, **kwargs)
-            elif self._guard(loss):
+                return
+            finite = torch.isfinite(loss.detach()).all().float()
+            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)  # on every rank
+            self.loss_was_finite = bool(finite)
+            if self.loss_was_finite:
                 backward(loss, **kwargs)
 
         self.accelerator.backward, self.accelerator.prepare = backward_of_finite, prepare_and_watch
@@ -107,22 +103,21 @@ class FaultTolerant(_Trainer):
         batch = save_faulty_batch(folder, inputs)
         if weights_are_finite([model], self.args.device):
             self._save_checkpoint(model, trial=None)
-        newest = newest_checkpoint(folder)
         raise RunError(
             f"step {self.state.global_step}: {self.faults_in_a_row} updates in a row had no finite loss; the newest "
-            f"batch is in {batch}, the newest whole checkpoint is {newest or 'none'}. Lower the learning rate, use "
-            "bf16 or fp32, or look for what is wrong with this batch"
+            f"batch is in {batch}, the newest checkpoint is {newest_checkpoint(folder) or 'none'}. Lower the learning "
+            "rate, use bf16 or fp32, or look for what is wrong with this batch"
         )
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Part of resuming. Where SIGTERM came between an epoch's last step and its evaluation, that is made up for."""
+        """Part of resuming: catch up on the evaluation if SIGTERM came between an epoch's last step and it."""
         super()._load_rng_state(checkpoint)
         history = [entry for entry in self.state.log_history if entry["step"] == self.state.global_step]
         if checkpoint and ends_epoch(self.args, self.state) and not any("eval_loss" in entry for entry in history):
             self.evaluate()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs of a step that was skipped say so instead of 0."""
+        """Log NaN, not 0, for a step that was skipped."""
         if "loss" in logs:
             logs["left_out"], logs["skipped_updates"] = self.left_out, self.skipped_updates
             if self.faults_in_a_row:
@@ -130,23 +125,19 @@ class FaultTolerant(_Trainer):
         super().log(logs, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """A checkpoint needs no model's folder beside the engine's state."""
+        """Checkpoints hold the engine's state and need no model folder beside it."""
         if not _internal_call:
             super().save_model(output_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Write a checkpoint, mark it whole, and only then delete older ones."""
+        """Write a checkpoint, mark it complete, and only then delete older ones."""
         keep, self.args.save_total_limit = self.args.save_total_limit, None
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            if self.is_world_process_zero():
-                begin_checkpoint(folder)
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            newest = newest_checkpoint(Path(self.args.output_dir))
-            kept = f"; {newest} is whole" if newest else ""
-            raise SaveError(f"the checkpoint {folder} could not be written: {first_line}{kept}") from error
+            with writing(f"the checkpoint {folder}", lambda: newest_checkpoint(folder.parent)):
+                if self.is_world_process_zero():
+                    begin_checkpoint(folder)
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = keep
         torch.distributed.barrier()
@@ -160,15 +151,15 @@ class FaultTolerant(_Trainer):
 
 
 def ends_epoch(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether an evaluation belongs behind this step because it is its epoch's last."""
+    """Whether an evaluation follows this step because it is its epoch's last."""
     return args.eval_strategy == "epoch" and bool(state.epoch) and state.epoch == int(state.epoch)
 
 
 class SaveAfterEvaluation(TrainerCallback):
-    """A checkpoint of an epoch's last step waits for the epoch's evaluation.
+    """Delays the checkpoint of an epoch's last step until after the epoch's evaluation.
 
-    Without it, what continues from there would lack that measurement and have other random numbers than a run which
-    was never interrupted. Add it before ``StopOnRequest``, whose checkpoint does not wait.
+    Otherwise a resumed run would lack that measurement and have other random numbers than an uninterrupted one. Add it
+    before ``StopOnRequest``, whose checkpoint does not wait.
     """
 
     def __init__(self):
@@ -184,7 +175,7 @@ class SaveAfterEvaluation(TrainerCallback):
 
 
 class StopOnRequest(TrainerCallback):
-    """SIGTERM: save after the running step, and end. ``stopped`` tells whether that happened."""
+    """On SIGTERM, save after the running step and end. ``stopped``: whether that has happened."""
 
     def __init__(self):
         self.preemption = Preemption()
@@ -196,5 +187,5 @@ class StopOnRequest(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.stopped:  # all is saved: an evaluation could outlast the time that is left
+        if self.stopped:  # all is saved, and an evaluation could outlast the time that is left
             control.should_evaluate = control.should_save = False

@@ -1,7 +1,7 @@
-"""Updates whose losses, gradients or weights are not finite: found on all ranks, skipped, and kept to look at."""
+"""Losses, gradients and weights that are not finite: detected on all ranks, skipped, and saved for inspection."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 def watch_gradients(engine: DeepSpeedEngine) -> None:
     """Have an engine report its gradients' norm (before clipping) and skip updates whose gradients are not finite.
 
-    ``engine.get_global_grad_norm()`` has the newest update's norm. ZeRO's optimisers do both where they are told to;
-    without ZeRO, DeepSpeed does neither in fp32.
+    ``engine.get_global_grad_norm()`` has the newest update's norm. ZeRO's optimisers do both on request; without ZeRO,
+    DeepSpeed does neither in fp32.
     """
     if hasattr(engine.optimizer, "check_grad_overflow"):
         engine.optimizer.check_grad_overflow = True  # in every precision, not in fp16 and bf16 alone
@@ -24,7 +24,7 @@ def watch_gradients(engine: DeepSpeedEngine) -> None:
 
     def watched(*args, **kwargs) -> None:
         if engine.is_gradient_accumulation_boundary():
-            # The engine's own name for what it reports after the step; it is the same on all ranks.
+            # The engine's own attribute, which it reports after the step; the same on all ranks.
             engine.optimizer._global_grad_norm = _checked_norm(engine)
         step(*args, **kwargs)
 
@@ -32,30 +32,25 @@ def watch_gradients(engine: DeepSpeedEngine) -> None:
 
 
 def _checked_norm(engine: DeepSpeedEngine) -> float:
-    """Norm of the accumulated gradients; if not finite, the coming step leaves weights and optimiser states alone."""
+    """Norm of the accumulated gradients. If it is not finite, the coming step changes nothing."""
     gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
     norm = float(torch.nn.utils.get_total_norm(gradients))
     if not math.isfinite(norm):
         for gradient in gradients:
             gradient.zero_()
-        engine.optimizer.step = _once(engine.optimizer)
+        optimizer, usual = engine.optimizer, engine.optimizer.step
+
+        def skip(*args, **kwargs) -> None:
+            optimizer.step = usual  # for the steps after this one
+
+        optimizer.step = skip
     return norm
-
-
-def _once(optimizer: torch.optim.Optimizer) -> Callable[..., None]:
-    """A step that does nothing and puts the real one back."""
-    usual = optimizer.step
-
-    def skip(*args, **kwargs) -> None:
-        optimizer.step = usual  # type: ignore[method-assign]
-
-    return skip
 
 
 def weights_are_finite(modules: Iterable[torch.nn.Module], device: torch.device) -> bool:
     """Whether all weights, or this rank's shares of them, are finite on all ranks; a collective."""
-    held = (getattr(p, "ds_tensor", p.data) for module in modules for p in module.parameters())
-    everywhere = torch.tensor(float(all(bool(torch.isfinite(one).all()) for one in held)), device=device)
+    shares = (getattr(p, "ds_tensor", p.data) for module in modules for p in module.parameters())
+    everywhere = torch.tensor(float(all(bool(torch.isfinite(share).all()) for share in shares)), device=device)
     torch.distributed.all_reduce(everywhere, torch.distributed.ReduceOp.MIN)
     return bool(everywhere)
 
@@ -81,13 +76,13 @@ def align_overflow(engines: list[DeepSpeedEngine]) -> None:
         optimizer.check_overflow()
     if any(optimizer.overflow for optimizer in optimizers):
         for optimizer in optimizers:
-            # DeepSpeed's own way of skipping, which also clears the gradients: its check finds an overflow.
+            # DeepSpeed then skips the step itself, and clears the gradients.
             optimizer.check_overflow = _overflowed(optimizer)
 
 
 def _overflowed(optimizer):
     def check(*args, **kwargs) -> None:
-        del optimizer.check_overflow  # once only: the class's own method is behind it
+        del optimizer.check_overflow  # once only: uncovers the class's own method
         optimizer.overflow = True
 
     return check

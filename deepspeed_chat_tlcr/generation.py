@@ -1,4 +1,4 @@
-"""Answers from a causal language model: padded prompts in, tokens and an exact response mask out."""
+"""Answers of a causal language model: from padded prompts to tokens and an exact response mask."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ Ends = int | Sequence[int]
 
 @dataclass(frozen=True)
 class Decoding:
-    """How tokens are chosen. ``temperature`` 0 means the likeliest token; ``top_k`` 0 and ``top_p`` 1 mean no cut.
+    """How tokens are chosen. ``temperature`` 0: the likeliest token; ``top_k`` 0, ``top_p`` 1: no cut.
 
-    ``min_new_tokens``: a response cannot end before that many tokens.
+    ``min_new_tokens``: the length before which a response cannot end.
     """
 
     max_new_tokens: int
@@ -29,7 +29,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Answer:
-    """One generated response. ``ended``: the model ended it itself, rather than the length limit."""
+    """One generated response. ``ended``: whether the model ended it, not the length limit."""
 
     prompt_ids: list[int]
     response_ids: list[int]  # the token that ends it included
@@ -49,9 +49,9 @@ def left_pad(prompts: Sequence[list[int]], pad_token_id: int) -> tuple[torch.Ten
 
 
 def response_mask(response_ids: torch.Tensor, eos_id: Ends) -> torch.Tensor:
-    """1 up to and including each row's first end; all ones where a row was cut at the limit. ``(B, A)`` to ``(B, A)``.
+    """1 up to and including each row's first end; all ones for a row cut at the limit. ``(B, A)`` to ``(B, A)``.
 
-    What a generator writes behind the first end is padding, whatever its id: pad = EOS is harmless.
+    Everything behind the first end is padding, whatever its id: pad = EOS is harmless.
     """
     is_eos = torch.isin(response_ids, torch.tensor(eos_id, device=response_ids.device)).long()
     ended_before = is_eos.cumsum(1) - is_eos
@@ -59,17 +59,13 @@ def response_mask(response_ids: torch.Tensor, eos_id: Ends) -> torch.Tensor:
 
 
 def warp(
-    logits: torch.Tensor,
-    decoding: Decoding,
-    eos_id: Ends,
-    tokens: torch.Tensor | None = None,
-    first_action: int = 0,
+    logits: torch.Tensor, decoding: Decoding, eos_id: Ends, tokens: torch.Tensor | None = None, first_action: int = 0
 ) -> torch.Tensor:
     """Minimum length, temperature, top-k and top-p applied to ``(B, A, V)`` logits, in transformers' order.
 
-    Both the sampler and the log-probs use it, so these always belong to the distribution sampled from. ``tokens``
-    ``(B, A)`` always stay: a later policy's own cut could otherwise give a chosen token probability 0 and an infinite
-    loss. ``first_action`` is the place in the response of the first of the A actions.
+    Sampler and log-probs both use it, so log-probs always belong to the distribution that was sampled from. ``tokens``
+    ``(B, A)`` are never cut: a later policy's cut could give a chosen token probability 0 and an infinite loss.
+    ``first_action``: the place of the first of the A actions in the response.
     """
     barred = min(decoding.min_new_tokens - first_action, logits.size(1))
     if barred > 0:
@@ -121,7 +117,7 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    # transformers fills what a config leaves open from the model's own: a checkpoint's top_p would slip in.
+    # transformers fills gaps from the model's own config: without this, a checkpoint's top_p would apply.
     model.generation_config = config
     return model.generate(ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus)  # type: ignore[operator]
 
@@ -143,7 +139,7 @@ def answers(
         for prompt, row, length in zip(batch, output.tolist(), lengths, strict=True):
             response = row[:length]
             ended = response[-1:] != [] and response[-1] in ends
-            # Decoded behind the prompt: SentencePiece would drop the space before a text's first word.
+            # Decoded behind the prompt, because SentencePiece drops the space before a text's first word.
             content = response[:-1] if ended else response
             whole = tokenizer.decode([*prompt, *content], clean_up_tokenization_spaces=False)
             text = whole[len(tokenizer.decode(prompt, clean_up_tokenization_spaces=False)) :]
@@ -159,7 +155,7 @@ def seeded_answers(
     seed: int,
     shown: str | None = None,
 ) -> list[Answer]:
-    """``answers``, all of them, from a random state of their own; ``shown``: what a progress bar calls them."""
+    """All ``answers``, from a random state of their own. ``shown``: the title of a progress bar."""
     set_seed(seed)
     written = answers(model, tokenizer, prompts, decoding, batch_size)
     return list(tqdm(written, total=len(prompts), desc=shown, dynamic_ncols=True, disable=shown is None))

@@ -1,8 +1,8 @@
-"""The decoding loop on a GPU: a token is one launch of a CUDA graph, rather than a thousand launches of kernels.
+"""The decoding loop on a GPU: one launch of a CUDA graph per token, instead of a thousand launches of kernels.
 
 A graph is recorded once for each bucket of rows and of room in the key-value cache, and then serves all later rollouts.
-It reads and writes the same memory every time, so the cache stays allocated between them. What one replay does is a
-function of ``state`` and ``step``, which two small kernels move on after it.
+It uses the same memory every time, so the cache stays allocated. A replay depends on ``state`` and ``step``, which two
+small kernels advance after it.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,16 +14,16 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from deepspeed_chat_tlcr.decode import Live, choose, decode, forward_of, new_cache
-from deepspeed_chat_tlcr.errors import told
+from deepspeed_chat_tlcr.errors import describe_error
 from deepspeed_chat_tlcr.generation import Decoding, Ends, response_mask
 
 ROOM = 128
 """Tokens by which the room grows: attention runs over all of it."""
-_CHECK_EVERY = 12  # tokens between questions to the device how many rows are still being decoded
+_CHECK_EVERY = 12  # tokens between checks how many rows are still being decoded, which wait for the device
 
 
 class _SlotLayer(DynamicLayer):
-    """One layer's keys and values ``(b, H, room, D)``, where the newest are written at a place the device knows."""
+    """One layer's keys and values ``(b, H, room, D)``; the newest go to ``slot``, which is in the device's memory."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, slot: torch.Tensor):
         super().__init__()
@@ -40,7 +40,7 @@ class _SlotLayer(DynamicLayer):
 
 @dataclass
 class _Buffers:
-    """What graphs read and write; row r of all but ``responses`` and ``uniforms`` is the batch's row ``rows[r]``."""
+    """The memory of all graphs. Row r is the batch's row ``rows[r]``, but for ``responses`` and ``uniforms``."""
 
     cache: torch.Tensor  # (2 layers, B, H, R, D): keys and values in turn
     mask: torch.Tensor  # (B, R), 1 on tokens seen
@@ -60,7 +60,7 @@ class _Buffers:
 
 
 class GraphedLoop:
-    """``decode`` by graphs, as long as nothing speaks against it; ``say`` is told what does, once."""
+    """``decode`` by CUDA graphs where that is possible; where it is not, ``say`` gets the reason, once."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say = say
@@ -95,7 +95,7 @@ class GraphedLoop:
         pad_id: int,
         synced: bool = False,
     ) -> torch.Tensor:
-        """As ``decode``: the same tokens from the same random numbers, by the plain loop where graphs cannot be."""
+        """As ``decode``, with the same tokens from the same random numbers; by the plain loop if graphs cannot work."""
         if not self._possible(model, synced):
             return decode(model, ids, mask, decoding, eos_id, pad_id, synced)
         model.eval()
@@ -141,7 +141,7 @@ class GraphedLoop:
         actions: int,
         uniforms: torch.Tensor | None,
     ) -> _Buffers:
-        """Buffers that hold the prompts and the first action; those of before where they are large enough."""
+        """Buffers with the prompts and the first action; the earlier ones if they are large enough."""
         states = states_of(cache)
         batch, heads, length, width = states[0].shape
         shape = torch.Size((len(states), _bucket(batch), heads, -(-(length + actions) // ROOM) * ROOM, width))
@@ -161,7 +161,7 @@ class GraphedLoop:
         buffers.state.fill_(1)
         buffers.state[0].zero_()
         buffers.state[0, :batch] = chosen
-        # A row that ends, and those that never began, are padding from then on.
+        # Rows that have ended, and those that only fill up the bucket, are padding.
         buffers.responses.zero_()
         buffers.responses[:batch, 0] = chosen
         if uniforms is not None:
@@ -173,12 +173,12 @@ class GraphedLoop:
     def _advance(
         self, model: PreTrainedModel, size: tuple[int, int], decoding: Decoding, stops: Sequence[int], pad_id: int
     ) -> None:
-        """One token for every row, by the graph of this size, which is recorded at its first use."""
+        """One token for every row, by the graph of this size, which is recorded at first use."""
         key = (*size, decoding, tuple(stops), pad_id)
         if key in self.graphs:
             self.graphs[key].replay()
             return
-        self._step(model, *size, decoding, stops, pad_id)  # also what warms kernels up before they are recorded
+        self._step(model, *size, decoding, stops, pad_id)  # also warms kernels up before they are recorded
         if self.failed:
             return
         graph = torch.cuda.CUDAGraph()
@@ -186,7 +186,7 @@ class GraphedLoop:
             with torch.cuda.graph(graph, pool=self.pool):
                 self._step(model, *size, decoding, stops, pad_id)
         except RuntimeError as error:  # a model whose forward asks the device for numbers, or copies from the host
-            self._fail(told(error))
+            self._fail(describe_error(error))
             return
         self.pool = graph.pool()
         self.graphs[key] = graph

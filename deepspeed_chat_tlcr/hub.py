@@ -1,13 +1,13 @@
-"""``--push_to_hub``: saved models go to the Hugging Face Hub, which is asked whether it takes them before training."""
+"""``--push_to_hub``: upload saved models to the Hugging Face Hub, and check before training that it accepts them."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, constants
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 
-from deepspeed_chat_tlcr.errors import InputError, RunError
+from deepspeed_chat_tlcr.errors import InputError, RunError, first_line
 from deepspeed_chat_tlcr.model_card import LICENCE_FILES
 from deepspeed_chat_tlcr.runtime import Runtime
 
@@ -18,9 +18,9 @@ _UPLOADED += ["README.md", "results.json", *LICENCE_FILES]
 
 
 def require_repository(options: Any) -> None:
-    """Make the repository of ``--push_to_hub``, private where it is new, so that a wrong token or name shows now.
+    """Create the repository of ``--push_to_hub``, private if it is new, so that a wrong token or name shows now.
 
-    Only rank 0 asks. Raises ``InputError`` with the flag and what is wrong.
+    Only rank 0 asks. Raises ``InputError`` if the Hub refuses.
     """
     name = options.push_to_hub
     if not name or os.environ.get("RANK", "0") != "0":
@@ -35,20 +35,20 @@ def require_repository(options: Any) -> None:
     except HFValidationError:
         raise InputError(f"--push_to_hub {name}: no name of a repository; expected OWNER/NAME") from None
     except Exception as error:  # refused, or no connection, of which every HTTP client has errors of its own
-        raise InputError(f"--push_to_hub {name}: the Hub at {constants.ENDPOINT} refuses it: {_told(error)}") from None
+        raise InputError(f"--push_to_hub {name}: {constants.ENDPOINT} refuses it: {_reason(error)}") from None
 
 
 def upload(options: Any, runtime: Runtime) -> None:
-    """Upload what a finished stage has saved, nothing where it was stopped before its end.
+    """Upload the models of a stage, if it has finished.
 
-    Called when the ranks have left their group: none waits for an upload. The actor of step 3 becomes the repository's
-    own model, critic and actor_ema folders in it. Raises ``RunError`` where it fails; the same command tries it again.
+    Called after the ranks have left their group, so that none waits for an upload. Step 3's actor becomes the
+    repository's model; its critic and actor_ema become folders there. Raises ``RunError`` on failure.
     """
     folder, name = Path(options.output_dir), options.push_to_hub
     if not (name and runtime.is_main and (folder / "results.json").is_file()):
         return
-    inside = {role: None if role == "actor" else role for role in ("actor", "critic", "actor_ema")}
-    places = {folder / role: place for role, place in inside.items() if (folder / role / "config.json").is_file()}
+    roles = [role for role in ("actor", "critic", "actor_ema") if (folder / role / "config.json").is_file()]
+    places = {folder / role: None if role == "actor" else role for role in roles}
     print(f"uploading to {constants.ENDPOINT}/{name}", flush=True)
     try:
         for source, place in (places or {folder: None}).items():
@@ -62,7 +62,7 @@ def upload(options: Any, runtime: Runtime) -> None:
             )
     except Exception as error:
         raise RunError(
-            f"the models are saved in {folder}, but --push_to_hub {name} failed: {_told(error)}; the same command "
+            f"the models are saved in {folder}, but --push_to_hub {name} failed: {_reason(error)}; the same command "
             "uploads them without training again"
         ) from None
     print(f"uploaded to {constants.ENDPOINT}/{name}", flush=True)
@@ -72,9 +72,6 @@ def _api() -> HfApi:
     return HfApi(token=os.environ[TOKEN])
 
 
-def _told(error: Exception) -> str:
-    """An error of the Hub or of the connection in one line, without the token, which neither repeats."""
-    if isinstance(error, HfHubHTTPError) and error.server_message:
-        return error.server_message
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def _reason(error: Exception) -> str:
+    """An error of the Hub or of the connection in one line. Neither contains the token."""
+    return getattr(error, "server_message", None) or first_line(error)

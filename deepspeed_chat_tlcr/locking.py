@@ -1,4 +1,4 @@
-"""One process at a time writes a folder: an advisory lock, which the system drops when its holder dies."""
+"""One process at a time writes to a folder: an advisory lock, which the system releases when its holder dies."""
 
 import fcntl
 from pathlib import Path
@@ -8,9 +8,9 @@ from deepspeed_chat_tlcr.errors import InputError
 
 
 def lock(folder: str | Path, flag: str = "--output_dir") -> TextIO:
-    """Take a folder for this process, until the file that is returned is closed or the process ends.
+    """Lock a folder until the returned file is closed or the process ends.
 
-    Raises ``InputError``, naming ``flag``, where it cannot be written or another run has it.
+    Raises ``InputError`` naming ``flag`` if the folder cannot be written or another run has it.
     """
     path = Path(folder)
     try:

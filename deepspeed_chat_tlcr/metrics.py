@@ -12,23 +12,19 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import parse_json, require_file
+from deepspeed_chat_tlcr.records import parse_json, replace_file, require_file
 
 NEUTRAL_ZONE = 0.6
 """A token counts as labelled by the discriminator where max(D, 1 - D) reaches this (paper, Eq. 2)."""
 
 
 class StepLines:
-    """A file of JSON lines that each bear a ``step``. ``resume_step``: that of the checkpoint which the run continues
-    from; what a killed run wrote after it goes. 0: the run starts anew, and so does the file."""
+    """A file of JSON lines, each with a ``step``. Lines after ``resume_step`` are dropped; 0 starts a new file."""
 
     def __init__(self, path: str | Path, resume_step: int = 0):
         self.path = Path(path)
-        before = _whole_lines(self.path) if resume_step else []  # a step 0 may have been measured, and will be again
-        kept = [line for line in before if parse_json(line)["step"] <= resume_step]
-        part = self.path.with_name(self.path.name + ".part")  # killed meanwhile, the run has lost nothing
-        part.write_text("".join(kept), encoding="utf-8")
-        part.replace(self.path)
+        before = _whole_lines(self.path) if resume_step else []  # step 0 may have been measured, and will be again
+        replace_file(self.path, [line for line in before if parse_json(line)["step"] <= resume_step])
 
     def write(self, *records: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -38,8 +34,8 @@ class StepLines:
 class MetricsLog:
     """``metrics.jsonl``: one JSON object per line, ``step`` and ``group/name`` keys.
 
-    ``tensorboard`` names a folder that gets the same numbers, ``report_to`` further trackers that do ("wandb", …);
-    these are also told ``settings``. Raises ``InputError`` for a tracker that is unknown or not installed.
+    ``tensorboard`` names a folder that gets the same numbers, ``report_to`` further trackers ("wandb", …), which also
+    get the ``settings``.
     """
 
     def __init__(
@@ -79,7 +75,7 @@ def require_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name != "none" and name not in LOGGER_TYPE_TO_CLASS:
             raise InputError(f"--report_to {name}: unknown; known: {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}")
-        if name != "none" and name not in [str(found) for found in get_available_trackers()]:
+        if name != "none" and name not in map(str, get_available_trackers()):
             raise InputError(f"--report_to {name}: its package is not installed; pip install {name}")
 
 
@@ -88,27 +84,22 @@ def _tracker(name: str, folder: Path, settings: dict[str, Any], resumed: bool) -
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     PartialState()  # accelerate's trackers write from the main process only, and ask it which that is
-    kind = LOGGER_TYPE_TO_CLASS[name]
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
     run = folder.resolve().name
-    if name == "wandb":  # a resumed run goes on in the same curves
-        run_id = _wandb_id(folder / "wandb_id.txt", resumed)
-        tracker = kind(os.environ.get("WANDB_PROJECT", run), name=run, id=run_id, resume="allow")
+    if name == "wandb":  # a resumed run continues the same curves
+        id_file = folder / "wandb_id.txt"
+        if not (resumed and id_file.is_file()):
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        project, run_id = os.environ.get("WANDB_PROJECT", run), id_file.read_text(encoding="utf-8")
+        tracker = tracker_class(project, name=run, id=run_id, resume="allow")
     else:
-        tracker = kind(run, logging_dir=str(folder)) if kind.requires_logging_directory else kind(run)
+        folder_option = {"logging_dir": str(folder)} if tracker_class.requires_logging_directory else {}
+        tracker = tracker_class(run, **folder_option)
     if hasattr(tracker, "start"):
         tracker.start()
-    tracker.store_init_configuration({key: value for key, value in settings.items() if _plain(value)})
+    plain = {key: value for key, value in settings.items() if isinstance(value, int | float | str)}
+    tracker.store_init_configuration(plain)
     return tracker
-
-
-def _wandb_id(file: Path, resumed: bool) -> str:
-    if not (resumed and file.is_file()):
-        file.write_text(secrets.token_hex(4), encoding="utf-8")
-    return file.read_text(encoding="utf-8")
-
-
-def _plain(value: Any) -> bool:
-    return isinstance(value, (int, float, str, bool))
 
 
 def read_metrics(path: str | Path) -> list[dict]:

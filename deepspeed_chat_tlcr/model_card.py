@@ -15,11 +15,13 @@ _TAG = "deepspeed-chat-tlcr"
 _UNKNOWN = "unknown: that of the base model"
 _NOT_SHOWN = {"output_dir", "local_rank", "resume", "report_to", "push_to_hub", "deepspeed", "max_faults"}
 _NOT_SHOWN |= {"tensorboard_path", "enable_tensorboard", "data_output_path", "save_total_limit", "print_loss"}
+_NOT_SHOWN |= {"span_base_url", "span_api_key_env"}  # an address may hold a password
 _KINDS = {
     "sft": "Language model after supervised fine-tuning",
     "step2_token": "Token discriminator: POSITIVE has D, the probability that a token is good; its reward is 2D - 1",
     "step2_token_pairs": "Token reward model: squash(value) of every token is its reward, learnt from whole pairs",
     "step2_sequence": "Sequence reward model: the head's value at the last token scores a whole response",
+    "step2_grm": "Generative reward model of RLMEC: a language model that rewrites answers with few edits",
     "dpo": "Language model after direct preference optimisation (DPO)",
     "figa": "Language model after fine-grained quality signals (FIGA)",
     "ppo": "Language model after PPO with token-level rewards",
@@ -40,16 +42,16 @@ _CITATION = """\
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a model when it is saved. ``kind``: a stage's name in results.json, or critic."""
+    """The facts for a model's card. ``kind``: a stage's name in results.json, or critic."""
 
     kind: str
-    base: str  # folder or hub name of the model that the training started from
+    base: str  # folder or hub name of the model that training started from
     options: Any
     results: dict[str, Any] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that were not left at their defaults. Of a path only its last part is shown."""
+        """The options that differ from their defaults. Only the last part of a path is shown."""
         given = {}
         for entry in fields(self.options):
             value = getattr(self.options, entry.name)
@@ -60,20 +62,21 @@ class Card:
 
     @property
     def data(self) -> list[str]:
-        """Names of the data sets, or of the files with revisions, that it learnt from."""
-        names = getattr(self.options, "revisions", None) or getattr(self.options, "data_path", None) or []
+        """Names of the data sets, or of the files with revisions or spans, that it learnt from."""
+        labels = (getattr(self.options, name, None) for name in ("revisions", "spans", "data_path"))
+        names: list[str] = next(filter(None, labels), [])
         return [str(_public(name)) for name in names]
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Write README.md into a saved model's folder and copy the base model's licence files, where it is a local folder.
+    """Write README.md into a saved model's folder, and copy the licence files of a base model in a local folder.
 
-    The licence and the name of the base model come from the base model's own card (of a hub name: the cached one, or
-    the Hub's where that can be reached); an unknown licence is called so.
+    Licence and base model come from the base model's own card: for a hub name the cached one, or the Hub's if it can
+    be reached. An unknown licence is named as unknown.
     """
     parent = _card_of(card.base)
     local = Path(card.base).is_dir()
-    saved_here = _TAG in (parent.tags or [])  # then its base model is ours too: SFT's of the policy
+    saved_here = _TAG in (parent.tags or [])  # then name its own base model, as for a policy SFT's
     base = parent.base_model if saved_here and parent.base_model else _public(card.base)
     licence = parent.license or "other"
     data = ModelCardData(
@@ -95,33 +98,30 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def _text(folder: Path, card: Card, base: str | list[str], licence: str) -> str:
-    settings = "\n".join(f"| `--{name}` | {_cell(value)} |" for name, value in card.settings.items())
+    given = {k: " ".join(map(str, v)) if isinstance(v, list) else str(v) for k, v in card.settings.items()}
+    cells = {name: shown.replace("|", "\\|").replace("\n", " ") for name, shown in given.items()}
+    settings = "\n".join(f"| `--{name}` | {cell} |" for name, cell in cells.items())
     numbers = {k: v for k, v in card.results.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     measured = "\n".join(f"| {name} | {value:.5g} |" for name, value in numbers.items())
     facts = f"- Base model: {base}\n- Data: {', '.join(card.data) or 'not named'}\n- Licence: {licence}\n"
     facts += f"- Trained with {_TAG}, which implements the paper below for DeepSpeed-Chat"
-    given = f"Options that were not left at their defaults:\n\n| option | value |\n|---|---|\n{settings}"
-    parts = [f"# {folder.resolve().name}", f"{_KINDS[card.kind]}.", facts, f"## Settings\n\n{given}"]
+    table = f"Options that were not left at their defaults:\n\n| option | value |\n|---|---|\n{settings}"
+    parts = [f"# {folder.resolve().name}", f"{_KINDS[card.kind]}.", facts, f"## Settings\n\n{table}"]
     if measured:
         parts.append(f"## Measured at the end of training\n\n| number | value |\n|---|---|\n{measured}")
     parts.append(f"## Citation\n\n```bibtex\n{_CITATION}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(value: Any) -> str:
-    shown = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return shown.replace("|", "\\|").replace("\n", " ")
-
-
 def _public(value: Any) -> Any:
-    """A path on this machine without the folders above it, also in a term of ``--reward``."""
+    """A local path without its parent folders, also in a term of ``--reward``."""
     if not isinstance(value, str):
         return value
     return Path(value).name if Path(value).exists() else _FOLDERS.sub("", value.rstrip("/"))
 
 
 def _card_of(base: str) -> ModelCardData:
-    """The metadata of a model's own card; empty where there is none to be had."""
+    """The metadata of a model's own card; empty if there is none."""
     try:
         folder = Path(base)
         file = folder / "README.md" if folder.is_dir() else Path(hf_hub_download(base, "README.md"))

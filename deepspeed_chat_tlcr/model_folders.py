@@ -1,7 +1,6 @@
-"""What is wrong with a model's folder, in one sentence, before transformers opens it.
+"""Check a model's folder before transformers opens it: interrupted downloads, clones without git-lfs, conversions.
 
-Folders come from downloads that broke off, clones without git-lfs, conversions and other tools. Here is what can be
-seen in them without reading a weight; what is seen only while they load, ``loading`` turns into one sentence too.
+``check_folder`` reads no weights; ``loading`` reports errors that show only while a model loads.
 """
 
 import contextlib
@@ -9,18 +8,18 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from deepspeed_chat_tlcr.errors import InputError, RunError, lost_a_rank
+from deepspeed_chat_tlcr.errors import InputError, RunError, first_line, lost_a_rank
 from deepspeed_chat_tlcr.records import parse_json, read_json
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _MOST = {"num_hidden_layers": 10_000, "hidden_size": 1_000_000, "vocab_size": 100_000_000}
-"""Numbers of a config beyond which no model is: building one would take hours, or all memory."""
+"""The largest plausible numbers of a config: a larger model would take hours to build, or all memory."""
 
 
 def check_folder(path: str | Path, what: str = "model") -> None:
     """Raise ``InputError`` for a local folder that cannot be loaded; a hub name is left to transformers.
 
-    ``what``: model or tokenizer; of a tokenizer's folder only its own files are looked at.
+    ``what``: model or tokenizer. For a tokenizer only its own files are checked.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -46,11 +45,11 @@ def check_folder(path: str | Path, what: str = "model") -> None:
 
 
 def _instead(folder: Path) -> str:
-    """What a folder without config.json may be, and what to do then."""
+    """What to do with a folder without config.json."""
     if ggufs := sorted(folder.glob("*.gguf")):
         return f"convert it once: python -m deepspeed_chat_tlcr.gguf {ggufs[0]} FOLDER"
     if any(folder.glob("*/config.json")):
-        inner = ", ".join(sorted(found.parent.name for found in folder.glob("*/config.json"))[:3])
+        inner = ", ".join(sorted(config.parent.name for config in folder.glob("*/config.json"))[:3])
         return f"name one of the folders in it: {inner}"
     return "name the folder that a model was saved in"
 
@@ -88,7 +87,7 @@ def _check_index(index: Path) -> None:
 
 
 def _check_header(file: Path) -> None:
-    """The header of a safetensors file tells how long it must be."""
+    """Compare a safetensors file's size with the one in its header."""
     size = file.stat().st_size
     with file.open("rb") as weights:
         start = weights.read(8)
@@ -107,7 +106,7 @@ def _check_header(file: Path) -> None:
 
 @contextlib.contextmanager
 def loading(what: str, path: str | Path | None) -> Iterator[None]:
-    """Within it, whatever a damaged or foreign file makes transformers raise becomes one ``InputError``."""
+    """Turn whatever transformers raises for a damaged or foreign file into one ``InputError``."""
     try:
         yield
     except (InputError, RunError, MemoryError):
@@ -115,7 +114,4 @@ def loading(what: str, path: str | Path | None) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, RuntimeError) and lost_a_rank(error):
             raise
-        lines = str(error).strip().splitlines()
-        raise InputError(
-            f"no {what} could be loaded from {str(path)!r}: {lines[0] if lines else type(error).__name__}"
-        ) from None
+        raise InputError(f"no {what} could be loaded from {str(path)!r}: {first_line(error)}") from None

@@ -1,8 +1,8 @@
 """Model loading: strict about keys, the same under ZeRO-3, Hugging Face classes throughout.
 
-Discriminator = token classifier with 2 labels (0 negative, 1 positive). Critic and sequence reward model = the same
-class with 1 label. A sequence classifier with 1 label, as other libraries save reward models, is read as such: its
-score is its head's value at the last token.
+A discriminator is a token classifier with 2 labels (0 negative, 1 positive); a critic or sequence reward model has 1
+label. A sequence classifier with 1 label, other libraries' form of reward models, is loaded as such: its score is its
+head's value at the last token.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ _OF_TOKENS, _OF_SEQUENCES = "ForTokenClassification", "ForSequenceClassification
 
 
 class OPTForTokenClassification(OPTPreTrainedModel):
-    """OPT with a linear head on every token; transformers has this class for the other families."""
+    """OPT with a linear head on every token. transformers has this class for the other families."""
 
     def __init__(self, config: OPTConfig):
         super().__init__(config)
@@ -65,13 +65,12 @@ class OPTForTokenClassification(OPTPreTrainedModel):
         **kwargs: Any,
     ) -> TokenClassifierOutput:
         """``logits`` is ``(B, T, K)``."""
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
-        )
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        outputs = self.model(**inputs, return_dict=True, **kwargs)
         return TokenClassifierOutput(logits=self.score(self.dropout(outputs.last_hidden_state)))
 
 
-# exist_ok, because transformers otherwise skips registrations for config classes of its own without a word.
+# Without exist_ok transformers silently ignores registrations for its own config classes.
 AutoModelForTokenClassification.register(OPTConfig, OPTForTokenClassification, exist_ok=True)
 
 
@@ -80,7 +79,7 @@ def partitioned_loading(ds_config: dict[str, Any] | None) -> Iterator[None]:
     """Within it, ``from_pretrained`` partitions parameters as they load if ``ds_config`` is ZeRO-3."""
     keep_alive = None
     if ds_config is not None and ds_config["zero_optimization"]["stage"] == 3:
-        # transformers holds only a weak reference: this name is what keeps ZeRO-3 loading switched on.
+        # transformers holds only a weak reference: this one keeps ZeRO-3 loading switched on.
         keep_alive = HfDeepSpeedConfig(ds_config)
     try:
         yield
@@ -95,7 +94,7 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     text = config.get_text_config()
     if text.pad_token_id is not None and not 0 <= text.pad_token_id < text.vocab_size:
-        text.pad_token_id = None  # -1 in early conversions: no row to keep at zero; padding comes from the tokenizer
+        text.pad_token_id = None  # -1 in early conversions; padding comes from the tokenizer
     if dropout is not None:
         for name in dropout_names(config):
             setattr(config, name, dropout)
@@ -103,7 +102,7 @@ def load_config(path: str, dropout: float | None = None) -> PretrainedConfig:
 
 
 def embedding_rows(path: str) -> int:
-    """Token ids that a model has an embedding for: 0 up to this, not included."""
+    """The number of token ids that a model has an embedding for."""
     return load_config(path).get_text_config().vocab_size
 
 
@@ -111,18 +110,19 @@ _LEARNT_POSITIONS = ("biogpt", "gpt2", "gpt_bigcode", "gpt_neo", "openai-gpt", "
 
 
 def require_positions(path: str, length: int, flags: str) -> None:
-    """Raise ``InputError`` if a model with learnt position embeddings has fewer than ``length`` of them.
-
-    Rotary and relative positions have no end, only one that they were trained up to.
-    """
-    config = load_config(path)
-    if config.model_type in _LEARNT_POSITIONS and length > config.max_position_embeddings:
-        known = config.max_position_embeddings
+    """Raise ``InputError`` if a model with learnt position embeddings has fewer than ``length`` of them."""
+    known = trained_positions(path)
+    if known and length > known and load_config(path).model_type in _LEARNT_POSITIONS:
         raise InputError(f"{flags}: {length} tokens are more than the {known} positions that {path!r} knows")
 
 
+def trained_positions(path: str) -> int | None:
+    """The length that a model's positions were made for; None where its config names none."""
+    return getattr(load_config(path).get_text_config(), "max_position_embeddings", None)
+
+
 def require_attention(name: str, precision: str) -> None:
-    """Raise ``InputError`` for an ``--attn_implementation`` that this machine or precision cannot have."""
+    """Raise ``InputError`` for an ``--attn_implementation`` that does not work on this machine or in this precision."""
     packages = {
         "flash_attention_2": (is_flash_attn_2_available, "the package flash-attn (pip install flash-attn)"),
         "flash_attention_3": (is_flash_attn_3_available, "FlashAttention 3, built from its sources, and a Hopper GPU"),
@@ -151,7 +151,7 @@ def load_causal_lm(
     dropout: float | None = None,
     attention: str = "sdpa",
 ) -> PreTrainedModel:
-    """Load a causal language model; every key must fit. Raises ``InputError`` naming those that do not."""
+    """Load a causal language model. Raises ``InputError`` listing missing or unexpected keys."""
     config = load_config(path, dropout)
     config.use_cache = False
     with partitioned_loading(ds_config):
@@ -172,23 +172,28 @@ def load_token_classifier(
 ) -> PreTrainedModel:
     """Load a discriminator (2 labels), critic or sequence reward model (1 label; also a sequence classifier).
 
-    ``new_head``: start from a causal LM or from a classifier with another head: the backbone's keys must all be
-    there, the head is initialised anew (``zero_head``: to zero, so that a critic's first values are 0). Otherwise
-    every key must fit. Raises ``InputError`` naming missing or unexpected keys, or a head of another size.
+    ``new_head``: start from a causal LM or a classifier with another head, whose backbone must be complete; the head is
+    initialised anew (``zero_head``: to zero, so that a critic's first values are 0). Raises ``InputError`` listing
+    missing or unexpected keys, or for a head of another size.
     """
     config = load_config(path, dropout)
     from_chat, of_sequences = is_chat_critic(path), _kind(config).endswith(_OF_SEQUENCES)
     if not new_head:
-        require_trained_head(path, config, num_labels, 1 if from_chat else _labels_of(config))
+        saved_labels = 1 if from_chat else _labels_of(config)
+        wanted = "discriminator (2 labels)" if num_labels == 2 else "reward model or critic (1 label)"
+        if saved_labels is None:
+            raise InputError(f"{path!r} is a {_kind(config)}, not a trained {wanted}; step 2 trains one")
+        if saved_labels != num_labels:
+            raise InputError(f"{path!r} has {saved_labels} label(s), which is no {wanted}")
     head_size = config.num_labels if of_sequences or _kind(config).endswith(_OF_TOKENS) else None
     head_size = 1 if from_chat else head_size
     config.use_cache = False
     config.num_labels = num_labels if head_size is None else head_size
-    # A reward must not be noisy: without this, transformers falls back to a dropout of 0.1 before the head.
+    # Rewards must not be noisy: transformers' default is a dropout of 0.1 before the head.
     config.classifier_dropout = 0.0
     source: dict[str, Any] = {"auto_class": AutoModelForTokenClassification, "path": path}
     if from_chat:
-        # By its own class and without a path: that is how transformers builds a model from a state dict.
+        # The family's class and no path: that is how transformers builds a model from a state dict.
         weights = critic_state_dict(path, config, _head_name(config))
         source = {"auto_class": classifier_class(config), "path": None, "state_dict": weights}
     elif of_sequences:
@@ -216,7 +221,7 @@ def load_token_classifier(
 
 
 def _kernels(attention: str) -> dict[str, str]:
-    # Left out, it is sdpa where the family has it; named, a family without it is refused.
+    # By default transformers takes sdpa if the family has it; asked for by name, it would refuse other families.
     return {} if attention == "sdpa" else {"attn_implementation": attention}
 
 
@@ -240,6 +245,14 @@ def _fill_head(model: PreTrainedModel, std: float) -> None:
     _zero_head_bias(model)
 
 
+def scale_head(model: PreTrainedModel, factor: float) -> None:
+    """Multiply what a token classifier says of every token by ``factor``; works on partitioned parameters."""
+    parameters = list(head_of(model)[1].parameters())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0), torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(factor)
+
+
 def _zero_head_bias(model: PreTrainedModel) -> None:
     bias = head_of(model)[1].bias
     if bias is not None:
@@ -248,10 +261,7 @@ def _zero_head_bias(model: PreTrainedModel) -> None:
 
 
 def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Give the model embeddings for tokens that ``--add_eot_token`` added; a multiple of 8, as DeepSpeed-Chat does.
-
-    A model that already has a row for every token keeps its size.
-    """
+    """Grow the embedding, to a multiple of 8 as in DeepSpeed-Chat, if it lacks rows for tokens of --add_eot_token."""
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # type: ignore[operator]
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=8)
 
@@ -269,21 +279,8 @@ def head_of(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     raise InputError(f"{type(model).__name__} has no token-classification head that is known here")
 
 
-def require_trained_head(path: str, config: PretrainedConfig, num_labels: int, saved_labels: int | None) -> None:
-    """Refuse a checkpoint that is not a token classifier with ``num_labels`` labels, saying what it is."""
-    kind = _kind(config)
-    wanted = "discriminator (2 labels)" if num_labels == 2 else "reward model or critic (1 label)"
-    if saved_labels is None:
-        raise InputError(f"{path!r} is a {kind}, not a trained {wanted}; train one with step2_discriminator/main.py")
-    if saved_labels != num_labels:
-        raise InputError(f"{path!r} has {saved_labels} label(s), which is no {wanted}")
-
-
 def label_count(path: str) -> int | None:
-    """Labels of a token classifier, 1 for DeepSpeed-Chat's critics and sequence classifiers with one label.
-
-    None for another kind of model.
-    """
+    """Labels of a token classifier; 1 for DeepSpeed-Chat's critics and one-label sequence classifiers; else None."""
     return 1 if is_chat_critic(path) else _labels_of(load_config(path))
 
 
@@ -299,9 +296,9 @@ def token_aggregate(path: str) -> str | None:
 
 
 def freeze_head_bias(model: PreTrainedModel) -> None:
-    """Keep a token classifier's head without bias, for ``--save_format deepspeed_chat``, which has no place for one.
+    """Freeze the bias of a token classifier's head at 0: ``--save_format deepspeed_chat`` has no place for one.
 
-    Raises ``InputError`` where the head has learnt one already.
+    Raises ``InputError`` if it is not 0.
     """
     bias = head_of(model)[1].bias
     if bias is None:
@@ -317,9 +314,9 @@ def freeze_head_bias(model: PreTrainedModel) -> None:
 
 
 def _labels_of(config: PretrainedConfig) -> int | None:
-    # The classes of a sequence classifier are no classes of tokens; its one score is a value like any other.
-    of_use = _kind(config).endswith(_OF_TOKENS) or (_kind(config).endswith(_OF_SEQUENCES) and config.num_labels == 1)
-    return config.num_labels if of_use else None
+    # A sequence classifier's one score is a value like a critic's; several classes of sequences are of no use here.
+    usable = _kind(config).endswith(_OF_TOKENS) or (_kind(config).endswith(_OF_SEQUENCES) and config.num_labels == 1)
+    return config.num_labels if usable else None
 
 
 def _kind(config: PretrainedConfig) -> str:
@@ -327,7 +324,7 @@ def _kind(config: PretrainedConfig) -> str:
 
 
 def _from_pretrained(auto_class: Any, path: str | None, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
-    # Keys and shapes are checked below, strictly; transformers' own report of them would only frighten.
+    # Keys and shapes are checked by _require_keys; transformers' own report would only confuse.
     how = {"output_loading_info": True, "ignore_mismatched_sizes": True, "trust_remote_code": False}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -339,15 +336,15 @@ def _from_pretrained(auto_class: Any, path: str | None, **kwargs: Any) -> tuple[
 
 
 def _require_keys(path: str, info: dict[str, Any], missing: tuple[str, ...], unexpected: tuple[str, ...]) -> None:
-    """Raise ``InputError`` for keys whose prefix is not among the allowed ones."""
-    found = {
+    """Raise ``InputError`` for missing or unexpected keys, but for those with an allowed prefix."""
+    misfits = {
         "missing": [key for key in info["missing_keys"] if not key.startswith(missing)],
         "unexpected": [key for key in info["unexpected_keys"] if not key.startswith(unexpected)],
         "of another shape": [str(key) for key, *_ in info["mismatched_keys"]],
     }
     problems = [
         f"{len(keys)} {what}: {', '.join(sorted(keys)[:4])}{' …' if len(keys) > 4 else ''}"
-        for what, keys in found.items()
+        for what, keys in misfits.items()
         if keys
     ]
     if problems:

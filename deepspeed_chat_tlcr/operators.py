@@ -11,10 +11,9 @@ from torch.utils.cpp_extension import _get_build_directory, get_default_build_ro
 
 
 def own_build_folder() -> None:
-    """Compile into a folder of this Python environment's own, unless ``TORCH_EXTENSIONS_DIR`` names one.
+    """Compile into a folder for this Python environment, unless ``TORCH_EXTENSIONS_DIR`` names one.
 
-    Builds name the headers of the environment they were made in: two environments that shared a folder would each find
-    the other's build out of date, and compile again and again.
+    A build depends on its environment's headers: two environments in one folder would compile again and again.
     """
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{get_default_build_root()}/deepspeed-{environment}")
@@ -24,15 +23,14 @@ def load_operator(builder_name: str) -> None:
     """Compile (at its first use) and load one of DeepSpeed's operators, such as ``CPUAdamBuilder``.
 
     PyTorch guards a build with a plain file named ``lock``, which outlives a killed process: every later run would
-    wait for it for ever, without a word. Here the operating system's lock, which dies with its holder, comes first,
-    so whoever holds it knows that a ``lock`` still lying there is nobody's.
+    silently wait for ever. Here a lock of the operating system, which dies with its holder, is taken first; its holder
+    knows that a leftover ``lock`` is nobody's.
     """
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not builder.is_compatible(verbose=False):
-        return  # DeepSpeed does without, or says itself what is missing
+        return  # DeepSpeed works without, or reports what is missing
     own_build_folder()
-    # This environment's ninja, not whichever is first on PATH: two versions of it do not trust each other's builds, and
-    # runs from different shells would compile again and again.
+    # This environment's ninja, not the first on PATH: another version would compile everything again.
     own = Path(sys.executable).parent
     if (own / "ninja").exists() and own != Path(os.environ["PATH"].split(os.pathsep)[0]):
         os.environ["PATH"] = f"{own}{os.pathsep}{os.environ['PATH']}"

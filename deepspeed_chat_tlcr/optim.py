@@ -34,7 +34,7 @@ def make_optimizer(
             members[_group_of(name)].append(parameter)
     used = [{"params": members[name], **settings} for name, settings in groups.items() if members[name]]
     if offload:
-        # The only Adam whose states may live in host memory; compiled at its first use.
+        # The only Adam that can keep its states in host memory; compiled at its first use.
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         load_operator("CPUAdamBuilder")
@@ -47,13 +47,13 @@ def _group_of(name: str) -> str:
     if "lora_" in name:
         return "lora"
     lowered = name.lower()
-    # By name and not by shape: under ZeRO-3 every parameter is flat.
+    # By name, not by shape: under ZeRO-3 every parameter is flat.
     return "plain" if lowered.endswith("bias") or "norm" in lowered or ".ln_" in lowered else "decayed"
 
 
 class Rates:
-    """Learning rates and weight decays as the flags of this run say, which a loaded checkpoint would put back to those
-    of the run that wrote it. Remembered before, restored after loading, at the schedule's place then."""
+    """Learning rates and weight decays by this run's flags, which loading a checkpoint would replace by older ones.
+    Remembered before loading and restored after it, at the schedule's place."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: LambdaLR):
         self.peaks = list(schedule.base_lrs)
@@ -71,9 +71,9 @@ class Rates:
 def add_lora(model: PreTrainedModel, rank: int, alpha: float, module_name: str, only_lora: bool) -> None:
     """Put peft LoRA layers, in place, on the linear layers whose name contains ``module_name``.
 
-    ``auto``: those of the model's blocks, whatever its family calls them. The update is scaled by ``alpha / rank``. The
-    wrapped weights freeze, as in DeepSpeed-Chat; ``only_lora`` freezes everything else too but a token classifier's
-    head. Raises ``InputError`` where the pattern matches nothing, listing what it could have matched.
+    ``auto``: the layers of the model's blocks, whatever their names. The update is scaled by ``alpha / rank``. Wrapped
+    weights are frozen, as in DeepSpeed-Chat; ``only_lora`` also freezes everything else but a token classifier's head.
+    Raises ``InputError`` if the pattern matches nothing, with patterns that do.
     """
     output = model.get_output_embeddings() if model.can_generate() else head_of(model)[1]
     # Conv1D is GPT-2's linear layer.
@@ -82,7 +82,10 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, module_name: str, 
         for name, module in model.named_modules()
         if type(module).__name__ in ("Linear", "Conv1D") and module is not output
     ]
-    pattern = _blocks_of(model) if module_name == "auto" else module_name
+    # A model's blocks are its outermost list of modules.
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = f"{min(lists, key=lambda name: name.count('.'))}." if lists else ""
+    pattern = blocks if module_name == "auto" else module_name
     targets = [name for name in linear if pattern in name]
     if not targets:
         patterns = sorted({".".join(name.split(".")[:-3]) + "." for name in linear if name.count(".") > 2})
@@ -107,22 +110,16 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float, module_name: str, 
         model.enable_input_require_grads()
 
 
-def _blocks_of(model: PreTrainedModel) -> str:
-    """How the names of the parameters in a model's blocks begin: its outermost list of modules is the list of them."""
-    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    return f"{min(lists, key=lambda name: name.count('.'))}." if lists else ""
-
-
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """Within it LoRA layers compute as the linear layers they wrap do: nothing is added to those."""
+    """Within it LoRA layers add nothing to the linear layers that they wrap."""
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
 
     def scale(factor: float) -> None:
         for layer in layers:
             layer.set_scale("default", factor)
 
-    scale(0.0)  # and not left out: ZeRO-3 expects the same modules one after the other in every pass
+    scale(0.0)  # the layers still run: ZeRO-3 expects the same sequence of modules in every pass
     try:
         yield
     finally:
@@ -130,7 +127,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """A full state dict with every LoRA layer folded into the weight it wraps; the model itself does not change."""
+    """A full state dict with every LoRA layer merged into the weight it wraps; the model does not change."""
     merged = {}
     for name, tensor in state_dict.items():
         if ".lora_" in name:

@@ -1,8 +1,8 @@
-"""Forward passes without padding: rows of a batch behind one another, up to a number of tokens at a time.
+"""Forward passes without padding: the rows of a batch one after another, in packs of a number of tokens.
 
 On HH-RLHF's lengths 44 % of the tokens of step 3's padded batches are padding. Rows in one pack do not see each other:
-each has its own positions, and a mask (or flash attention's own bounds) ends at its first token. What the rows of a
-pair begin with is computed once, and both go on from it.
+each has its own positions, and a mask (or flash attention's bounds) ends at its first token. A prefix that the rows of
+a pair share is computed once.
 """
 
 import inspect
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 
 def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]:
-    """Rows by pack: the longest first, each into the first pack with room for it; a longer row has its own.
+    """Distribute rows over packs: the longest first, each into the first pack with room; a longer row has its own.
 
-    At least ``least`` packs, for which the ones with most rows are cut in two; there are never more packs than rows.
+    There are at least ``least`` packs, if there are as many rows: packs with most rows are cut in two.
     """
     packs: list[list[int]] = []
     room: list[int] = []
@@ -37,10 +37,10 @@ def fill(lengths: Sequence[int], budget: int, least: int = 1) -> list[list[int]]
 
 
 def packable(model: DeepSpeedEngine | PreTrainedModel, longest: int) -> bool:
-    """Whether a family's attention can be told where rows end: by a ready-made mask or by positions that start anew.
+    """Whether a family's attention can keep rows apart, by a ready-made mask or by positions that start anew.
 
     Layers that mix tokens without attention (state spaces, convolutions) cannot, nor can ALiBi, whose distances come
-    from a mask of padding.
+    from the padding mask.
     """
     module = _module(model)
     config = module.config
@@ -53,18 +53,18 @@ def packable(model: DeepSpeedEngine | PreTrainedModel, longest: int) -> bool:
 
 
 def tokens_at_once(model: PreTrainedModel, asked: int, longest: int, say: Callable[[str], None]) -> int:
-    """``--tokens_per_micro_batch`` as asked for; 0, said in a sentence, for a model that cannot be packed."""
+    """``--tokens_per_micro_batch``; 0, with a warning, for a model that cannot be packed."""
     if asked and not packable(model, longest):
         say(
             f"warning: --tokens_per_micro_batch {asked}: {type(model).__name__} with {longest} tokens and attention by "
-            f"{model.config._attn_implementation} cannot be told where rows end; they are padded"
+            f"{model.config._attn_implementation} cannot keep packed rows apart; they are padded"
         )
         return 0
     return asked
 
 
 class Row(NamedTuple):
-    """Which columns of a padded batch are a row's tokens, and for which of them the model's output is wanted."""
+    """The columns of a row's tokens in a padded batch, and of those whose output is wanted."""
 
     begin: int
     wanted: int  # from this column on
@@ -74,7 +74,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Pack:
-    """One forward pass of ``T`` tokens; N outputs are wanted, of a token that rows share as often as they do."""
+    """One forward pass of ``T`` tokens with N wanted outputs; a shared token counts once for each row."""
 
     input_ids: torch.Tensor  # (1, T)
     position_ids: torch.Tensor  # (1, T)
@@ -86,17 +86,11 @@ class Pack:
 
     @property
     def visible(self) -> torch.Tensor:
-        """``(1, 1, T, T)``: which token (third axis) sees which (fourth)."""
+        """``(1, 1, T, T)``: whether a token (third axis) sees another (fourth)."""
         owners, branches = self.owners[0], self.branches[0]
         same = owners[:, None] == owners[None, :]
         same &= (branches[None, :] == 0) | (branches[:, None] == branches[None, :])
         return same.tril()[None, None]
-
-
-def shared_prefixes(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-    """How many first tokens the rows of each pair share: rows ``(2 B, T)``, padded on the right, to ``(B,)``."""
-    same = (input_ids[::2] == input_ids[1::2]) & (attention_mask[::2] & attention_mask[1::2]).bool()
-    return same.cumprod(1).sum(1)
 
 
 def packs_of(
@@ -104,7 +98,7 @@ def packs_of(
 ) -> list[Pack]:
     """A batch ``(B, T)`` in packs of ``budget`` tokens; equally many on all ranks, which ZeRO-3 needs. A collective.
 
-    ``together``: how many rows in sequence go into one pack, 2 for pairs; only these may share tokens.
+    ``together``: the number of neighbouring rows that stay in one pack, 2 for pairs; only these may share tokens.
     """
     owners = [rows[first : first + together] for first in range(0, len(rows), together)]
     lengths = [sum(row.end - row.begin - row.shared for row in owner) for owner in owners]
@@ -143,13 +137,13 @@ def forward_pack(model: DeepSpeedEngine | PreTrainedModel, pack: Pack, **kwargs)
 
 
 def forward_packed(packs: Sequence[Pack], shape: torch.Size, forward: Callable[[Pack], torch.Tensor]) -> torch.Tensor:
-    """What ``forward`` says of each pack's N tokens, ``(N, …)``, as ``(*shape, …)``; 0 elsewhere.
+    """The outputs of ``forward`` for each pack's N tokens, ``(N, …)``, as ``(*shape, …)``; 0 elsewhere.
 
-    ``shape``: ``(B, T)``, or ``(B, A)`` where ``packs_of``'s ``origin`` is the first of the last A columns.
+    ``shape``: ``(B, T)``, or ``(B, A)`` if ``packs_of``'s ``origin`` is the first of the last A columns.
     """
-    found = torch.cat([forward(pack) for pack in packs])
+    outputs = torch.cat([forward(pack) for pack in packs])
     rows, columns = (torch.cat([getattr(pack, name) for pack in packs]) for name in ("rows", "columns"))
-    return found.new_zeros(*shape, *found.shape[1:]).index_put((rows, columns), found)
+    return outputs.new_zeros(*shape, *outputs.shape[1:]).index_put((rows, columns), outputs)
 
 
 def classify_packed(
@@ -157,13 +151,14 @@ def classify_packed(
 ) -> torch.Tensor:
     """Logits ``(B, T, K)`` of each response's tokens, by ``budget`` tokens at a time; 0 elsewhere. A collective.
 
-    ``batch``: as ``pad_examples`` makes it. ``pairs``: rows alternate, and what a pair's two begin with is computed
-    once; with flash attention, which has no mask, once for each.
+    ``batch``: from ``pad_examples``. ``pairs``: rows alternate, and a pair's shared prefix is computed once, but with
+    flash attention, which has no mask, for each row.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"]
     shared = torch.zeros(len(ids), dtype=torch.long, device=ids.device)
     if pairs and not _flash(_module(model)):
-        shared[1::2] = shared_prefixes(ids, mask)
+        same = (ids[::2] == ids[1::2]) & (mask[::2] & mask[1::2]).bool()
+        shared[1::2] = same.cumprod(1).sum(1)
     ends = mask.sum(1)
     starts = ends - batch["response_mask"].sum(1)
     spans = torch.stack([torch.zeros_like(ends), starts, ends, shared], 1).tolist()

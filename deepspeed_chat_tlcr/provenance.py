@@ -1,4 +1,4 @@
-"""Where a result comes from: the day, the code, the libraries, the machine and the command."""
+"""Where a result comes from: date, code, libraries, machine and command."""
 
 import datetime
 import os
@@ -14,7 +14,7 @@ LIBRARIES = ("deepspeed-chat-tlcr", "torch", "deepspeed", "transformers", "trl",
 
 
 def provenance(command: Sequence[str] | None = None) -> dict[str, str]:
-    """What a page says of its origin, in its order. ``command``: the words of it; by default this process's."""
+    """A page's origin, in the order shown. ``command``: its words; by default this process's."""
     return {
         "date": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "code": commit(),
@@ -26,7 +26,7 @@ def provenance(command: Sequence[str] | None = None) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this project's checkout, with a word where files differ from it; "no git checkout" outside one."""
+    """This checkout's commit, and whether files differ from it; "no git checkout" outside of one."""
     root = Path(__file__).resolve().parents[1]
 
     def git(*arguments: str) -> str:

@@ -8,6 +8,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import os
 import stat
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,8 +23,8 @@ from deepspeed_chat_tlcr.errors import InputError
 class Preference:
     """A prompt and two responses. ``prompt`` ends exactly where a response begins: ``prompt + chosen`` is the text.
 
-    A data set without preferences (SFT only) has ``rejected=None``. ``context``: of a chat, its messages in front of
-    the response as the external model is shown them; None where the prompt itself tells.
+    A data set without preferences (SFT only) has ``rejected=None``. ``context``: a chat's messages before the response,
+    in the form that the external model sees; None where they can be read from the prompt.
     """
 
     prompt: str
@@ -38,7 +39,7 @@ class Preference:
         return hashlib.sha256(text.encode()).hexdigest()[:24]
 
     def as_pair(self) -> dict[str, str | None]:
-        """What a file of pairs holds of it."""
+        """The record that a file of pairs has of it."""
         return {"prompt": self.prompt, "chosen": self.chosen, "rejected": self.rejected}
 
 
@@ -64,7 +65,7 @@ MOST_LINE_BYTES = 100_000_000  # of one record
 
 
 def parse_json(text: str | bytes) -> Any:
-    """``json.loads``, but whatever is wrong is a ``ValueError``: nesting without end, too, and endless numbers."""
+    """``json.loads``, but every fault is a ``ValueError``, also endless nesting and endless numbers."""
     try:
         return json.loads(text)
     except RecursionError:
@@ -72,25 +73,22 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def require_file(path: str | Path) -> Path:
-    """The path, where it is a regular file (or a link to one): a pipe or a device might never end.
-
-    Raises ``InputError`` that says what it is instead.
-    """
+    """The path, if it is a regular file or a link to one: a pipe or a device might never end. Else ``InputError``."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
         raise InputError(f"{path}: cannot be read (no such file)") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte or half of a surrogate pair in the name
-        told = getattr(error, "strerror", None) or "its name is no file name"
-        raise InputError(f"{path}: cannot be read ({told})") from None
+        reason = getattr(error, "strerror", None) or "its name is no file name"
+        raise InputError(f"{path}: cannot be read ({reason})") from None
     if not stat.S_ISREG(mode):
         raise InputError(f"{path}: is a directory" if stat.S_ISDIR(mode) else f"{path}: is no regular file")
     return path
 
 
 def require_new_file(flag: str, path: str | Path, *inputs: str | Path) -> None:
-    """Raise ``InputError`` before any work for a file that cannot be written, or that is one of the ``inputs``."""
+    """Raise ``InputError``, before any work, if a file cannot be written or is one of the ``inputs``."""
     path = Path(path)
     try:
         if path.is_dir():
@@ -103,7 +101,7 @@ def require_new_file(flag: str, path: str | Path, *inputs: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> Any:
-    """The one JSON document of a file. Raises ``InputError`` naming the file where it cannot be read or is none."""
+    """A file's one JSON document. Raises ``InputError`` naming the file if it cannot be read or is not JSON."""
     path = require_file(path)
     try:
         if path.stat().st_size > MOST_JSON_BYTES:
@@ -117,23 +115,32 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
+def sha256_of(path: Path) -> bytes:
+    """The hash of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.digest()
+
+
 def results_of_stages(run: Path, files: Mapping[str, str], script: str) -> dict[str, dict]:
-    """What a run's stages have written, by stage. Raises ``InputError`` for one that has not finished."""
+    """The results of a run's stages, by stage. Raises ``InputError`` for a stage that has not finished."""
     for stage, file in files.items():
         if not (run / file).is_file():
             raise InputError(f"{run / file} is not there: the {stage} stage of {script} has not finished")
-    found = {stage: read_json(run / file) for stage, file in files.items()}
+    results = {stage: read_json(run / file) for stage, file in files.items()}
     for stage, file in files.items():
-        if not isinstance(found[stage], dict) or not found[stage]:
+        if not isinstance(results[stage], dict) or not results[stage]:
             raise InputError(f"{run / file}: not results that the {stage} stage of {script} wrote; run it again")
-    return found
+    return results
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
     """Yield ``(line_number, object)`` of a ``.jsonl`` or ``.jsonl.gz`` file, streaming; blank lines are skipped.
 
-    A byte-order mark in front is no part of the text. Raises ``InputError`` naming file and line where a line is not
-    UTF-8, not JSON or not an object.
+    A byte-order mark at the start is ignored. Raises ``InputError`` naming file and line for a line that is not UTF-8,
+    not JSON or not an object.
     """
     path = require_file(path)
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as lines:
@@ -160,14 +167,31 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict]]:
             raise InputError(f"{path}: not a complete gzip file ({error})") from None
 
 
-def write_jsonl(path: Path, records: Iterable[dict]) -> int:
-    """Write a file of JSON lines, whole or not at all, and its folder; returns how many lines."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def replace_file(path: Path, lines: Iterable[str]) -> int:
+    """Write a file whole or not at all: a killed run leaves the old one or the new one. Returns the number of lines."""
     part = path.with_name(path.name + ".part")
     with part.open("w", encoding="utf-8") as file:
-        count = sum(1 for record in records if file.write(json.dumps(record, ensure_ascii=False) + "\n"))
+        count = sum(1 for line in lines if file.write(line))
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
+    sync_folder(path.parent)
     return count
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names of a folder's files on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_jsonl(path: Path, records: Iterable[dict]) -> int:
+    """Write a file of JSON lines, whole or not at all, and its folder. Returns the number of lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return replace_file(path, (json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def read_revisions(path: str | Path) -> Iterator[Revision]:
@@ -175,12 +199,12 @@ def read_revisions(path: str | Path) -> Iterator[Revision]:
 
     Raises ``InputError`` naming file, line and key where a key is missing or has the wrong type.
     """
-    kinds = {field.name: dict if field.name == "usage" else str for field in fields(Revision)}
+    types = {field.name: dict if field.name == "usage" else str for field in fields(Revision)}
     for number, record in read_jsonl(path):
-        for key, kind in kinds.items():
+        for key, expected in types.items():
             if key not in record:
-                raise InputError(f"{path}:{number}: no {key!r}; a revision has the keys {', '.join(kinds)}")
-            if not isinstance(record[key], kind):
-                found = type(record[key]).__name__
-                raise InputError(f"{path}:{number}: {key!r} is of type {found}, expected {kind.__name__}")
-        yield Revision(**{key: record[key] for key in kinds})
+                raise InputError(f"{path}:{number}: no {key!r}; a revision has the keys {', '.join(types)}")
+            if not isinstance(record[key], expected):
+                actual = type(record[key]).__name__
+                raise InputError(f"{path}:{number}: {key!r} is of type {actual}, expected {expected.__name__}")
+        yield Revision(**{key: record[key] for key in types})

@@ -27,8 +27,8 @@ from deepspeed_chat_tlcr.operators import load_operator
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # malloc.h
 
 TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for each other. Rank 0 saves while the others wait: 10 minutes, NCCL's own limit, are too short
-for a large model on a slow disk. A rank that dies ends the others at once, whatever the limit."""
+"""How long ranks wait for each other. Rank 0 saves while the others wait: NCCL's own limit of 10 minutes is too short
+for a large model on a slow disk. If a rank dies, the others end at once, whatever the limit."""
 
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -49,7 +49,7 @@ class Runtime:
         return self.rank == 0
 
     def seed(self, seed: int) -> None:
-        """Give each rank random numbers of its own, once the models are built, which must be alike on all."""
+        """Give each rank its own random numbers. Call it after building the models, which must be equal on all."""
         transformers.set_seed(seed + self.rank)
 
     def say(self, message: str) -> None:
@@ -57,50 +57,45 @@ class Runtime:
             print(message, flush=True)
 
     def finish(self) -> None:
-        """Leave the process group together: a rank that exits with its threads still running can abort."""
+        """Leave the process group together: a rank that exits while its threads run can abort."""
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def start(dtype: str, seed: int) -> Runtime:
-    """Join (or, without a launcher, make) the process group and seed every generator.
+    """Join the process group, or make one without a launcher, and seed all random generators.
 
-    Call it before any model loads: ZeRO-3 partitions while loading and needs the world size by then.
+    Call it before any model loads: ZeRO-3 partitions while loading and needs the world size.
     """
     adopt_launcher()
     if "RANK" not in os.environ:
-        # Started as plain `python main.py`: one rank, on a port nobody uses.
+        # Started as plain `python main.py`: one rank, on a free port.
         here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", **here)
     accelerator = get_accelerator()
     resolved = resolve_dtype(dtype)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if accelerator.device_name() != "cpu":
-        accelerator.set_device(local_rank)
-    else:
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu:
+        device = torch.device("cpu")
         load_operator("ShareMemCommBuilder")  # the CPU ranks' collectives
         keep_memory_small()
-    if accelerator.device_name() != "cpu":
+    else:
+        device = torch.device(accelerator.device_name(), local_rank)
+        accelerator.set_device(local_rank)
         take_cores(local_rank, int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1))
     deepspeed.init_distributed(timeout=TIMEOUT)
     unlink_shared_buffers()
     transformers.set_seed(seed)
     if torch.distributed.get_rank() != 0:
         transformers.logging.set_verbosity_error()
-    elif resolved == "bf16" and accelerator.device_name() == "cpu" and not cpu_multiplies_bf16():
+    elif resolved == "bf16" and on_cpu and not cpu_multiplies_bf16():
         print("warning: this CPU has no bf16 instructions: --dtype fp32 will be many times faster", flush=True)
-    return Runtime(
-        rank=torch.distributed.get_rank(),
-        world_size=torch.distributed.get_world_size(),
-        device=torch.device(accelerator.device_name(), local_rank)
-        if accelerator.device_name() != "cpu"
-        else torch.device("cpu"),
-        dtype=resolved,
-    )
+    return Runtime(torch.distributed.get_rank(), torch.distributed.get_world_size(), device, resolved)
 
 
 def free_port() -> str:
-    """A port of this machine on which nobody listens."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
@@ -111,14 +106,14 @@ LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": ("mpirun", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "PMI_SIZE": ("mpiexec", "PMI_RANK", "MPI_LOCALRANKID"),
 }
-"""Launchers that name a process in variables of their own: number of processes -> program, rank, rank on the node."""
+"""Launchers with variables of their own: number of processes -> program, rank, rank on the node."""
 
 
 def adopt_launcher() -> None:
-    """Take rank and world size from srun or mpirun, where these have started several processes.
+    """Take rank and world size from srun or mpirun if they have started several processes.
 
-    Otherwise each of them would take itself for a run of one rank, and all would write one folder. Raises
-    ``InputError`` where nobody has said at which address they meet, and for variables that no launcher sets so.
+    Otherwise each process would be a run of one rank, and all would write to one folder. Raises ``InputError`` without
+    an address to meet at, and for variables that no launcher sets like this.
     """
     for size, (program, rank, local_rank) in LAUNCHERS.items():
         ranks = os.environ.get(size, "")
@@ -144,7 +139,7 @@ def adopt_launcher() -> None:
 
 @contextlib.contextmanager
 def heartbeat(what: str, every: float = 60.0) -> Iterator[None]:
-    """Say once a minute, on rank 0, what still goes on: saves of large models are long and otherwise silent."""
+    """Print once a minute, on rank 0, what is still going on: large models take long to save."""
     done, begun = threading.Event(), time.monotonic()
 
     def tell() -> None:
@@ -160,8 +155,8 @@ def heartbeat(what: str, every: float = 60.0) -> Iterator[None]:
 
 
 def take_cores(local_rank: int, local_size: int) -> None:
-    """Keep a rank beside others on its own share of the cores: Adam on offloaded states wants all of its threads there,
-    and DeepSpeed's launcher binds nobody. ``OMP_NUM_THREADS`` in the environment wins."""
+    """Bind a rank to its own share of the node's cores, which DeepSpeed's launcher does not do: Adam on offloaded
+    states needs its threads there. ``OMP_NUM_THREADS`` in the environment takes precedence."""
     if "OMP_NUM_THREADS" in os.environ or not hasattr(os, "sched_setaffinity"):
         return
     share = share_of_cores(sorted(os.sched_getaffinity(0)), _siblings, local_rank, local_size)
@@ -173,9 +168,9 @@ def take_cores(local_rank: int, local_size: int) -> None:
 def share_of_cores(
     processors: Sequence[int], siblings: Callable[[int], str], rank: int, ranks: int
 ) -> list[tuple[int, ...]]:
-    """One rank's cores, as tuples of the processors that each of them shows; neighbours, so of one socket.
+    """One rank's cores, each as a tuple of its logical processors; neighbours, so on one socket.
 
-    ``siblings`` names a processor's core. With fewer cores than ranks each gets one, some the same.
+    ``siblings`` names a processor's core. With fewer cores than ranks, each rank gets one, and some share.
     """
     cores: dict[str, list[int]] = {}
     for processor in processors:
@@ -191,9 +186,9 @@ def _siblings(processor: int) -> str:
 
 
 def unlink_shared_buffers() -> None:
-    """Take its name from this rank's shared buffer for collectives, once every rank on the machine has opened it.
+    """Unlink this rank's shared-memory buffer once every rank has opened it.
 
-    DeepSpeed never does, and every run would leave 66 MiB a rank in memory until the machine is started again.
+    DeepSpeed never does: every run would leave 66 MiB per rank in memory until the machine restarts.
     """
     torch.distributed.barrier()
     owner = (os.getuid(), os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], torch.distributed.get_rank())
@@ -201,11 +196,11 @@ def unlink_shared_buffers() -> None:
 
 
 def keep_memory_small() -> None:
-    """What a CPU's allocator and oneDNN would keep of every step, and batches of ever new lengths let grow.
+    """Limit the memory that oneDNN and the allocator keep on a CPU, which grows with every new length of a batch.
 
-    oneDNN remembers what it compiled for the newest 128 shapes, not for 1024: that is most of the growth. Freed blocks
-    of 8 MiB and more, activations, go back to the system: left to itself glibc raises this threshold up to 32 MiB. One
-    arena for all threads, so that the backward pass's has no free blocks of its own.
+    oneDNN keeps its compiled kernels for 128 shapes, not 1024: that is most of the growth. Freed blocks of 8 MiB and
+    more go back to the system (glibc would raise this threshold up to 32 MiB). All threads share one arena, so that
+    the backward pass keeps no free blocks of its own.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     with contextlib.suppress(AttributeError, OSError):  # another C library
@@ -215,11 +210,11 @@ def keep_memory_small() -> None:
 
 
 class Preemption:
-    """SIGTERM, which clusters send before they take a machine away, and Ctrl-C: noted, and heeded between steps by all
-    ranks. Ctrl-C a second time ends the process at once."""
+    """SIGTERM, which clusters send before they take a machine away, and Ctrl-C: all ranks stop after the running step.
+    A second Ctrl-C ends the process at once."""
 
     def __init__(self):
-        self.asked = self.heeded = False  # heeded: set by who has saved and stopped
+        self.asked = self.heeded = False  # heeded: the run has saved and stopped
         signal.signal(signal.SIGTERM, self._note)
         signal.signal(signal.SIGINT, self._note)
 
@@ -236,10 +231,10 @@ class Preemption:
 
 
 def leave() -> None:
-    """End the process of a finished stage, exit handlers and all, but without tearing down its C++ libraries.
+    """End the process of a finished stage: run exit handlers, but do not tear down C++ libraries.
 
-    About one ZeRO-3 rank in forty otherwise aborts there ("terminate called without an active exception"), and the
-    launcher calls a stage failed whose models are all saved.
+    There about one ZeRO-3 rank in forty aborts ("terminate called without an active exception"), and the launcher would
+    call a stage failed whose models are saved.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -248,16 +243,15 @@ def leave() -> None:
 
 
 def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16; an x86 without them takes many times as long as for fp32."""
-    ask = getattr(torch.cpu, "get_capabilities", None)
-    if ask is None:
-        return True  # an older torch that cannot say: no warning then
-    able = ask()
-    return able.get("architecture") != "x86_64" or bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    """Whether this CPU has bf16 instructions; an x86 without them takes many times as long as for fp32."""
+    if not hasattr(torch.cpu, "get_capabilities"):
+        return True  # an older torch cannot tell: no warning
+    has = torch.cpu.get_capabilities()
+    return has.get("architecture") != "x86_64" or bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
 def resolve_dtype(dtype: str) -> str:
-    """``auto`` to what the accelerator does best; raises ``InputError`` for one it cannot do."""
+    """The dtype, with ``auto`` replaced by the accelerator's best. Raises ``InputError`` for one that it cannot do."""
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if dtype == "auto":

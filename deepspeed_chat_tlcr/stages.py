@@ -1,4 +1,4 @@
-"""The frame of every training stage: look, take the folder, join the ranks, say what is done, leave together."""
+"""The frame of every training stage: check, lock the folder, join the ranks, train, leave together."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -18,12 +18,14 @@ Options = TypeVar("Options", bound=RunOptions)
 
 
 def run_stage(options: Options, train: Callable[[Options, Runtime], None], inputs: Iterable[str | None] = ()) -> None:
-    """``train(options, runtime)`` on every rank, unless this very command is finished already.
+    """Call ``train(options, runtime)`` on every rank, unless this very command has finished before.
 
-    ``inputs``: the models that the stage begins with. Raises ``InputError``, before anything loads, for an output
-    folder that is one of them, that another run is writing, or that holds what is not this command's.
+    ``inputs``: the models that the stage starts from. Raises ``InputError``, before anything loads, if the output
+    folder is one of them, is in use by another run, or holds results of another command.
     """
-    refuse_inputs(options.output_dir, inputs)
+    output = os.path.realpath(options.output_dir)  # does not fail on circular links
+    if any(os.path.realpath(path) == output for path in inputs if path):
+        raise InputError(f"--output_dir {options.output_dir}: is the model that the stage begins with; choose another")
     require_trackers(options.report_to)
     require_repository(options)
     runtimes.adopt_launcher()
@@ -36,11 +38,3 @@ def run_stage(options: Options, train: Callable[[Options, Runtime], None], input
             train(options, runtime)
         runtime.finish()
         upload(options, runtime)
-
-
-def refuse_inputs(output_dir: str, inputs: Iterable[str | None]) -> None:
-    """Raise ``InputError`` where a stage would write into a folder that it reads."""
-    output = os.path.realpath(output_dir)  # which takes links in a circle as they are
-    for path in filter(None, inputs):
-        if os.path.realpath(path) == output:
-            raise InputError(f"--output_dir {output_dir}: is the model that the stage begins with; choose another")

@@ -1,4 +1,4 @@
-"""Text to tokens: the one place where ids, the response's start and the end-of-sequence token are put together."""
+"""From text to tokens: the only place that combines ids, the response's start and the token that ends it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,9 +15,8 @@ from deepspeed_chat_tlcr.turns import end_after, end_ids
 class TokenizedExample:
     """A prompt and its response as tokens.
 
-    ``input_ids``: all tokens, those of a whole response with the one that ends it (``turns.end_after``) last.
-    ``response_start``: index of the response's first token. ``targets``: for ``input_ids[response_start:]``, 0.0
-    negative, 0.5 neutral, 1.0 positive, or None.
+    ``input_ids``: all tokens; a whole response ends with ``turns.end_after``. ``response_start``: index of the
+    response's first token. ``targets`` of ``input_ids[response_start:]``: 0.0 negative, 0.5 neutral, 1.0 positive.
     """
 
     input_ids: list[int]
@@ -32,10 +31,9 @@ class TokenizedExample:
 def load_tokenizer(path: str | Path, eot_token: str | None = None, rows: int | None = None) -> PreTrainedTokenizerFast:
     """Load a fast tokenizer that can end a response; without a pad token of its own it pads with EOS.
 
-    Padding never needs to be recognised later (masks come from lengths), so pad = EOS is harmless. ``eot_token``, when
-    given, becomes the end-of-sequence token (DeepSpeed-Chat's ``--add_eot_token``). ``rows``: the models' embeddings
-    (``models.embedding_rows``), where they are not resized for new tokens. Raises ``InputError`` where the folder holds
-    no tokenizer, only a slow one, or one without an EOS token that has an embedding.
+    Masks come from lengths, so pad = EOS is harmless. ``eot_token`` becomes the end-of-sequence token (DeepSpeed-Chat's
+    ``--add_eot_token``). ``rows``: the size of the models' embeddings (``models.embedding_rows``), if they do not grow
+    for new tokens. Raises ``InputError`` if there is no tokenizer, only a slow one, or no EOS token with an embedding.
     """
     check_folder(path, "tokenizer")
     with loading("tokenizer", path):
@@ -57,9 +55,9 @@ def load_tokenizer(path: str | Path, eot_token: str | None = None, rows: int | N
 
 
 def _tokenizer_home(path: str | Path) -> str | Path:
-    """Where a model's tokenizer is: with the model, but for DeepSpeed-Chat's folders with the model it started from.
+    """Where a model's tokenizer is: with the model, or for DeepSpeed-Chat's folders with the base model.
 
-    Those hold bare vocabulary files, without a word on special tokens, and the base model's name in config.json.
+    Those folders have vocabulary files without special tokens, and the base model's name in config.json.
     """
     folder = Path(path)
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -72,7 +70,7 @@ def _tokenizer_home(path: str | Path) -> str | Path:
 
 
 def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
-    """Token ids of a prompt that a response is to follow: BOS where the tokenizer has it, never EOS."""
+    """Token ids of a prompt before a response: with BOS if the tokenizer adds it, never with EOS."""
     encoding = tokenizer(prompt, return_offsets_mapping=True)
     return _without_final_specials(encoding["input_ids"], encoding["offset_mapping"])
 
@@ -80,9 +78,8 @@ def tokenize_prompt(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int
 def tokenize_response(tokenizer: PreTrainedTokenizerFast, prompt: str, response: str) -> TokenizedExample:
     """Tokenise ``prompt + response`` once, append the token that ends it, and find where the response starts.
 
-    Nothing is appended to a text that ends in such a token already. A token that straddles the boundary belongs to the
-    response: it is the first token that the response decides.
-    Nothing is cut; see ``truncate``.
+    Nothing is appended if the text ends with such a token already. A token that straddles the boundary belongs to the
+    response, which decides it. Nothing is cut; see ``truncate``.
     """
     ids, _, start = tokenize_with_offsets(tokenizer, prompt, response)
     if start == len(ids) or ids[-1] not in end_ids(tokenizer):
@@ -102,9 +99,9 @@ def tokenize_with_offsets(
 
 
 def truncate(example: TokenizedExample, max_length: int) -> TokenizedExample | None:
-    """Cut the response so that at most ``max_length`` tokens remain; a cut response carries no end.
+    """Cut the response so that at most ``max_length`` tokens remain; a cut response has no end token.
 
-    Returns None when not one response token would be left: such an example is dropped, never its prompt cut.
+    Returns None if no response token would be left: prompts are never cut.
     """
     if example.response_start >= max_length:
         return None
@@ -114,7 +111,7 @@ def truncate(example: TokenizedExample, max_length: int) -> TokenizedExample | N
 
 
 def _without_final_specials(ids: list[int], offsets: list[tuple[int, int]]) -> list[int]:
-    """Drop what a tokenizer's template adds behind the text: such tokens stand for no character, offset (0, 0)."""
+    """Drop tokens that the tokenizer adds behind the text: they stand for no character, offset (0, 0)."""
     end = len(ids)
     while end > 1 and tuple(offsets[end - 1]) == (0, 0):
         end -= 1
@@ -129,7 +126,7 @@ def tokenizers_differ(one: PreTrainedTokenizerFast, other: PreTrainedTokenizerFa
         return f": token {token!r} has id {mine.get(token)} in one and {theirs.get(token)} in the other"
     if one.eos_token_id != other.eos_token_id:
         return f" in their EOS token: {one.eos_token!r} and {other.eos_token!r}"
-    # Same vocabulary, other merges or normalisation: compare what they do rather than how they are written down.
+    # With one vocabulary, merges or normalisation may still differ: compare the results.
     probe = "\n\nHuman: Don't  stop\tat 3.14% – naïve 東京 <s>?\n\nAssistant: It isn't over..."
     if one(probe)["input_ids"] != other(probe)["input_ids"]:
         return ": same vocabulary, but they split text differently"

@@ -1,5 +1,6 @@
-"""What the stages that train one model share: transformers' Trainer on DeepSpeed, driven by DeepSpeed-Chat's flags."""
+"""Shared by all stages that train one model: transformers' Trainer on DeepSpeed, with DeepSpeed-Chat's flags."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,14 +12,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from deepspeed_chat_tlcr.arguments import TrainOptions, record
@@ -32,6 +26,7 @@ from deepspeed_chat_tlcr.checkpoints import (
     newest_checkpoint,
     own_checkpoints,
     same_command,
+    step_of,
 )
 from deepspeed_chat_tlcr.deepspeed_config import build_config
 from deepspeed_chat_tlcr.errors import InputError
@@ -49,8 +44,8 @@ from deepspeed_chat_tlcr.tokenization import TokenizedExample
 def pad_examples(examples: Sequence[TokenizedExample], pad_token_id: int) -> dict[str, torch.Tensor]:
     """Pad to the longest, on the right.
 
-    Returns ``input_ids``, ``attention_mask`` and ``response_mask``, each ``(B, T)``: masks come from lengths, never
-    from a search for the pad id. With targets also ``targets`` ``(B, T)``, 0.5 where nothing counts.
+    Returns ``input_ids``, ``attention_mask`` and ``response_mask``, each ``(B, T)``; masks come from lengths, not from
+    the pad id. With targets also ``targets`` ``(B, T)``, 0.5 where nothing counts.
     """
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
@@ -74,8 +69,8 @@ def pad_examples(examples: Sequence[TokenizedExample], pad_token_id: int) -> dic
 class LengthGroupedSampler(Sampler[int]):
     """A seeded shuffle in which neighbours have similar lengths, so that batches need little padding.
 
-    ``global_batch_size`` counts all ranks and accumulated micro-batches: the order does not depend on how a batch is
-    spread over devices, so one rank and two train on the same batches.
+    ``global_batch_size`` counts all ranks and accumulated micro-batches, so that one rank and two train on the same
+    batches.
     """
 
     def __init__(self, lengths: Sequence[int], global_batch_size: int, seed: int):
@@ -102,10 +97,10 @@ class LengthGroupedSampler(Sampler[int]):
 
 
 class _Epochs(TrainerCallback):
-    """Tells the sampler its epoch before every one.
+    """Tells the sampler each epoch's number.
 
-    Accelerate does so through two wrappers only, and on several ranks a resumed epoch has three: it would be another
-    epoch's order.
+    Accelerate does so through at most two wrappers, and on several ranks a resumed epoch has three: it would get the
+    order of another epoch.
     """
 
     def __init__(self, sampler: LengthGroupedSampler):
@@ -126,13 +121,9 @@ class StageMixin(FaultTolerant):
 
     def create_optimizer(self, model: PreTrainedModel | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = make_optimizer(
-                self.model,
-                self.stage.learning_rate,
-                self.stage.weight_decay,
-                self.stage.lora_learning_rate,
-                self.stage.offload,
-            )
+            stage = self.stage
+            rates = (stage.learning_rate, stage.weight_decay, stage.lora_learning_rate)
+            self.optimizer = make_optimizer(self.model, *rates, stage.offload)
         return self.optimizer
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> LRScheduler:
@@ -149,11 +140,8 @@ class StageMixin(FaultTolerant):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         args = self.args
-        sampler = LengthGroupedSampler(
-            self.train_lengths,
-            args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size,
-            args.seed,
-        )
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sampler = LengthGroupedSampler(self.train_lengths, batch, args.seed)
         self.add_callback(_Epochs(sampler))
         return sampler
 
@@ -182,7 +170,7 @@ class _Log(TrainerCallback):
 
 
 class _Bar(ProgressCallback):
-    """Progress bar that shows the newest loss beside it; evaluations get a line, with --print_loss each step too."""
+    """A progress bar with the newest loss. Evaluations print a line, with --print_loss every step does."""
 
     def __init__(self, print_loss: bool):
         super().__init__()
@@ -205,7 +193,7 @@ class _Bar(ProgressCallback):
 def stage_config(options: TrainOptions, runtime: Runtime) -> dict[str, Any]:
     """The DeepSpeed config of a stage that trains one model.
 
-    Raises ``InputError`` for attention kernels or positions that are not there, before anything loads.
+    Raises ``InputError``, before anything loads, for missing attention kernels or too few positions.
     """
     require_attention(options.attn_implementation, runtime.dtype)
     require_positions(options.model_name_or_path, options.max_seq_len, "--max_seq_len")
@@ -222,13 +210,23 @@ def stage_config(options: TrainOptions, runtime: Runtime) -> dict[str, Any]:
 
 
 def require_batch(options: TrainOptions, runtime: Runtime, examples: int) -> None:
-    """Raise ``InputError`` for sizes that cannot make one optimiser step."""
+    """Raise ``InputError`` for too few examples to make one optimiser step."""
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * runtime.world_size
     if examples < batch:
         raise InputError(
             f"{examples} training examples do not fill one batch of {batch} (--per_device_train_batch_size "
             f"{options.per_device_train_batch_size} x --gradient_accumulation_steps "
             f"{options.gradient_accumulation_steps} x {runtime.world_size} rank(s)); lower one of them"
+        )
+    warn_of_warmup(options, runtime, math.ceil(examples / batch) * options.num_train_epochs)
+
+
+def warn_of_warmup(options: Any, runtime: Runtime, steps: int) -> None:
+    """Say, before a model is loaded, that the learning rate will not reach its peak in so many optimiser steps."""
+    if options.num_warmup_steps >= steps and options.lr_scheduler_type != "constant":
+        runtime.say(
+            f"warning: --num_warmup_steps {options.num_warmup_steps}: this run has {steps} optimiser steps, so the "
+            "learning rate never reaches its peak"
         )
 
 
@@ -241,7 +239,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """transformers' arguments from this project's flags. ``config``: DeepSpeed's; None to evaluate without it.
 
-    ``kind`` is a class made from transformers' own, ``more`` its further arguments.
+    ``kind``: a subclass of transformers' class; ``more``: its further arguments.
     """
     by_step = options.save_interval > 0
     return kind(
@@ -273,7 +271,7 @@ def training_arguments(
 
 
 def prepare_model(model: PreTrainedModel, options: TrainOptions) -> PreTrainedModel:
-    """Gradient checkpointing and LoRA, as the flags say."""
+    """Set up gradient checkpointing and LoRA."""
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if options.lora_dim > 0:
@@ -286,8 +284,7 @@ def prepare_model(model: PreTrainedModel, options: TrainOptions) -> PreTrainedMo
 def evaluate_only(trainer: StageTrainer, results: dict[str, Any]) -> dict[str, Any]:
     """Measure the model on the held-out data and write ``results.json``; nothing is trained or saved."""
     trainer.remove_callback(PrinterCallback)
-    measured = trainer.evaluate()
-    results = {**results, **{key.replace("eval_", "eval/", 1): value for key, value in measured.items()}}
+    results = results | _measures(trainer.evaluate())
     if trainer.is_world_process_zero():
         record(trainer.stage, trainer.stage.output_dir)
         write_json(Path(trainer.stage.output_dir) / "results.json", results)
@@ -295,8 +292,13 @@ def evaluate_only(trainer: StageTrainer, results: dict[str, Any]) -> dict[str, A
     return results
 
 
+def _measures(logged: dict[str, float]) -> dict[str, float]:
+    """The Trainer's evaluation as in results.json: ``eval/…``."""
+    return {key.replace("eval_", "eval/", 1): value for key, value in logged.items() if key.startswith("eval_")}
+
+
 def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
-    """Folder and step of the newest whole checkpoint; says what was set otherwise when it was written. A collective."""
+    """Folder and step of the newest complete checkpoint. Prints which settings have changed since. A collective."""
     folder, main = Path(trainer.stage.output_dir), trainer.is_world_process_zero()
     if main:
         clear_half_checkpoints(folder)
@@ -312,7 +314,7 @@ def _checkpoint_to_resume(trainer: StageTrainer) -> tuple[str | None, int]:
             print(f"warning: continuing with another setting than before: {change}", flush=True)
         if saved.get("data") not in (None, fingerprint(trainer.train_lengths)):
             print(OTHER_DATA, flush=True)
-    return str(newest), int(newest.name.rsplit("-", 1)[1])
+    return str(newest), step_of(newest)
 
 
 def run(
@@ -320,9 +322,8 @@ def run(
 ) -> dict[str, Any] | None:
     """Train (from the newest checkpoint if there is one), evaluate, save the model, then ``results.json`` last.
 
-    Returns None where SIGTERM ended it early. ``results`` is what the stage already knows; the final ``eval/…``
-    measures, seconds and steps are added to it.
-    ``scratch``: further folders, made by the stage, that go when all is saved, as the checkpoints do.
+    Adds the final ``eval/…`` measures, seconds and steps to ``results``. Returns None if SIGTERM ended it early.
+    ``scratch``: further folders of the stage that are deleted at the end, as the checkpoints are.
     """
     options = trainer.stage
     checkpoint, resume_step = _checkpoint_to_resume(trainer)
@@ -334,25 +335,20 @@ def run(
     trainer.add_callback(_Bar(options.print_loss))
     if trainer.is_world_process_zero():
         record(options, options.output_dir)
-        log = MetricsLog(
-            options.output_dir, resume_step, options.tensorboard_folder, options.report_to, settings=asdict(options)
-        )
+        trackers = (options.tensorboard_folder, options.report_to, asdict(options))
+        log = MetricsLog(options.output_dir, resume_step, *trackers)
         trainer.add_callback(_Log(log))
-    begun = time.monotonic()
-    set_seed(options.seed + trainer.args.process_index)  # models are built; dropout is each rank's own
+    started = time.monotonic()
+    set_seed(options.seed + trainer.args.process_index)  # models are built; each rank has its own dropout
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.stopped:
         if trainer.is_world_process_zero():
             at = f"after step {trainer.state.global_step} of {trainer.state.max_steps}"
             print(f"stopped {at}, all saved; resume with {same_command(options)}", flush=True)
         return None
-    measured = [entry for entry in trainer.state.log_history if any(key.startswith("eval_") for key in entry)]
-    results = {
-        **results,
-        "steps": trainer.state.global_step,
-        "seconds": round(time.monotonic() - begun, 1),
-        **{key.replace("eval_", "eval/", 1): value for key, value in measured[-1].items() if key.startswith("eval_")},
-    }
+    seconds = round(time.monotonic() - started, 1)
+    measured = [measures for measures in map(_measures, trainer.state.log_history) if measures]
+    results = {**results, "steps": trainer.state.global_step, "seconds": seconds, **measured[-1]}
     card = Card(results["stage"], options.model_name_or_path, options, results)
     save_model(trainer.model_wrapped, tokenizer, options.output_dir, card)
     if trainer.is_world_process_zero():

@@ -1,20 +1,21 @@
-"""Which tokens end a response, and what a chat template writes around an assistant's turn.
+"""The tokens that end a response, and a chat template's text around an assistant's turn.
 
 A base model's ``eos_token`` and the token that its chat template puts behind a turn often differ (``<|endoftext|>`` and
-``<|im_end|>``). Both end a response: ``end_ids`` names them for rollouts, masks and saved models, ``end_after`` the one
-that training text gets.
+``<|im_end|>``). Both end a response: ``end_ids`` lists them for rollouts, masks and saved models; ``end_after`` is the
+one for training text.
 """
 
 import datetime
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.errors import InputError
 
-DATE = datetime.datetime(2024, 7, 26)  # the day that Llama 3's template writes where it is told none
-# In front of a template, whose variables may be plain data only: a macro in the place of transformers' function.
+DATE = datetime.datetime(2024, 7, 26)  # the default of Llama 3's template
+# A macro in front of the template that replaces transformers' function; variables can only be plain data.
 _FIXED_DAY = "{% macro strftime_now(format) %}{{ format"
 _FIXED_DAY += "".join(
     f" | replace('%{code}', '{DATE.strftime(f'%{code}')}')" for code in (*"aAbBdmyYjHIMSpxXc", "-d", "-m", "e")
@@ -24,35 +25,31 @@ _USER, _ASSISTANT = "\ue000", "\ue001"  # private-use characters: no template co
 
 
 def render(tokenizer: PreTrainedTokenizerFast, messages: list[dict], generation: bool = False) -> str:
-    """The messages as the tokenizer's chat template writes them; ``generation``: up to where an answer begins.
+    """Render messages with the tokenizer's chat template; ``generation``: up to where an answer begins.
 
-    A template that prints today's date gets ``DATE`` instead: else the data would be other data tomorrow, and a
-    labelling that was begun today could not go on. Raises ``InputError`` for messages that the template refuses.
+    A template that prints today's date gets ``DATE`` instead: otherwise the data would change every day, and a
+    labelling could not be continued tomorrow. Raises ``InputError`` for messages that the template refuses.
     """
     try:
         template = tokenizer.get_chat_template()
         if "strftime_now" in template:
             template = _FIXED_DAY + template
-        return str(
-            tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=generation
-            )
-        )
-    except Exception as error:  # the template is a program of the model's author: any error may come out of it
+        how: dict[str, Any] = {"chat_template": template, "tokenize": False, "add_generation_prompt": generation}
+        return str(tokenizer.apply_chat_template(messages, **how))
+    except Exception as error:  # a template is a program, which may raise any error
         raise InputError(f"the tokenizer's chat template refuses these messages: {error}") from None
 
 
 def shared_start(first: str, second: str) -> str:
-    """What two texts have in common up to their first difference."""
+    """The common beginning of two texts."""
     parting = (at for at, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return first[: next(parting, min(len(first), len(second)))]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """``opening``: the text in front of an assistant's answer; ``end_id``: the token that the template puts behind it,
-    None where it puts no token of its own; ``closing``: all text that it puts there; ``space``: the white space between
-    the opening and the answer, if any."""
+    """``opening``: the text in front of an assistant's answer; ``space``: the white space between it and the answer, if
+    any; ``closing``: all text behind the answer; ``end_id``: the special token among it, or None."""
 
     opening: str
     space: str
@@ -79,7 +76,7 @@ def _assistant_turn(tokenizer: PreTrainedTokenizerFast, template: str, eos: str)
         return None
     between, _, closing = answered.rpartition(_USER)[2].rpartition(_ASSISTANT)
     asked, opened = (text.rpartition(_USER)[2] for text in (asked, opened))
-    # A generation prompt may go on where finished answers do not, with a thinking tag.
+    # A generation prompt may have a thinking tag that finished answers lack.
     opening = shared_start(opened, between)
     tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
     end_id = next((token for token in tokens if token in tokenizer.added_tokens_decoder), None)
@@ -88,8 +85,8 @@ def _assistant_turn(tokenizer: PreTrainedTokenizerFast, template: str, eos: str)
 
 
 def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
-    """Every token that ends a response, the tokenizer's EOS first: its own, the chat template's end of a turn, and
-    those that the generation config beside the tokenizer names.
+    """Every token that ends a response: the tokenizer's EOS first, then the chat template's end of a turn and those of
+    the generation config beside the tokenizer.
     """
     turn = assistant_turn(tokenizer)
     of_template = () if turn is None or turn.end_id is None else (turn.end_id,)
@@ -101,8 +98,8 @@ def end_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
 def _named_ends(tokenizer: PreTrainedTokenizerFast, path: str) -> tuple[int, ...]:
     """The generation config's ``eos_token_id``, one or several.
 
-    One that was derived from a model's config counts only where it stands for no text: by default that says 2,
-    whatever token of the vocabulary this is.
+    A derived generation config has the default of a model's config, 2, which may be any token: it counts only if it is
+    a special one.
     """
     if not path:
         return ()
@@ -118,9 +115,7 @@ def _named_ends(tokenizer: PreTrainedTokenizerFast, path: str) -> tuple[int, ...
 
 
 def end_after(tokenizer: PreTrainedTokenizerFast, prompt: str) -> int:
-    """The token that ends a whole response to this prompt: the chat template's where the template wrote the prompt,
-    else the tokenizer's EOS.
-    """
+    """The token that ends a whole response: the chat template's if the template rendered the prompt, else EOS."""
     turn = assistant_turn(tokenizer)
     if turn is None or turn.end_id is None or not prompt.endswith(turn.opening):
         return tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""The same work on every GPU of a node: a process for each, which loads what it needs once; results keep order."""
+"""Work spread over the GPUs of a node, one process each. A process loads its model once; results keep their order."""
 
 import multiprocessing
 import os
@@ -19,14 +19,11 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _work: Callable[[Any], Any] | None = None
-"""In a process of its own: what ``load`` made."""
+"""In a worker process: the function that ``load`` returned."""
 
 
 def processes_of(asked: int) -> int:
-    """``--num_processes``: 0 is one for each GPU that is visible, and one on a CPU.
-
-    Raises ``InputError`` for more than there are GPUs.
-    """
+    """``--num_processes``: 0 means one for each visible GPU, or one on a CPU. Raises ``InputError`` for too many."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         return asked or 1
@@ -38,8 +35,8 @@ def processes_of(asked: int) -> int:
 def spread(load: Callable[[], Callable[[Item], Result]], items: Sequence[Item], processes: int) -> Iterator[Result]:
     """``load()(item)`` of each item, in the items' order.
 
-    One process is this one; several are new ones, on a device each, and ``load``, items and results must be picklable.
-    Nothing is loaded where there are no items. Errors of the work are raised here; a process that dies is a
+    A single process is this one; several are new ones with a device each, and ``load``, items and results must be
+    picklable. Without items nothing is loaded. Errors of the work are raised here; a process that dies is a
     ``RunError``.
     """
     processes = min(processes, len(items))
@@ -63,7 +60,7 @@ def spread(load: Callable[[], Callable[[Item], Result]], items: Sequence[Item], 
 
 
 def _begin(started: Any, threads: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all at once; the parent says so
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all at once; the parent prints a message
     with started.get_lock():
         number, started.value = started.value, started.value + 1
     if get_accelerator().device_name() != "cpu":
@@ -76,7 +73,7 @@ def _begin(started: Any, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """A parent that is killed cannot end its processes, which would keep their GPUs' memory."""
+    """A killed parent cannot end its workers, which would keep their GPUs' memory."""
     multiprocessing.parent_process().join()
     os._exit(1)
 

@@ -5,7 +5,7 @@
 
 import importlib
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 
 from deepspeed_chat_tlcr.arguments import OptionGroup, default_of, groups_of
 
@@ -82,11 +82,6 @@ class Program:
     def options(self) -> type:
         return importlib.import_module(self.module).Options
 
-    def origin(self, names: Iterator[str]) -> str:
-        """The first peer that has a flag of one of these names; empty for one of our own."""
-        wanted = set(names)
-        return next((peer for peer, flags in self.peers.items() if flags & wanted), "")
-
 
 _CHAT, _TLCR, _REMAX = "DeepSpeed-Chat", "RLHF-TLCR", "ReMax"
 _FORK_STEP_1 = _names(f"{_STEP_1} {_FORK}")
@@ -102,6 +97,7 @@ PROGRAMS = (
         "step2_discriminator/main.py",
         {_CHAT: _names(_STEP_2), _REMAX: _names(_FORK_STEP_2), _TLCR: _names(_TLCR_STEP_2)},
     ),
+    Program("step2_grm.main", "step2_grm/main.py"),
     Program("baselines.dpo.main", "baselines/dpo/main.py", {_CHAT: _names(_DPO)}),
     Program("baselines.figa.main", "baselines/figa/main.py"),
     Program(
@@ -132,7 +128,7 @@ def _state(entry, origin: str) -> str:
 def _rows(program: Program, group: OptionGroup) -> Iterator[str]:
     for entry in group.entries:
         names = [entry.name, *(flag.lstrip("-") for flag in entry.metadata["flags"])]
-        origin = program.origin(iter(names))
+        origin = next((peer for peer, flags in program.peers.items() if flags & set(names)), "")
         cells = (
             ", ".join(f"`--{name}`" for name in names),
             _shown(default_of(program.options, entry)),
@@ -150,15 +146,6 @@ def table(program: Program) -> str:
         lines += [f"### {group.title}", "", "| flag | default | meaning | name from | here |", "|---|---|---|---|---|"]
         lines += [*_rows(program, group), ""]
     return "\n".join(lines)
-
-
-def accepted(program: Program) -> set[str]:
-    """Names of all flags that a program parses, further spellings included."""
-    return {
-        name
-        for entry in fields(program.options)
-        for name in (entry.name, *(flag.lstrip("-") for flag in entry.metadata["flags"]))
-    }
 
 
 INTRODUCTION = """\

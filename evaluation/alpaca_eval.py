@@ -16,18 +16,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, judge_all, message_id
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt
-from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, answers_folder, parse_models
-from evaluation.prompts import PromptOptions, read_prompts
-from evaluation.report import conclude
+from evaluation.policies import PolicyOptions, Question, Replies, Reply, parse_models
+from evaluation.prompts import PromptOptions, answer_prompts, read_prompts
+from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.stats import head_to_head, longer_preferred
 from evaluation.verdicts import read_preference
@@ -35,21 +35,20 @@ from evaluation.verdicts import read_preference
 EQUAL = "equal answers"
 ANNOTATORS = Path(__file__).parent / "annotators"
 """Our own configurations for the package, a folder each."""
-Replies = dict[str, dict[int | str, Reply]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlpacaOptions:
     """AlpacaEval"""
 
-    judge_prompts: str | None = option(None, "file of FastChat's form with the prompt pair-v2; unset: our own words")
+    judge_prompts: str | None = option(None, "file of FastChat's form with the prompt pair-v2; unset: our own prompt")
     annotators_config: str | None = option(
         None,
-        "the package alpaca_eval judges too: deepspeed_chat_tlcr_gpt-6-luna is ours; or its annotator's name, a folder",
+        "judge with the package alpaca_eval too: deepspeed_chat_tlcr_gpt-6-luna (ours), a name that it knows, a folder",
     )
     reference_outputs: str | None = option(None, "the package's reference answers; unset: the first model's")
     length_controlled: bool = option(
-        False, "the package's length-controlled win rates too: for AlpacaEval's own prompts in their order"
+        False, "the package's length-controlled win rates too; AlpacaEval's own prompts only, in their order"
     )
 
 
@@ -85,9 +84,9 @@ def write_outputs(folder: Path, name: str, questions: Sequence[Question], replie
 def compare(
     questions: Sequence[Question], replies: Replies, prompt: PairPrompt, folder: Path, options: JudgeOptions
 ) -> tuple[list[dict], Verdicts]:
-    """Every two models, both orders: a record of ``HeadToHead`` for each, with the number of items left out.
+    """A record of ``HeadToHead`` for every pair of models, judged in both orders, with the number of items left out.
 
-    Equal answers are a tie that nobody is asked about.
+    Equal answers are a tie, without asking the judge.
     """
     asked: dict[str, Judged] = {}
 
@@ -113,7 +112,7 @@ def compare(
         bias = {"longer_preferred": longer_preferred(judged, lengths), "missing": len(both) - len(judged)}
         record = {"model": one, "against": other, **asdict(head_to_head(judged)), **bias}
         if bias["missing"] and not verdicts.by_id.keys() & set(itertools.chain(*both)):
-            # Ties of equal answers, which nobody was asked about, are no comparison.
+            # Without any verdict there is no comparison, even if some answers are equal.
             record |= {"win_rate": math.nan, "interval": (math.nan, math.nan), "p_value": math.nan}
         records.append(record)
     return records, verdicts
@@ -167,12 +166,12 @@ def judge_by_package(outputs: Mapping[str, Path], options: AlpacaOptions, folder
 
 
 def annotator(name: str) -> str:
-    """A folder of the user's, one of ours, or a name that the package knows."""
+    """Our annotator of that name, a folder of the user's, or a name that the package knows."""
     return str(ANNOTATORS / name) if (ANNOTATORS / name / "configs.yaml").is_file() else absolute(name)
 
 
 def absolute(path: str | Path) -> str:
-    """The package runs in a folder of its own. What is no path here is a name that the package knows."""
+    """An absolute path, since the package runs in another folder; names that the package knows stay as they are."""
     return str(Path(path).resolve()) if Path(path).exists() else str(path)
 
 
@@ -191,7 +190,7 @@ def leaderboard_row(path: Path, name: str, reference: str) -> dict:
 
 
 def annotations_of(folder: Path) -> dict:
-    """US$ as the package counts them, None where it knows no price; how many verdicts it could not read."""
+    """US$ by the package's count, None where it knows no price; how many verdicts it could not read."""
     annotations = read_json(folder / "annotations.json")
     prices = [record.get("preference_price_per_example") for record in annotations]
     known = [price for price in prices if price is not None]
@@ -213,11 +212,7 @@ def run(options: Options) -> Shortfall | None:
     if options.annotators_config and any(question.raw for question in questions):
         raise InputError("--annotators_config: alpaca_eval needs --prompts with plain texts as 'instruction'")
     folder = Path(options.out) / "alpaca_eval"
-    brief = replace(options, max_new_tokens=options.max_answer_seq_len)
-    replies = {
-        name: answer_all(Policy(name, path, brief), questions, answers_folder(options.out, questions))
-        for name, path in models.items()
-    }
+    replies = answer_prompts(models, questions, options)
     outputs = {name: write_outputs(folder / "model_outputs", name, questions, given) for name, given in replies.items()}
     results: dict = {"questions": len(questions), "models": list(models), "judge": options.judge, "usd": None}
     results |= {"head_to_head": [], "package": [], "annotators_config": options.annotators_config}
@@ -228,7 +223,7 @@ def run(options: Options) -> Shortfall | None:
         lacks = verdicts.shortfall
     if options.annotators_config:
         if options.max_cost_usd is not None:
-            print("note: --max_cost_usd does not hold for what the package alpaca_eval spends", flush=True)
+            print("note: --max_cost_usd does not limit what the package alpaca_eval spends", flush=True)
         results["package"] = judge_by_package(outputs, options, folder)
         unread = sum(row["missing"] for row in results["package"])
         lacks = Shortfall(lacks.asked + len(results["package"]) * len(questions), lacks.missing + unread, lacks.stopped)
@@ -254,7 +249,7 @@ def show(results: dict) -> None:
 
 
 def described(row: dict, questions: int) -> str:
-    """A head-to-head in a line; what is missing comes first."""
+    """A head-to-head in a line, the missing verdicts first."""
     gap = f"{row['missing']} of {questions} prompts left out, their verdicts are missing; " if row["missing"] else ""
     if math.isnan(row["win_rate"]):
         return f"{gap}no win rate"
@@ -264,10 +259,7 @@ def described(row: dict, questions: int) -> str:
     return f"{gap}{row['win_rate']:.1%} ({low:.1%} to {high:.1%}); {counts}; {bias}"
 
 
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Options, argv)
-    return conclude(options.out, {"AlpacaEval": run(options)})
+main = part_program("AlpacaEval", Options, run)
 
 
 if __name__ == "__main__":

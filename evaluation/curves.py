@@ -1,4 +1,4 @@
-"""Training curves (Figure 7): perplexity, length and KL of several runs over each other, as PNG and on the report.
+"""Training curves (Figure 7): perplexity, length and KL of several runs in one chart each, as PNG and in the report.
 
 python evaluation/curves.py --runs tlcr=OUT/step3_ppo_tlcr seq=OTHER/step3_ppo_tlcr --out OUTPUT
 """
@@ -9,24 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.pictures import Series
 from deepspeed_chat_tlcr.pictures.charts import thin
 from deepspeed_chat_tlcr.pictures.png import line_chart_png
 from evaluation.policies import OutOptions
-from evaluation.report import refresh_report
+from evaluation.report import part_program
 from evaluation.results import save_results
-
-# Chart titles, their units and metrics, in the paper's order; docs/metrics.md explains each.
-TITLES = {
-    "policy/perplexity": ("Perplexity of responses", ""),
-    "rollout/response_length": ("Response length", "tokens"),
-    "policy/kl": ("KL to SFT", "nats per response"),
-    "reward/per_token": ("Reward per token", "mean"),
-}
-
+from evaluation.sections import CURVES
 
 MOST_STEPS, MOST_DRAWN = 10**12, 1e300
 
@@ -36,15 +28,18 @@ class CurveOptions:
     """curves"""
 
     runs: list[str] = option([], "NAME=PATH of each run: its metrics.jsonl, or the folder with it")
-    metrics: list[str] = option(list(TITLES), "keys of metrics.jsonl, a chart each")
+    metrics: list[str] = option(list(CURVES), "keys of metrics.jsonl, a chart each")
+    frontier: list[str] = option(
+        [], "two keys of metrics.jsonl, such as reward/tlcr reward/tlcr_2: a dot for each run, a line through the best"
+    )
     smoothing: float = option(
-        0.8, "weight of a point's neighbours, in [0, 1); raw values stay behind; 0: none", below=1
+        0.8, "weight of a point's neighbours, in [0, 1); raw values are drawn behind; 0: not smoothed", below=1
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(CurveOptions, OutOptions):
-    """Draw the training curves of several runs over each other."""
+    """Draw the training curves of several runs in one chart for each metric."""
 
 
 def read_runs(entries: Sequence[str]) -> dict[str, list[dict]]:
@@ -64,14 +59,14 @@ def read_runs(entries: Sequence[str]) -> dict[str, list[dict]]:
         for number, line in enumerate(runs[name], 1):
             step = line.get("step") if isinstance(line, dict) else None
             if type(step) is not int or not 0 <= step <= MOST_STEPS:
-                raise InputError(f"--runs {entry}: {file}:{number} has no step, as lines of a metrics.jsonl do")
+                raise InputError(f"--runs {entry}: {file}:{number} has no step, so this is not a metrics.jsonl")
     if not runs:
         raise InputError("--runs is missing: NAME=PATH of one run or more")
     return runs
 
 
 def as_number(value: object) -> float:
-    """NaN for what was not measured (null), is no number, or one that no axis can hold."""
+    """NaN for what was not measured (null), is not a number, or is too large to draw."""
     return float(value) if isinstance(value, int | float) and abs(value) <= MOST_DRAWN else math.nan
 
 
@@ -85,13 +80,44 @@ def series_of(runs: dict[str, list[dict]], key: str) -> list[Series]:
     return lines
 
 
+LAST = 0.2
+"""Share of a run's lines, at its end, whose mean is its place on the frontier."""
+
+
+def frontier(points: dict[str, tuple[float, float]]) -> list[str]:
+    """The runs that no other one beats, being as good in both measures and better in one; by the first measure."""
+    best = [
+        name
+        for name, (x, y) in points.items()
+        if not any(u >= x and v >= y and (u, v) != (x, y) for u, v in points.values())
+    ]
+    return sorted(best, key=lambda name: points[name])
+
+
+def places(runs: dict[str, list[dict]], keys: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    """Each run's mean of every key over its last lines. Raises ``InputError`` for a run without them."""
+    found = {}
+    for name, log in runs.items():
+        last = log[-max(1, round(LAST * len(log))) :]
+        values = [[as_number(line.get(key)) for line in last] for key in keys]
+        kept = [[value for value in column if math.isfinite(value)] for column in values]
+        for key, column in zip(keys, kept, strict=True):
+            if not column:
+                raise InputError(f"--frontier {key}: not in the last lines of the run {name}")
+        found[name] = tuple(sum(column) / len(column) for column in kept)
+    return found
+
+
 def run(options: Options) -> None:
+    if options.frontier and len(options.frontier) != 2:
+        raise InputError(f"--frontier: takes two keys of metrics.jsonl, not {len(options.frontier)}")
     runs = read_runs(options.runs)
+    points = places(runs, options.frontier) if options.frontier else {}
     folder = Path(options.out) / "curves"
     folder.mkdir(parents=True, exist_ok=True)
     charts, absent = [], []
     for key in options.metrics:
-        title, unit = TITLES.get(key, (key, ""))
+        title, unit = CURVES.get(key, (key, ""))
         lines = series_of(runs, key)
         if not lines:
             absent.append(key)
@@ -105,18 +131,13 @@ def run(options: Options) -> None:
     if absent:
         print(f"not recorded by any run: {', '.join(absent)}")
     steps = {name: log[-1]["step"] for name, log in runs.items()}
-    save_results(
-        options.out,
-        "curves",
-        {"runs": steps, "charts": charts, "absent": absent, "smoothing": options.smoothing},
-    )
+    results = {"runs": steps, "charts": charts, "absent": absent, "smoothing": options.smoothing}
+    if points:
+        results["frontier"] = {"keys": options.frontier, "points": points, "on": frontier(points)}
+    save_results(options.out, "curves", results)
 
 
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(Options, argv)
-    run(options)
-    refresh_report(options.out)
+main = part_program("curves", Options, run)
 
 
 if __name__ == "__main__":

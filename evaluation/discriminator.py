@@ -15,16 +15,17 @@ from itertools import chain
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import auroc, predicted_targets, token_metrics
 from deepspeed_chat_tlcr.pictures import token_strings
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.records import Revision, read_revisions
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from deepspeed_chat_tlcr.turns import end_ids
 from deepspeed_chat_tlcr.workers import processes_of
 from evaluation.policies import NodeOptions, OutOptions, torch_dtype
-from evaluation.report import refresh_report
+from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.scoring import DiscriminatorPath, Judge, as_record, judged, revision_heatmaps, token_probs
 from labeling.audit import read_error_spans
@@ -71,7 +72,7 @@ class Tokens:
 
 
 def kind_of(token: str, is_end: bool, starts: bool) -> str:
-    """What a token is made of. ``starts``: it begins the response."""
+    """The kind of a token. ``starts``: it is the response's first."""
     if is_end:
         return "end of sequence"
     if not token.strip():
@@ -127,7 +128,7 @@ def calibration(probs: np.ndarray, targets: np.ndarray) -> dict:
 
 
 def accuracy_within(tokens: Tokens, inside: np.ndarray) -> dict:
-    """Accuracy on the edited ones of some tokens, and what always guessing their majority class would get."""
+    """Accuracy on the edited tokens among those ``inside``, and that of always guessing their majority class."""
     found = token_metrics(tokens.probs[inside], tokens.targets[inside])
     return {
         "tokens": int(inside.sum()),
@@ -234,18 +235,15 @@ def run(options: Options) -> None:
             )
         results["people"] = people
     save_results(options.out, "discriminator", results)
+    accuracy, majority, area = (number(results[key], 3) for key in ("edited_accuracy", "majority_accuracy", "auroc"))
     print(
-        f"discriminator: {results['edited_accuracy']:.3f} accuracy on edited tokens of {results['revisions']} held-out "
-        f"revisions (always the majority class: {results['majority_accuracy']:.3f}), AUROC {results['auroc']:.3f}, "
-        f"calibration error {results['calibration']['edited']['ece']:.3f}"
+        f"discriminator: {accuracy} accuracy on edited tokens of {results['revisions']} held-out revisions (always the "
+        f"majority class: {majority}), AUROC {area}, calibration error "
+        f"{number(results['calibration']['edited']['ece'], 3)}"
     )
 
 
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(Options, argv)
-    run(options)
-    refresh_report(options.out)
+main = part_program("discriminator", Options, run)
 
 
 if __name__ == "__main__":

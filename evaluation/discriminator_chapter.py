@@ -14,11 +14,11 @@ from deepspeed_chat_tlcr.pictures import (
     table_html,
 )
 from evaluation.published import MEASURES
-from evaluation.sections import fold, nan, sample_of
+from evaluation.sections import counted, fold, nan, sample_of
 
 
 def facts(results: dict) -> list:
-    return ["D of tokens of held-out revisions", f"{results['tokens']:,} tokens", None, None]
+    return ["D of tokens of held-out revisions", f"{results['tokens']:,} tokens"]
 
 
 def chapter(results: dict) -> Html:
@@ -28,14 +28,15 @@ def chapter(results: dict) -> Html:
     labels = ("negative", "neutral", "positive")
     counts = results["confusion"]
     note = (
-        f"{results['revisions']:,} held-out revisions of {results['prompts']:,} prompts, {results['tokens']:,} tokens; "
+        f"{counted(results['revisions'], 'held-out revision')} of {counted(results['prompts'], 'prompt')}, "
+        f"{counted(results['tokens'], 'token')}; "
         "neutral: max(D, 1 − D) < 0.6."
     )
     parts = [
         columns(
             table_html(["held-out revisions", ""], measures, digits=3),
             table_html(
-                ["label ↓  said →", *labels, "right"],
+                ["label ↓  predicted →", *labels, "right"],
                 [
                     [label, *row, share(row[i], sum(row))]
                     for i, (label, row) in enumerate(zip(labels, counts, strict=True))
@@ -63,8 +64,8 @@ def share(part: int, whole: int) -> str:
 
 
 def reliability(calibration: dict) -> Html:
-    """Mean target over mean D: on the diagonal where the confidence is right."""
-    lines = [Series("right", [0.0, 1.0], [0.0, 1.0])]
+    """Mean target over mean D: on the diagonal where D is calibrated."""
+    lines = [Series("calibrated", [0.0, 1.0], [0.0, 1.0])]
     for key, name in (("edited", "edited tokens"), ("all", "all, neutral = 0.5")):
         bins = calibration[key]["bins"]
         lines.append(Series(name, [one["mean_d"] for one in bins], [one["mean_target"] for one in bins]))

@@ -6,7 +6,7 @@ python evaluation/heatmap.py --discriminator OUT/step2_discriminator --prompt "W
 
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING, dataclass, replace
 
 from rich.console import Console
 
@@ -33,7 +33,7 @@ class Options(DeviceOptions):
     """Colour the tokens of answers by their rewards."""
 
     discriminator: str = option(MISSING, "folder of the token discriminator (step 2)")
-    prompt: str = option("", "what the answers answer")
+    prompt: str = option("", "the prompt that the texts answer")
     raw_prompt: bool = option(False, "the prompt already has its dialogue's markers: leave it as it is")
     text: list[str] = option([], "answers")
     html: str | None = option(None, "write a page here")
@@ -53,7 +53,7 @@ def score(options: Options) -> list[TokenScores]:
         scores = heatmap(tokenizer, discriminator, example)
         mean = sum(scores.values) / len(scores.values)
         caption = f"mean reward {mean:+.3f} over {len(scores.values)} tokens".replace("-", "−")
-        scored.append(TokenScores(scores.tokens, scores.values, caption))
+        scored.append(replace(scores, caption=caption))
     return scored
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
 from evaluation.results import load_results
@@ -85,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with reading(run / "audit" / "audit.json"):
         first = labels(run)
     rounds: list[dict] = []
-    for number in range(1, options.rounds + 1):
-        folder = run / f"round{number}"
+    for place in range(1, options.rounds + 1):
+        folder = run / f"round{place}"
         with reading(f"{folder}: one of its stages' results"):
             rounds.append(round_of(folder, rounds[-1]["labels"] if rounds else first))
     write_json(run / "iterated.json", {"labels_at_first": first, "rounds": rounds})
@@ -95,11 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("round", "negative tokens", "positive tokens", "accuracy before", "after", "majority", "AUROC after"):
         table.add_column(name, justify="right")
     table.add_row("0", f"{first['share_negative']:.3f}", f"{first['share_positive']:.3f}", "", "", "", "")
-    for number, one in enumerate(rounds, 1):
+    for place, one in enumerate(rounds, 1):
         before, after = one["discriminator_before"], one["discriminator_after"]
         figures = (one["labels"]["share_negative"], one["labels"]["share_positive"], before["edited_accuracy"])
         figures += (after["edited_accuracy"], after["majority_accuracy"], after["auroc"])
-        table.add_row(str(number), *(f"{figure:.3f}" for figure in figures))
+        table.add_row(str(place), *(number(figure, 3) for figure in figures))
     Console().print(table)
     print(run / "iterated.json")
 

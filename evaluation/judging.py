@@ -1,23 +1,21 @@
-"""Verdicts of an external model: labelling's client, journal, retries and cost cap, and no verdict is paid for twice.
+"""Verdicts of an external model, asked for with labelling's client: its journal, retries and cost cap.
 
-A verdict belongs to the exact messages it was asked with, by their hash. So models may be added, and a part started
-again after a kill; what was judged before is not asked again. The cost cap holds for all that is judged into one --out,
-also by several judges at once.
+Verdicts are cached by a hash of the exact judge prompt, so none is paid for twice when models are added or a killed
+part is started again. The cost cap covers everything judged into one --out, also by several judges at once.
 """
 
 import asyncio
-import fcntl
 import hashlib
 import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.client import (
@@ -32,9 +30,8 @@ from deepspeed_chat_tlcr.asking.client import (
     run_all,
     signals_interrupt,
 )
-from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, ChatRequest, Endpoint, Sampling, Unusable
+from deepspeed_chat_tlcr.asking.endpoint import ChatAnswer, ChatRequest, Sampling, Unusable
 from deepspeed_chat_tlcr.asking.journal import RunFolder, State
-from deepspeed_chat_tlcr.asking.models import Price
 from deepspeed_chat_tlcr.asking.money import HIDDEN_TOKENS, Account, estimate_tokens, question_size
 from deepspeed_chat_tlcr.asking.progress import Progress, Totals
 from deepspeed_chat_tlcr.errors import InputError
@@ -88,7 +85,7 @@ def check_judge(options: JudgeOptions) -> None:
     """Raise ``InputError`` for a judge that cannot be asked (gone, no price, no key), before any model answers."""
     check_endpoint(options)
     if options.judge:
-        if not sys.stdin.isatty():  # where someone is there, the price is asked for once, when it is needed
+        if not sys.stdin.isatty():  # someone at a terminal is asked for an unknown price when it is needed
             known_price(options, options.judge)
         ask_about_model(options, options.judge, 0.0, "--judge (JUDGE)")
 
@@ -99,7 +96,7 @@ def message_id(messages: list[dict]) -> str:
 
 
 def file_name(judge: str) -> str:
-    """A judge's name as files and folders have it."""
+    """A judge's name, safe for files and folders."""
     return re.sub(r"[^\w.+-]", "_", judge)
 
 
@@ -139,12 +136,12 @@ def judge_all(
 
 
 def bind(run: RunFolder, settings: dict) -> None:
-    """Tie the folder to the settings, but only once an answer was paid for: until then a flag can be mended."""
+    """Tie the folder to the settings once an answer was paid for; until then they may still change."""
     state = run.read_state()
     paid = len(state.results) or state.prompt_tokens or state.completion_tokens
     in_batches = any(path.stat().st_size for path in run.path.glob("batches.jsonl"))
     if not paid and not in_batches and run.saved_summary().get("settings") != settings:
-        run.failures.unlink(missing_ok=True)  # refused as it was asked then
+        run.failures.unlink(missing_ok=True)  # requests that were refused with the old settings
         run.write_summary({"settings": settings, "complete": False})
     run.bind(settings)
 
@@ -157,20 +154,22 @@ def as_ids(ids: np.ndarray) -> list[str]:
 
 
 class SharedAccount(Account):
-    """An account whose cap is on all that is judged into one OUT, also by several judges at once.
+    """An account whose cap covers everything judged into one OUT, also by several judges at once.
 
-    The file ``spent`` in each judge's folder OUT/PART/judge/NAME says what was spent there and is held back for calls
-    in flight, US$; it is written before a call is sent.
+    The file ``spent`` in each judge's folder OUT/PART/judge/NAME holds the US$ spent there and reserved for calls in
+    flight; it is written before a call is sent.
     """
 
     def __init__(self, folder: Path, *account, **more):
         super().__init__(*account, **more)
         self.folder, self.out = folder, folder.parents[2]
-        with alone(self.out):
+        # Held by the one judge of OUT that reads or writes what was spent.
+        self.spending = FileLock(self.out / ".spending", poll_interval=0.01)
+        with self.spending:
             self._write(0.0)
 
     def fits(self, usd: float) -> bool:
-        with alone(self.out):
+        with self.spending:
             total = self.spent + self.lost + self.held + usd
             fits = self.cap is None or total + self._elsewhere() <= self.cap
             if fits:
@@ -179,7 +178,7 @@ class SharedAccount(Account):
 
     def settle(self, *ended, **more):
         super().settle(*ended, **more)
-        with alone(self.out):
+        with self.spending:
             self._write(0.0)
 
     def _write(self, usd: float):
@@ -193,21 +192,13 @@ class SharedAccount(Account):
 
 
 def spent(folder: Path) -> float:
-    """US$ that a judge's folder has cost or holds back."""
+    """US$ spent or reserved in a judge's folder."""
     if (folder / "spent").is_file():
         return float((folder / "spent").read_text())
     if not (folder / "run.json").is_file():
         return 0.0
     saved = RunFolder(folder).saved_summary()  # of a version that wrote no such file
     return (saved.get("usd") or 0.0) + (saved.get("usd_possibly_billed_without_answer") or 0.0)
-
-
-@contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """No other judge of this ``out`` looks at money or writes of it meanwhile."""
-    with (out / ".spending").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 # ---- asking ----------------------------------------------------------------------------------------------------------
@@ -235,22 +226,7 @@ def ask(
     if not agreed(options, expected):
         return "not agreed to"
     endpoint.dialect.context = ask_about_model(options, options.judge, expected.hours, "--judge (JUDGE)")
-    try:
-        return dispatch(run, missing, read, options, settings, state, price, endpoint)
-    except InputError as error:
-        raise InputError(endpoint.redact(str(error))) from None
 
-
-def dispatch(
-    run: RunFolder,
-    missing: Mapping[str, Judged],
-    read: Callable[[str, Sequence[str]], dict],
-    options: JudgeOptions,
-    settings: dict,
-    state: State,
-    price: Price,
-    endpoint: Endpoint,
-) -> str | None:
     def request(id: str, question: Judged) -> ChatRequest:
         def accept(answer: ChatAnswer, usage: dict) -> str:
             if answer.finish_reason == "content_filter" or not answer.text.strip():
@@ -261,14 +237,16 @@ def dispatch(
 
         return ChatRequest(id, question.messages, accept)
 
+    asked = len(state.results) + len(state.failures) + len(missing)
+
+    def totals(state: State, seconds: float) -> Totals:
+        counts = asked, len(state.results), len(state.failures)
+        return Totals(*counts, state, state.usd, state.usd_lost, seconds, NAMES)
+
     spent_so_far = (state.usd, state.usd_lost, discount(options, options.judge), state.overrun)
     account = SharedAccount(run.path, price, options.max_cost_usd, *spent_so_far)
     about = {"base_url": endpoint.shown_url}
-    asked = len(state.results) + len(state.failures) + len(missing)
-    before = Totals(
-        asked, len(state.results), len(state.failures), state, state.usd, state.usd_lost, state.seconds, NAMES
-    )
-    progress = Progress(run, settings, about, before, account, len(missing))
+    progress = Progress(run, settings, about, totals(state, state.seconds), account, len(missing))
     requests = (request(id, question) for id, question in missing.items())
     stopped: str | None = "refused by the endpoint"
     try:
@@ -276,10 +254,9 @@ def dispatch(
             stopped = asyncio.run(run_all(options, endpoint, run, account, state, requests, progress))
     except KeyboardInterrupt:
         stopped = "signal"
+    except InputError as error:
+        raise InputError(endpoint.redact(str(error))) from None
     finally:
-        state = run.read_state()
-        totals = Totals(
-            asked, len(state.results), len(state.failures), state, state.usd, state.usd_lost, progress.seconds, NAMES
-        )
-        run.write_summary(totals.summary(settings, about, stopped is None, stopped))
+        summary = totals(run.read_state(), progress.seconds).summary(settings, about, stopped is None, stopped)
+        run.write_summary(summary)
     return stopped

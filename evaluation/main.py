@@ -7,7 +7,7 @@ python evaluation/main.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_tlcr/act
 A part runs where it has what it needs, and the report names the others as missing. --prompts serves AlpacaEval and the
 answers side by side, --data_path the reward scores; where only one of them is given it serves all three. Human votes
 are made and counted by evaluation/human/make.py and count.py. The same command continues an interrupted evaluation.
-Exit codes: 0 done, 3 a judge stopped early (the same command continues), 2 wrong input.
+Exit codes: 0 done, 2 wrong input, 3 a judge stopped early (the same command continues), 4 verdicts are missing.
 """
 
 import sys
@@ -34,7 +34,7 @@ class RunOptions:
     """run"""
 
     run_options: str | None = option(
-        None, "where --data_path is unset: step 3's run_options.json, which says data, split and seed"
+        None, "step 3's run_options.json: data, split and seed are taken from it where --data_path is unset"
     )
 
 
@@ -56,7 +56,7 @@ class Options(
 
 @dataclass(frozen=True)
 class Step:
-    """A part, what it needs (a list of alternatives each), and how it is run; a judged one says what it lacks."""
+    """A part, the options that it needs (one of each list), how it runs, and what verdicts it lacks where it judges."""
 
     name: str
     needs: Sequence[Sequence[str]]
@@ -64,7 +64,7 @@ class Step:
 
 
 def for_rewards(options: Options) -> Options:
-    """Reward scores are about the prompts that the policies were trained on, where those are known."""
+    """Reward scores are measured on held-out prompts of the training data, where that is given."""
     return replace(options, prompts=None) if options.data_path else options
 
 
@@ -91,7 +91,7 @@ def missing(step: Step, options: Options) -> list[str]:
 def with_data_of_run(options: Options) -> Options:
     """The options with the data that ``--run_options`` names, where none is given.
 
-    Raises ``InputError`` for a file that is no such one.
+    Raises ``InputError`` for a file that step 3 has not written.
     """
     if options.data_path or not options.run_options:
         return options

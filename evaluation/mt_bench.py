@@ -17,31 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.journal import replace_file
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
-from evaluation.judging import (
-    Judged,
-    JudgeOptions,
-    Shortfall,
-    Verdicts,
-    check_judge,
-    file_name,
-    judge_all,
-    message_id,
-)
-from evaluation.policies import (
-    Policy,
-    PolicyOptions,
-    Question,
-    Reply,
-    answer_all,
-    is_text,
-    parse_models,
-    read_replies,
-)
-from evaluation.report import conclude
+from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, file_name, judge_all, message_id
+from evaluation.policies import PolicyOptions, Question, Replies, answers_of, is_text, parse_models, read_replies
+from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.stats import bootstrap_interval
 from evaluation.verdicts import read_rating
@@ -96,7 +78,7 @@ class Bench:
 
 
 def find(folder: Path, *names: str) -> Path:
-    """A file of FastChat's, wherever above it the user points."""
+    """A file of FastChat's, whichever of the folders above it the user names."""
     for place in ("", "mt_bench", "llm_judge/data", "fastchat/llm_judge/data", "data"):
         for name in names:
             for inner in ("", "mt_bench"):
@@ -149,9 +131,6 @@ def read_questions(path: Path) -> list[dict]:
 
 
 # ---- judgments -------------------------------------------------------------------------------------------------------
-
-Replies = dict[str, dict[int | str, Reply]]
-"""By model, then by question."""
 
 
 def requests(bench: Bench, replies: Replies) -> dict[tuple, Judged]:
@@ -237,9 +216,7 @@ def run(options: Options) -> Shortfall | None:
     models, bench = parse_models(options.models), read_bench(options.mt_bench_dir, options.judge)
     check_judge(options)
     folder = Path(options.out) / "mt_bench"
-    replies: Replies = {}
-    for name, path in models.items():
-        replies[name] = answer_all(Policy(name, path, options), bench.asked, folder / "model_answer")
+    replies = answers_of(models, bench.asked, options, folder / "model_answer")
     if not options.judge:
         print(f"{folder / 'model_answer'}: answers of {', '.join(models)}; --judge NAME rates them")
         return None
@@ -272,10 +249,7 @@ def show(results: dict) -> None:
         print(line + (f"; only {row['rated']} of {each} ratings" if row["rated"] < each else ""))
 
 
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(Options, argv)
-    return conclude(options.out, {"MT-Bench": run(options)})
+main = part_program("MT-Bench", Options, run)
 
 
 if __name__ == "__main__":

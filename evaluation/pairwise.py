@@ -1,4 +1,4 @@
-"""Two answers to one question, put before a judge in both orders."""
+"""The prompt by which a judge compares two answers to one question, in both orders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ class PairPrompt:
 
 
 def read_pair_prompt(path: str | None) -> PairPrompt:
-    """Ours, or the one named pair-v2 in a file of FastChat's form (judge_prompts.jsonl)."""
+    """Our prompt, or the one named pair-v2 in a file of FastChat's form (judge_prompts.jsonl)."""
     if path is None:
         return PairPrompt()
     for line, record in read_jsonl(Path(path)):
@@ -51,5 +51,5 @@ def read_pair_prompt(path: str | None) -> PairPrompt:
 
 
 def pairs(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Every two models, the later one first: "tlcr against sft" for models given as sft, tlcr."""
+    """Every pair of models, the later one first: "tlcr against sft" for models given as sft, tlcr."""
     return [(names[j], names[i]) for j in range(len(names)) for i in range(j)]

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class PolicyOptions(NodeOptions, OutOptions):
 
 @dataclass(frozen=True)
 class Question:
-    """``turns`` are a user's, one after another. ``raw``: the one turn is a whole prompt already, with its markers."""
+    """``turns``: what a user says, one after another. ``raw``: the only turn is a whole prompt, markers included."""
 
     id: int | str
     turns: Sequence[str]
@@ -83,14 +83,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Reply:
-    """A model's answers, one for each turn. ``tokens`` counts the end; ``ended``: the model ended the answer itself."""
+    """A model's answers, one for each turn, with their ``tokens``, EOS included, and whether the model ended them."""
 
     turns: list[str]
     tokens: list[int]
     ended: list[bool]
 
 
-def parse_models(entries: Sequence[str], least: int = 1) -> dict[str, str]:
+Replies = dict[str, dict[int | str, Reply]]
+"""By model, then by question."""
+
+
+def parse_models(entries: Sequence[str]) -> dict[str, str]:
     """``NAME=FOLDER`` entries. Raises ``InputError`` for a bad or repeated name, or a folder that holds no model."""
     models: dict[str, str] = {}
     for entry in entries:
@@ -103,8 +107,8 @@ def parse_models(entries: Sequence[str], least: int = 1) -> dict[str, str]:
         if looks_local and not (Path(path) / "config.json").is_file():
             raise InputError(f"--models {entry}: no model in {path} (no config.json)")
         models[name] = path
-    if len(models) < least:
-        raise InputError(f"--models: name at least {least} as NAME=FOLDER")
+    if not models:
+        raise InputError("--models: name at least 1 as NAME=FOLDER")
     return models
 
 
@@ -125,9 +129,9 @@ def torch_dtype(name: Dtype) -> torch.dtype:
 
 
 def prompt_text(tokenizer: PreTrainedTokenizerFast, question: Question, replies: Sequence[str]) -> str:
-    """The text that the model goes on writing after ``replies`` to the first turns of ``question``.
+    """The prompt for the turn of ``question`` that comes after ``replies``.
 
-    By the model's own chat template; without one in HH-RLHF's form, which the paper's models are trained on.
+    It is made by the model's chat template; without one in HH-RLHF's form, on which the paper's models are trained.
     """
     turns = question.turns[: len(replies) + 1]
     if question.raw:
@@ -144,7 +148,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerFast, question: Question, replies:
 
 
 def in_context(tokenizer: PreTrainedTokenizerFast, question: Question, text: str) -> str:
-    """An answer from which the white space in front was cut, as it stands behind ``prompt_text``."""
+    """A stripped answer as it stands behind ``prompt_text``: with the space that the dialogue's form has there."""
     turn = assistant_turn(tokenizer)
     space = " " if turn is None else turn.space
     return text if question.raw or (space and text.startswith(space)) else f"{space}{text}"
@@ -155,9 +159,9 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, question: Question, replies: 
 
 
 def clean(text: str, raw: bool) -> str:
-    """An answer without the white space around it and without a human's turn that the model went on to invent.
+    """An answer without the white space around it and without any human's turn that the model invented after it.
 
-    Answers to whole prompts stay as they are: rewards are about exactly their tokens.
+    Answers to ``raw`` prompts stay as they are: rewards are given to exactly their tokens.
     """
     return text if raw else text.split(HUMAN)[0].strip()
 
@@ -166,7 +170,7 @@ def clean(text: str, raw: bool) -> str:
 
 
 class Policy:
-    """A model that answers. Loading happens at the first question that has no answer on disk yet."""
+    """A model that answers. It is loaded for the first question without an answer on disk."""
 
     def __init__(self, name: str, path: str, options: PolicyOptions):
         self.name, self.path, self.options = name, path, options
@@ -182,8 +186,8 @@ class Policy:
             self.room = getattr(self.model.config, "max_position_embeddings", None) or 1 << 30
 
     def answer(self, prompts: Sequence[list[int]], temperature: float) -> Iterator[Answer]:
-        """Answers in order. A prompt that leaves less than ``max_new_tokens`` is answered on its own, as far as there
-        is room; one that fills the model's positions gets an empty answer.
+        """Answers in order. A prompt that leaves room for less than ``max_new_tokens`` is answered on its own, in that
+        room; one that fills the model's positions gets an empty answer.
         """
         decoding = Decoding(self.options.max_new_tokens, temperature)
         roomy = [prompt for prompt in prompts if len(prompt) + decoding.max_new_tokens <= self.room]
@@ -215,7 +219,7 @@ class Policy:
         return replies
 
     def ready(self) -> Callable[[tuple[int, Sequence[Question]]], list[Reply]]:
-        """Load; what it returns answers a batch, given with its number, which decides its random numbers."""
+        """Load the model; the function returned answers a numbered batch, whose number seeds its sampling."""
         self.load()
         return self.reply_to_batch
 
@@ -226,11 +230,11 @@ class Policy:
 
 
 def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> dict[int | str, Reply]:
-    """Every question's reply, from ``folder/NAME.jsonl`` as far as it is there; the rest is written to it.
+    """Every question's reply: read from ``folder/NAME.jsonl`` where it is there, else written to it.
 
-    The file has FastChat's ``model_answer`` form. Batches are the same whether or not a run was interrupted, however
-    many processes answer, and each has a seed of its own, so the answers are the same too. Raises ``InputError`` where
-    the file holds answers of other weights, questions or settings.
+    The file has FastChat's ``model_answer`` form. Neither an interruption nor the number of processes changes the
+    batches or their seeds, so they do not change the answers. Raises ``InputError`` where the file holds answers of
+    other weights, questions or settings.
     """
     require_writable(folder)
     path = folder / f"{policy.name}.jsonl"
@@ -254,10 +258,17 @@ def answer_all(policy: Policy, questions: Sequence[Question], folder: Path) -> d
     return {question.id: done[question.id] for question in questions}
 
 
-def answers_folder(out: str | Path, questions: Sequence[Question]) -> Path:
-    """Where answers to these questions lie, whichever part asks: they are written once.
+def answers_of(
+    models: Mapping[str, str], questions: Sequence[Question], options: PolicyOptions, folder: Path
+) -> Replies:
+    """The replies of every model (``answer_all``)."""
+    return {name: answer_all(Policy(name, path, options), questions, folder) for name, path in models.items()}
 
-    Beside the folder stands a file of its name with the prompts, for those who show the answers to people.
+
+def answers_folder(out: str | Path, questions: Sequence[Question]) -> Path:
+    """The folder of answers to these questions, shared by all parts, so that they are written once.
+
+    A file of the same name beside it has the prompts, for evaluation/human/make.py.
     """
     folder = Path(out) / "answers" / f"{len(questions)}-prompts-{questions_hash(questions)[:6]}"
     require_writable(folder)
@@ -295,7 +306,7 @@ def read_replies(path: Path) -> Iterator[tuple[int | str, Reply]]:
             tokens = choice.get("tokens", [0] * len(turns))
             ended = choice.get("ended", [True] * len(turns))
             if not turns or not all(isinstance(turn, str) for turn in turns):
-                raise TypeError("no turns, or turns that are no texts")
+                raise TypeError("no turns, or turns that are not texts")
             if not len(turns) == len(tokens) == len(ended) or not isinstance(record["question_id"], int | str):
                 raise TypeError("question_id, tokens or ended of another kind")
             yield record["question_id"], Reply(turns, tokens, ended)
@@ -319,20 +330,17 @@ def settings_of(policy: Policy, questions: Sequence[Question]) -> dict:
 def bind(path: Path, settings: dict) -> None:
     """Tie an answer file to its settings, which stand in a ``.json`` beside it."""
     beside = path.with_suffix(".json")
-    # Before there was a choice of attention it was sdpa.
+    # Files of earlier versions do not name the attention, which was always sdpa.
     before = {"attn_implementation": "sdpa", **read_json(beside)} if beside.exists() else None
     if before is None or not path.exists():
         write_json(beside, settings)
     elif different := [name for name in settings if before.get(name) != settings[name]]:
         changes = ", ".join(f"{name} was {before.get(name)!r}, is {settings[name]!r}" for name in different)
-        raise InputError(f"{path} holds answers given otherwise ({changes}): remove it, or choose another --out")
+        raise InputError(f"{path} holds answers made with other settings ({changes}): remove it or change --out")
 
 
 def fingerprint(path: str) -> str:
-    """Tells checkpoints apart without reading all of them: sizes, and 16 pieces, of every file of weights.
-
-    A hub's model is known by its name.
-    """
+    """Tells checkpoints apart by the size of every file of weights and 16 pieces of it; a hub's model by its name."""
     digest = hashlib.sha256()
     files = sorted(file for file in Path(path).glob("*") if file.suffix in (".safetensors", ".bin"))
     for file in files:

@@ -1,7 +1,8 @@
 """Which prompts the user's models answer: a file of the user's own, or the held-out part of the training data."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepspeed_chat_tlcr.arguments import option, seed_option
@@ -9,7 +10,7 @@ from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.data.sources import place, read_records, suffix_of
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import Question, is_text
+from evaluation.policies import PolicyOptions, Question, Replies, answers_folder, answers_of, is_text
 
 FIELDS = ("instruction", "prompt")
 
@@ -51,13 +52,19 @@ def read_prompts(options: PromptOptions, model: str) -> list[Question]:
         )
         questions = [Question(prompt_id(p.prompt), [p.prompt], options.temperature, raw=True) for p in pairs]
     else:
-        raise InputError("--prompts FILE or --data_path DATA is missing: what shall the models answer?")
+        raise InputError("--prompts FILE or --data_path DATA is missing: which prompts shall the models answer?")
     once = list({question.id: question for question in questions}.values())
     return once[: options.prompt_count or None]
 
 
+def answer_prompts(models: Mapping[str, str], questions: Sequence[Question], options: PolicyOptions) -> Replies:
+    """Every model's reply to each prompt, of at most ``--max_answer_seq_len`` tokens."""
+    brief = replace(options, max_new_tokens=options.max_answer_seq_len)
+    return answers_of(models, questions, brief, answers_folder(options.out, questions))
+
+
 def prompts_of_file(path: str, temperature: float, for_models: bool = True) -> list[Question]:
-    """A file's prompts. ``for_models``: they will be tokenized, which half of a surrogate pair cannot be.
+    """A file's prompts. ``for_models``: refuse half of a surrogate pair, which cannot be tokenized.
 
     Raises ``InputError`` naming file and record.
     """

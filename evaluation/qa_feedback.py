@@ -30,6 +30,7 @@ from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.generation import Decoding, seeded_answers
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import POSITIVE, TOKEN_LABELS, load_token_classifier
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.records import Preference, read_jsonl, read_revisions, results_of_stages, write_jsonl
 from deepspeed_chat_tlcr.saving import write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
@@ -73,15 +74,15 @@ class PrepareOptions:
     passages: int = option(0, "how many passages stand before the question in the revisions' prompts", least=0)
     held_out_share: float = option(0.2, "share of the prompts that are held out, chosen by hash", above=0, below=1)
     vocabulary: int = option(4096, "tokens of the byte-level BPE")
-    hidden_size: int = option(128, "width of the Llama; a head for every 32")
-    layers: int = option(2, "layers of the Llama")
+    hidden_size: int = option(128, "width of the Llama; a head for every 32", least=32, most=4096, multiple=32)
+    layers: int = option(2, "layers of the Llama", most=100)
     max_positions: int = option(512, "longest text that the Llama can read, tokens")
     seed: int = seed_option(1234, "seed of the Llama's initial weights")
 
 
 def raw_texts(path: str, prompts: set[str], passages: int = 0) -> list[dict]:
-    """What the base model reads of the records with these prompts: passages behind their titles, sampled answers behind
-    questions (of every quality, and nothing says which), as records that step 1 takes.
+    """What the base model reads of the records with these prompts, as records that step 1 takes: passages behind their
+    titles, and sampled answers of any quality behind the questions.
 
     Raises ``InputError`` naming the line of a record of another schema.
     """
@@ -281,7 +282,7 @@ def report(argv: Sequence[str]) -> None:
     discriminator = load_token_classifier(str(folder), 2, torch.float32).to(device()).eval()
     difference = pipeline_difference(folder, discriminator, held_out[0].prompt + held_out[0].rejected)
     if difference > 1e-3:
-        raise InputError(f"{folder}: in pipeline('token-classification') its D is another, by up to {difference:.4f}")
+        raise InputError(f"{folder}: its D in pipeline('token-classification') is off by {difference:.4f}")
 
     log = read_metrics(run / "step3_ppo_tlcr" / "metrics.jsonl")
     judge = {key.removeprefix("eval/"): v for key, v in stages["discriminator"].items() if key.startswith("eval/")}
@@ -319,9 +320,9 @@ def show(results: dict) -> None:
     table.add_row("  F1", f"{people['f1']:.3f}")
     table.add_section()
     table.add_row(f"discriminator, revisions of {held_out} held-out prompts")
-    table.add_row("  accuracy on edited tokens", f"{judge['edited_accuracy']:.3f}")
-    table.add_row("  always the majority class", f"{judge['majority_accuracy']:.3f}")
-    table.add_row("  AUROC, positive against negative tokens", f"{judge['auroc']:.3f}")
+    table.add_row("  accuracy on edited tokens", number(judge["edited_accuracy"], 3))
+    table.add_row("  always the majority class", number(judge["majority_accuracy"], 3))
+    table.add_row("  AUROC, positive against negative tokens", number(judge["auroc"], 3))
     for name in results["methods"]:
         row = results[name]
         table.add_section()

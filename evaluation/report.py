@@ -3,11 +3,14 @@
 python evaluation/report.py OUTPUT      draws it again from the results that are there
 """
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.pictures import Html, cards, join, origin, paragraph, table_html, write_page
 from deepspeed_chat_tlcr.provenance import provenance
@@ -26,7 +29,7 @@ class Part:
     folder: str
     heading: str
     draw: Callable[[dict], Html]
-    facts: Callable[[dict], list]  # what was measured, on how many items, by which judge, US$
+    facts: Callable[[dict], list]  # what was measured, on how many items, and where there is one by which judge, US$
     program: str = ""
 
 
@@ -47,7 +50,7 @@ def refresh_report(out: str | Path) -> Path:
     found = {part.folder: load_results(out, part.folder) for part in PARTS}
     drawn = [(part.heading, drawn_part(part, out, results)) for part in PARTS if (results := found[part.folder])]
     chapters: list[tuple[str, Html]] = [("What was measured", overview(found)), *drawn]
-    chapters.append(("How this was made", join([origin(provenance()), *map(paragraph, commands(out))])))
+    chapters.append(("How this was made", join([origin(provenance()), options_of(out)])))
     if missing := [part for part in PARTS if not found[part.folder]]:
         told = [
             f"{part.heading}: not run. evaluation/{part.program or part.folder + '.py'} measures it."
@@ -63,14 +66,18 @@ def refresh_report(out: str | Path) -> Path:
     return page
 
 
-def commands(out: Path) -> list[str]:
-    """What the evaluation was asked for, where it was run as a whole."""
+def options_of(out: Path) -> Html:
+    """The options of evaluation/main.py, where it was run."""
     try:
         options = read_json(out / "run_options.json")
     except (OSError, ValueError):
-        return []
-    given = [f"--{name} {value}" for name, value in options.items() if value not in (None, "", [], False)]
-    return [f"evaluation/main.py {' '.join(given)}"]
+        return Html("")
+    rows = [
+        [f"--{name} {shlex.join(map(str, value)) if isinstance(value, list) else value}"]
+        for name, value in options.items()
+        if value is not False and value not in (None, "", [])
+    ]
+    return sections.fold("All options, defaults included", table_html(["evaluation/main.py"], rows))
 
 
 def drawn_part(part: Part, out: Path, results: dict) -> Html:
@@ -85,7 +92,7 @@ def drawn_part(part: Part, out: Path, results: dict) -> Html:
 
 
 def conclude(out: str | Path, parts: Mapping[str, Shortfall | None]) -> int:
-    """Draw the report after judged parts, and say what their verdicts lack.
+    """Draw the report after parts that may be judged, and say which verdicts are missing.
 
     Exit code: 3 where a judge stopped early, 4 where verdicts are missing although it did not; else 0.
     """
@@ -102,12 +109,20 @@ def conclude(out: str | Path, parts: Mapping[str, Shortfall | None]) -> int:
     return EXIT_MISSING if any(lacks.missing for lacks in judged.values()) else 0
 
 
+def part_program(name: str, options: type, run: Callable[[Any], Shortfall | None]) -> Callable[..., int]:
+    """A part as a program: ``run`` on its options, which says what verdicts lack where it judges; then the report."""
+
+    @exits_cleanly
+    def main(argv: Sequence[str] | None = None) -> int:
+        given = parse(options, argv)
+        return conclude(given.out, {name: run(given)})
+
+    return main
+
+
 def overview(found: dict[str, dict | None]) -> Html:
-    rows = []
-    for part in PARTS:
-        results = found[part.folder]
-        if results:
-            rows.append([part.heading, *part.facts(results)])
+    facts = {part.heading: part.facts(results) for part in PARTS if (results := found[part.folder])}
+    rows = [[heading, *told, *[None] * (4 - len(told))] for heading, told in facts.items()]
     missing = [part.heading for part in PARTS if not found[part.folder]]
     words = f"Missing: {', '.join(missing)}." if missing else "Every part was run."
     if spent := [row[-1] for row in rows if row[-1]]:

@@ -1,8 +1,6 @@
 """What the parts leave for the report: ``OUT/PART/results.json``."""
 
-import math
 from pathlib import Path
-from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_json
@@ -12,12 +10,12 @@ from deepspeed_chat_tlcr.saving import write_json
 def save_results(out: str | Path, part: str, results: dict) -> Path:
     folder = Path(out) / part
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "results.json", without_nan(results))
+    write_json(folder / "results.json", results)
     return folder / "results.json"
 
 
 def load_results(out: str | Path, part: str) -> dict | None:
-    """None where the part has not been run. Raises ``InputError`` for a file that is no result."""
+    """None where the part has not been run. Raises ``InputError`` for a file that is not a result."""
     path = Path(out) / part / "results.json"
     if not path.is_file():
         return None
@@ -28,12 +26,3 @@ def load_results(out: str | Path, part: str) -> dict | None:
     if not isinstance(found, dict):
         raise InputError(f"{path}: not results that this program wrote; remove it and run the part again")
     return found
-
-
-def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null says "not measured"."""
-    if isinstance(value, dict):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,29 +7,18 @@ python evaluation/reward_scores.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
+from deepspeed_chat_tlcr.arguments import option
+from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from deepspeed_chat_tlcr.workers import processes_of
-from evaluation.policies import (
-    Policy,
-    PolicyOptions,
-    Question,
-    Reply,
-    answer_all,
-    answers_folder,
-    in_context,
-    parse_models,
-    prompt_text,
-    torch_dtype,
-)
-from evaluation.prompts import PromptOptions, read_prompts
-from evaluation.report import refresh_report
+from evaluation.policies import PolicyOptions, Question, Reply, in_context, parse_models, prompt_text, torch_dtype
+from evaluation.prompts import PromptOptions, answer_prompts, read_prompts
+from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.scoring import DiscriminatorPath, Judge, judged, response_example
 from evaluation.stats import ratio_interval
@@ -60,9 +49,9 @@ class Answered:
         return [response_example(tokenizer, prompt, text, ended) for prompt, text, ended, _ in self.rows]
 
 
-def answers_in_context(policy: Policy, questions: Sequence[Question], replies: Mapping[int | str, Reply]) -> Answered:
-    """Prompts as the model saw them, with its answers."""
-    tokenizer = load_tokenizer(policy.path)
+def answers_in_context(path: str, questions: Sequence[Question], replies: Mapping[int | str, Reply]) -> Answered:
+    """Prompts as the model at ``path`` saw them, with its answers."""
+    tokenizer = load_tokenizer(path)
     rows = []
     for question in questions:
         reply = replies[question.id]
@@ -72,7 +61,7 @@ def answers_in_context(policy: Policy, questions: Sequence[Question], replies: M
 
 
 def said(path: str, labels: int, answered: Mapping[str, Answered], options: Options) -> dict[str, list]:
-    """What a reward model says of each answer, by the model that gave it."""
+    """What a reward model of 2 labels says of each answer's tokens, or one of 1 of each answer; by policy."""
     tokenizer = load_tokenizer(path)
     examples = {name: texts.examples(tokenizer) for name, texts in answered.items()}
     judge = Judge(path, labels, torch_dtype(options.dtype), options.attn_implementation)
@@ -89,11 +78,6 @@ def token_sums(path: str, answered: Mapping[str, Answered], options: Options) ->
             CONTINUOUS: np.array([continuous_reward(one, torch.ones_like(one)).sum().item() for one in probs]),
         }
     return sums
-
-
-def sequence_sums(path: str, answered: Mapping[str, Answered], options: Options) -> dict[str, np.ndarray]:
-    """The sequence reward of each answer, ``(N,)``, by model (Eq. 1)."""
-    return {name: np.array(found) for name, found in said(path, 1, answered, options).items()}
 
 
 def summarise(sums: Mapping[str, np.ndarray], lengths: np.ndarray) -> dict:
@@ -115,15 +99,12 @@ def run(options: Options) -> None:
     if not options.discriminator and not options.sequence_reward:
         raise InputError("name --discriminator, --sequence_reward or both: there is nothing to score with")
     questions = read_prompts(options, next(iter(models.values())))
-    answered, brevity = {}, replace(options, max_new_tokens=options.max_answer_seq_len)
-    for name, path in models.items():
-        policy = Policy(name, path, brevity)
-        replies = answer_all(policy, questions, answers_folder(options.out, questions))
-        answered[name] = answers_in_context(policy, questions, replies)
+    replies = answer_prompts(models, questions, options)
+    answered = {name: answers_in_context(path, questions, replies[name]) for name, path in models.items()}
     sums: dict[str, dict[str, np.ndarray]] = {name: {} for name in models}
     if options.sequence_reward:
-        for name, values in sequence_sums(options.sequence_reward, answered, options).items():
-            sums[name][SEQUENCE] = values
+        for name, scores in said(options.sequence_reward, 1, answered, options).items():
+            sums[name][SEQUENCE] = np.array(scores)  # Eq. 1
     if options.discriminator:
         for name, rewards in token_sums(options.discriminator, answered, options).items():
             sums[name] |= rewards
@@ -157,11 +138,7 @@ def show(results: dict) -> None:
         print(f"{name:<16}{row['response_length']:>8.1f}" + "".join(f"{cell:>30}" for cell in cells))
 
 
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(Options, argv)
-    run(options)
-    refresh_report(options.out)
+main = part_program("reward_scores", Options, run)
 
 
 if __name__ == "__main__":

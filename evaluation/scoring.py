@@ -90,7 +90,7 @@ class Judge:
         return model.to(get_accelerator().current_device_name()).eval()
 
     def ready(self) -> Callable[[Sequence[TokenizedExample]], list]:
-        """Load; what it returns judges a batch."""
+        """Load the model; the function returned judges a batch."""
         judge = token_probs if self.labels == 2 else sequence_scores
         model, pad_id = self.load(), load_tokenizer(self.path).pad_token_id
         return lambda batch: judge(model, batch, pad_id, len(batch))
@@ -99,7 +99,7 @@ class Judge:
 def judged(
     judge: Judge, examples: Mapping[str, Sequence[TokenizedExample]], batch_size: int, processes: int
 ) -> dict[str, list]:
-    """What ``judge`` says of each example, by the name it goes under; batches of similar lengths over ``processes``."""
+    """What ``judge`` says of each example, under the examples' names; batches of similar lengths over ``processes``."""
     places = [(name, batch) for name, found in examples.items() for batch in places_by_length(found, batch_size)]
     batches = [[examples[name][place] for place in batch] for name, batch in places]
     said: dict[str, list] = {name: [None] * len(found) for name, found in examples.items()}

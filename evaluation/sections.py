@@ -16,6 +16,7 @@ from deepspeed_chat_tlcr.pictures import (
     missing_chart,
     number,
     paragraph,
+    point_chart,
     radar_chart,
     sample_html,
     table_html,
@@ -23,6 +24,13 @@ from deepspeed_chat_tlcr.pictures import (
 from evaluation.published import PUBLISHED, PUBLISHED_REWARDS
 
 TURNS = ("turn 1", "turn 2", "overall")
+CURVES = {
+    "policy/perplexity": ("Perplexity of responses", ""),
+    "rollout/response_length": ("Response length", "tokens"),
+    "policy/kl": ("KL to SFT", "nats per response"),
+    "reward/per_token": ("Reward per token", "mean"),
+}
+"""Metrics of the curves in the paper's order, with their charts' titles and units; docs/metrics.md explains each."""
 
 
 def headline(found: Mapping[str, dict | None]) -> list[tuple[str, str]]:
@@ -101,12 +109,8 @@ def missing_note(results: dict) -> Html:
 
 
 def mt_bench_facts(results: dict) -> list:
-    return [
-        "ratings 1 to 10 of two-turn answers",
-        counted(results["questions"], "question"),
-        results["judge"],
-        results["usd"],
-    ]
+    measured = "ratings 1 to 10 of two-turn answers"
+    return [measured, counted(results["questions"], "question"), results["judge"], results["usd"]]
 
 
 def mt_bench(results: dict) -> Html:
@@ -223,7 +227,7 @@ def percent(value: float | None) -> float | None:
 
 def human_facts(results: dict) -> list:
     people = "1 person" if results["annotators"] == 1 else f"{results['annotators']} people"
-    return [f"votes of {people}", counted(results["items"], "item"), "people", None]
+    return [f"votes of {people}", counted(results["items"], "item"), "people"]
 
 
 def human(results: dict) -> Html:
@@ -262,12 +266,7 @@ def human(results: dict) -> Html:
 
 
 def side_by_side_facts(results: dict) -> list:
-    return [
-        f"answers of {counted(len(results['models']), 'model')}",
-        counted(len(results["samples"]), "prompt"),
-        None,
-        None,
-    ]
+    return [f"answers of {counted(len(results['models']), 'model')}", counted(len(results["samples"]), "prompt")]
 
 
 def side_by_side(results: dict) -> Html:
@@ -281,12 +280,8 @@ def side_by_side(results: dict) -> Html:
 
 
 def reward_scores_facts(results: dict) -> list:
-    return [
-        f"answers of {len(results['models'])} models under {len(results['rewards'])} rewards",
-        counted(results["prompts"], "prompt"),
-        None,
-        None,
-    ]
+    models, rewards = counted(len(results["models"]), "model"), counted(len(results["rewards"]), "reward")
+    return [f"answers of {models} under {rewards}", counted(results["prompts"], "prompt")]
 
 
 def reward_scores(results: dict) -> Html:
@@ -334,12 +329,8 @@ def paper_table(corner: str, published: Mapping[str, Mapping[str, float]], capti
 
 
 def curves_facts(results: dict) -> list:
-    return [
-        f"{counted(len(results['charts']), 'metric')} of {counted(len(results['runs']), 'run')}",
-        counted(max(results["runs"].values()), "step"),
-        None,
-        None,
-    ]
+    metrics, runs = counted(len(results["charts"]), "metric"), counted(len(results["runs"]), "run")
+    return [f"{metrics} of {runs}", counted(max(results["runs"].values()), "step")]
 
 
 def curves(results: dict) -> Html:
@@ -347,11 +338,13 @@ def curves(results: dict) -> Html:
     for chart in results["charts"]:
         lines = [Series(one["name"], one["x"], [nan(y) for y in one["y"]]) for one in chart["series"]]
         drawn.append(line_chart(lines, chart["title"], "step", chart["unit"], results["smoothing"]))
-    drawn += [missing_chart(key, "not recorded by any run") for key in results["absent"]]
-    note = "Lines are smoothed, raw values behind them. The same charts as PNG are in curves/." * bool(
-        results["smoothing"]
-    )
-    return join([columns(*drawn, kind="charts"), paragraph(note, "note") if note else ""])
+    titles = [CURVES.get(key, (key, ""))[0] for key in results["absent"]]
+    drawn += [missing_chart(title, "not recorded by any run") for title in titles]
+    if both := results.get("frontier"):
+        points = [(name, *place) for name, place in both["points"].items()]
+        drawn.append(point_chart(points, "Frontier of two objectives", *both["keys"], line=both["on"]))
+    note = "Lines are smoothed, with the raw values behind them. " if results["smoothing"] else ""
+    return join([columns(*drawn, kind="charts"), paragraph(f"{note}The same charts as PNG are in curves/.", "note")])
 
 
 # ---- shared ---------------------------------------------------------------------------------------------------------

@@ -5,24 +5,14 @@ python evaluation/side_by_side.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from deepspeed_chat_tlcr.arguments import option, parse
-from deepspeed_chat_tlcr.errors import exits_cleanly
+from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.pictures import TokenScores
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import (
-    Policy,
-    PolicyOptions,
-    Question,
-    answer_all,
-    answers_folder,
-    parse_models,
-    torch_dtype,
-)
-from evaluation.prompts import PromptOptions, prompt_id, read_prompts
-from evaluation.report import refresh_report
+from evaluation.policies import PolicyOptions, Question, answers_folder, parse_models, torch_dtype
+from evaluation.prompts import PromptOptions, answer_prompts, prompt_id, read_prompts
+from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.reward_scores import Answered, answers_in_context
 from evaluation.scoring import DiscriminatorPath, Judge, as_record, heatmap
@@ -63,7 +53,7 @@ def coloured(answered: dict[str, Answered], options: Options) -> dict[str, list[
     drawn: dict[str, list[TokenScores]] = {}
     for name, one in answered.items():
         maps = [heatmap(tokenizer, model, example) for example in one.examples(tokenizer)]
-        drawn[name] = [TokenScores(m.tokens, m.values, caption(name, m)) for m in maps]
+        drawn[name] = [replace(scores, caption=caption(name, scores)) for scores in maps]
     return drawn
 
 
@@ -76,13 +66,9 @@ def caption(name: str, scores: TokenScores) -> str:
 def run(options: Options) -> None:
     models = parse_models(options.models)
     questions = prompts_to_answer(options, models)
-    brief = replace(options, max_new_tokens=options.max_answer_seq_len)
     shown = questions if options.show else questions[: options.shown]
-    answered = {}
-    for name, path in models.items():
-        policy = Policy(name, path, brief)
-        replies = answer_all(policy, questions, answers_folder(options.out, questions))
-        answered[name] = answers_in_context(policy, shown, replies)
+    replies = answer_prompts(models, questions, options)
+    answered = {name: answers_in_context(path, shown, replies[name]) for name, path in models.items()}
     drawn = coloured(answered, options)
     samples = [
         {
@@ -97,11 +83,7 @@ def run(options: Options) -> None:
     save_results(options.out, "side_by_side", results)
 
 
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse(Options, argv)
-    run(options)
-    refresh_report(options.out)
+main = part_program("side_by_side", Options, run)
 
 
 if __name__ == "__main__":

@@ -14,15 +14,15 @@ RESAMPLES = 2000
 def bootstrap_interval(columns: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of the mean of all entries of ``columns`` ``(N, C)``, whose N rows are resampled.
 
-    A row is what was drawn together: both turns of a question, the answers to a prompt. NaN: not measured. For a
-    difference of two models give the rows' differences: then the resampling is paired.
+    A row is what was drawn together: both turns of a question, the answers to a prompt. NaN means not measured. To
+    compare two models, pass the differences of their rows: the resampling is then paired.
     """
     rows = np.atleast_2d(np.asarray(columns, float).T).T
     rows = rows[np.isfinite(rows).any(axis=1)]
     return ratio_interval(np.nansum(rows, axis=1), np.isfinite(rows).sum(axis=1))
 
 
-def ratio_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def ratio_interval(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
     """95 % percentile bootstrap interval of sum(``sums``) / sum(``counts``), both ``(N,)``, resampled together."""
     if len(sums) < 2:
         return math.nan, math.nan
@@ -38,7 +38,7 @@ def ratio_interval(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> tuple
         n_resamples=RESAMPLES,
         confidence_level=CONFIDENCE,
         method="percentile",
-        rng=np.random.default_rng(seed),
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return float(found.low), float(found.high)
 
@@ -58,7 +58,7 @@ def share_interval(votes: np.ndarray, raters: int) -> tuple[float, float]:
     """95 % interval of a share of all votes: ``votes`` ``(N,)`` of ``raters`` on each of N items.
 
     One annotator: Wilson's binomial interval. Several: their votes on an item are not independent, so items are
-    resampled (bootstrap), and what everybody does alike still has Wilson's interval over items.
+    resampled (bootstrap); where no item differs from another, it is Wilson's interval over items.
     """
     votes = np.asarray(votes, float)
     if raters == 1 or np.ptp(votes) == 0:
@@ -78,14 +78,14 @@ class HeadToHead:
     win_rate: float  # wins and half the ties
     interval: tuple[float, float]
     p_value: float  # exact sign test of wins against losses
-    first_shown_preferred: float  # of all verdicts that are no tie: position bias, 0.5 is none
+    first_shown_preferred: float  # of all verdicts but ties: position bias, 0.5 is none
 
 
 def head_to_head(verdicts: Sequence[tuple[str, str]]) -> HeadToHead:
     """From ``(verdict with the first model shown first, verdict with it shown second)``, each "first", "second", "tie".
 
-    The words are about what was shown first or second. A model wins an item where it is preferred in one order and not
-    beaten in the other; where the two orders prefer different models, or both say tie, the item is a tie.
+    "first" and "second" are places in which answers were shown. A model wins an item where it is preferred in one order
+    and not beaten in the other; where the two orders prefer different models, or both say tie, the item is a tie.
     """
     points = {"first": 1, "second": -1, "tie": 0}
     sums = [points[one] - points[other] for one, other in verdicts]
@@ -108,8 +108,8 @@ def head_to_head(verdicts: Sequence[tuple[str, str]]) -> HeadToHead:
 def longer_preferred(verdicts: Sequence[tuple[str, str]], lengths: Sequence[tuple[int, int]]) -> float:
     """Length bias: of the verdicts that prefer one of two answers, the share that prefers the longer one; 0.5 is none.
 
-    ``verdicts`` as for ``head_to_head``; ``lengths``: the first model's answer and the other's, where they are equal
-    nothing is counted. NaN where nothing is left.
+    ``verdicts`` as for ``head_to_head``; ``lengths``: those of the first model's answer and the other's, which do not
+    count where they are equal. NaN where nothing counts.
     """
     longer = []
     for (one, other), (mine, theirs) in zip(verdicts, lengths, strict=True):

@@ -16,7 +16,7 @@ from rich.table import Table
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.results import load_results, without_nan
+from evaluation.results import load_results
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class Options:
 
 
 def measures(evaluation: Path) -> dict[str, dict[str, float]]:
-    """By model: MT-Bench's three ratings, sums of rewards per answer, answers' length; what was measured of them."""
+    """By model, what was measured: MT-Bench's three ratings, sums of rewards per answer, answers' length."""
     found: dict[str, dict[str, float]] = {}
     for name, rated in ((load_results(evaluation, "mt_bench") or {}).get("models") or {}).items():
         parts = ("turn 1", "turn 2", "overall")
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not seeds:
         raise InputError(f"{run}: no seed-*/evaluation with MT-Bench or reward scores; run evaluate_table1.sh first")
     table = over_seeds(seeds)
-    write_json(run / "table1.json", without_nan({"seeds": list(seeds), "models": table}))
+    write_json(run / "table1.json", {"seeds": list(seeds), "models": table})
     columns = list(dict.fromkeys(measure for measured in table.values() for measure in measured))
     printed = Table(title=f"Mean ± standard deviation over {len(seeds)} seed{'s' * (len(seeds) > 1)}")
     for name in ("method", *columns):

@@ -1,4 +1,4 @@
-"""A judge's verdict in what it wrote: the last one that is its own, not one that it quotes from a judged answer."""
+"""Reads a judge's verdict from its text: the last one of its own, not one that it quotes from a judged answer."""
 
 import re
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ _BEHIND = re.compile(r"[\s*_`.!)\]]*")
 def read_rating(text: str, answers: Sequence[str] = ()) -> dict:
     """``[[8]]``, ``[[ 8/10 ]]``, ``Rating: 8``, ``**Score:** [8]`` or ``8/10``: ``{"score": 1 to 10}``.
 
-    ``answers``: what is judged. Raises ``Unusable`` where there is no rating of the judge's own, or not from 1 to 10.
+    ``answers``: what is judged. Raises ``Unusable`` where the judge has no rating of its own, or one outside 1 to 10.
     """
     quotable = {_rating(found) for answer in answers for found in _QUOTABLE_RATING.finditer(answer)}
     rating = last_own(text, [(found, _rating(found)) for found in _RATING.finditer(text)], quotable)
@@ -45,7 +45,7 @@ def read_rating(text: str, answers: Sequence[str] = ()) -> dict:
 def read_preference(text: str, answers: Sequence[str] = ()) -> dict:
     """``[[A]]``, ``[[ b ]]``, or ``Verdict: C`` at the end of a line: ``{"verdict": "first", "second" or "tie"}``.
 
-    ``answers``: what is judged. Raises ``Unusable`` where there is no verdict of the judge's own.
+    ``answers``: what is judged. Raises ``Unusable`` where the judge has no verdict of its own.
     """
     quotable = {_place(found) for answer in answers for found in _PREFERENCE.finditer(answer)}
     verdict = last_own(text, [(found, _place(found)) for found in _PREFERENCE.finditer(text)], quotable)
@@ -55,10 +55,10 @@ def read_preference(text: str, answers: Sequence[str] = ()) -> dict:
 
 
 def last_own(text: str, found: Sequence[tuple[re.Match, Verdict]], quotable: set[Verdict]) -> Verdict | None:
-    """The last of the verdicts ``found`` in a judge's ``text`` that is its own; None where there is none.
+    """The judge's own last verdict, of those ``found`` in its ``text``; None where there is none.
 
-    One that an answer states too (``quotable``) may be a quotation, by which a policy could plant its own score: any
-    other goes before it, and alone it counts only where it has the last line to itself.
+    A verdict that an answer states too (``quotable``) may be a quotation, with which a policy could plant its own
+    score. Any other verdict is preferred to it, and without another it counts only if it fills the last line.
     """
     own = [verdict for _, verdict in found if verdict not in quotable]
     if not own and found and _closes(text, found[-1][0]):
@@ -75,6 +75,6 @@ def _place(found: re.Match) -> str:
 
 
 def _closes(text: str, found: re.Match) -> bool:
-    """Whether a verdict has the last line to itself."""
+    """Whether a verdict fills the last line."""
     line = text[text.rfind("\n", 0, found.start()) + 1 : found.start()]
     return _BEFORE.fullmatch(line) is not None and _BEHIND.fullmatch(text, found.end()) is not None

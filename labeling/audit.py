@@ -1,23 +1,21 @@
-"""What a labelling has brought, on one page: audit.html for people, audit.json for programs, beside the revisions.
+"""An overview of a labelling's revisions: audit.html for people, audit.json for programs, beside the revisions.
 
 python labeling/audit.py OUTPUT/labeling/revisions.jsonl --tokenizer MODEL
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import Parser
-from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     Html,
-    Sample,
     Series,
     cards,
     columns,
@@ -27,20 +25,19 @@ from deepspeed_chat_tlcr.pictures import (
     line_chart,
     number,
     paragraph,
-    sample_html,
     table_html,
     write_page,
 )
 from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions, require_file
-from deepspeed_chat_tlcr.saving import require_writable
+from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from labeling.audit_statistics import POSITIONS, Audit, Span
 from labeling.importing import qa_feedback_preference
 from labeling.revising import MAX_EDIT_RATIO
-from labeling.show import revision_sample
+from labeling.show import revision_sample, sample_with_reasoning
 
 WORDS_SHOWN = 15
-"""Words in each list on the page; audit.json has more."""
+"""Words in each list on the page. audit.json has more."""
 
 
 def read_error_spans(path: str) -> dict[str, list[Span]]:
@@ -63,6 +60,7 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
         Series(name, middle, [float("nan") if share is None else share for share in summary["by_position"][name]])
         for name in ("negative", "positive")
     ]
+    names = ("mean", "p10", "median", "p90")
     charts = columns(
         histogram(audit.ratios, "Edit ratio: share of words edited", "edit ratio", "revisions", x_range=(0.0, 1.0)),
         histogram(audit.growth, "Change in length", "tokens modified − rejected", "revisions"),
@@ -80,8 +78,8 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
     spread = table_html(
         ["", "mean", "10 %", "median", "90 %"],
         [
-            ["edit ratio", *(ratio[name] for name in ("mean", "p10", "median", "p90"))],
-            ["length change, tokens", *(growth[name] for name in ("mean", "p10", "median", "p90"))],
+            ["edit ratio", *(ratio[name] for name in names)],
+            ["length change, tokens", *(growth[name] for name in names)],
         ],
     )
     words = columns(
@@ -95,8 +93,8 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
             [f"suspected rewrites: edit ratio above {rewrites['above']:g}", rewrites["count"]],
             ["unedited", summary["unedited"]],
             ["identical to the chosen response", summary["identical_to_chosen"]],
-            ["with differences that nobody sees (line ends, spaces, quotes)", summary["unseen_differences"]],
-            ["of a pair that has one already", summary["repeated_pairs"]],
+            ["with invisible differences (line ends, spaces, quotes)", summary["unseen_differences"]],
+            ["further revisions of a pair", summary["repeated_pairs"]],
             ["the same text for the same pair again", summary["repeated_revisions"]],
         ],
     )
@@ -106,30 +104,25 @@ def sections(audit: Audit, summary: dict) -> list[tuple[str, object]]:
         ("What to look at", doubts),
     ]
     if "agreement_with_people" in summary:
-        result.append(("Agreement with people", agreement(summary["agreement_with_people"])))
+        figures = summary["agreement_with_people"]
+        text = (
+            "Tokens that the revision deletes or replaces, against the error spans that people marked in the same "
+            f"{figures['responses']} responses."
+        )
+        shown = ("precision", "recall", "f1", "edited", "marked", "tokens")
+        table = table_html(["", *shown], [["tokens", *(figures[name] for name in shown)]], digits=3)
+        result.append(("Agreement with people", join([paragraph(text), table])))
     most = [revision for _, _, revision in sorted(audit.most_edited, key=lambda entry: entry[:2], reverse=True)]
     result.append(("Most edited", pictures(audit.tokenizer, most)))
     result.append(("At random", pictures(audit.tokenizer, audit.random_ones)))
     return result
 
 
-def agreement(figures: dict) -> Html:
-    text = (
-        "Tokens that the revision deletes or replaces, against the error spans that people marked in the same "
-        f"{figures['responses']} responses."
-    )
-    names = ("precision", "recall", "f1", "edited", "marked", "tokens")
-    table = table_html(["", *names], [["tokens", *(figures[name] for name in names)]], digits=3)
-    return join([paragraph(text), table])
-
-
 def pictures(tokenizer: PreTrainedTokenizerFast, revisions: Sequence[Revision]) -> Html:
     parts = [legend_html("label")]
     for revision in revisions:
-        sample = revision_sample(tokenizer, revision)
-        parts.append(sample_html(Sample(sample.prompt, sample.texts, revision.id, sample.note)))
-        if revision.reasoning:
-            parts.append(paragraph(f"Reviser: {revision.reasoning}", "note"))
+        sample = replace(revision_sample(tokenizer, revision), title=revision.id)
+        parts.append(sample_with_reasoning(sample, revision.reasoning))
     return join(parts)
 
 
@@ -154,8 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not audit.ratios:
         raise InputError(f"{options.revisions}: no revisions in it")
     summary = audit.summary()
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "audit.json", [json.dumps(summary, indent=1, ensure_ascii=False) + "\n"])
+    write_json(folder / "audit.json", summary)
     tokens = summary["tokens"]
     lead = cards(
         [
@@ -168,11 +160,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     page = write_page(folder / "audit.html", f"Audit of {Path(options.revisions).name}", sections(audit, summary), lead)
     print(f"{page} and {folder / 'audit.json'}: {summary['revisions']} revisions")
-    if "agreement_with_people" in summary:
-        figures = summary["agreement_with_people"]
-        print(
-            "agreement with people: " + ", ".join(f"{name} {figures[name]}" for name in ("precision", "recall", "f1"))
-        )
+    if figures := summary.get("agreement_with_people"):
+        shown = (f"{name} {figures[name]}" for name in ("precision", "recall", "f1"))
+        print("agreement with people: " + ", ".join(shown))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Figures about a set of revisions, gathered in one streaming pass: what labeling/audit.py writes."""
+"""Statistics of a set of revisions, gathered in one streaming pass, for labeling/audit.py."""
 
 import heapq
 import random
@@ -44,10 +44,9 @@ class SpanAgreement:
             self.tokens += 1
 
     def summary(self) -> dict:
-        """Token precision, recall and F1 of the labels, people's spans taken as the truth (None: nothing to count)."""
+        """Token precision, recall and F1 of the labels, with people's spans as the truth; None: nothing to count."""
         precision, recall = _share(self.both, self.edited), _share(self.both, self.marked)
-        found = precision is not None and recall is not None
-        f1 = 2 * precision * recall / (precision + recall) if found and precision + recall else None
+        f1 = 2 * precision * recall / (precision + recall) if precision and recall else None
         counts = {"responses": self.responses, "tokens": self.tokens, "edited": self.edited, "marked": self.marked}
         return {"precision": precision, "recall": recall, "f1": f1, **counts}
 
@@ -60,9 +59,9 @@ def is_marked(token: Span, spans: Sequence[Span]) -> bool:
 def visible_tokens(
     tokenizer: PreTrainedTokenizerFast, revision: Revision, rejected: TokenizedExample
 ) -> list[tuple[int, Span]]:
-    """The tokens of a whole rejected response that show something, EOS and white space not among them.
+    """The visible tokens of a whole rejected response: not EOS, not white space.
 
-    Each as its place among the response's tokens, and its visible characters, counted from the response's first one.
+    Each with its place among the response's tokens and its visible characters, counted from the response's first one.
     """
     text = revision.prompt + revision.rejected
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
@@ -77,21 +76,12 @@ def visible_tokens(
     return tokens
 
 
-def add_agreement(
-    agreement: SpanAgreement, tokenizer: PreTrainedTokenizerFast, revision: Revision, spans_of: dict[str, list[Span]]
-):
-    """``spans_of`` maps a rejected response's text, white space around it stripped, to its error spans."""
-    spans = spans_of.get(revision.rejected.strip())
-    if spans is None:
-        return
-    rejected, _ = label_revision(tokenizer, revision, WHOLE)
-    visible = visible_tokens(tokenizer, revision, rejected)
-    agreement.add([token for _, token in visible], [rejected.targets[place] for place, _ in visible], spans)
-
-
 @dataclass
 class Audit:
-    """Feed revisions to ``add``; ``summary`` is the content of audit.json."""
+    """Feed revisions to ``add``; ``summary`` is the content of audit.json.
+
+    ``spans_of``: error spans by the rejected response's text, without white space around it.
+    """
 
     tokenizer: PreTrainedTokenizerFast
     max_edit_ratio: float = MAX_EDIT_RATIO
@@ -131,13 +121,17 @@ class Audit:
             self.random_ones[place] = revision
         keep = heapq.heappush if number < SHOWN else heapq.heappushpop
         keep(self.most_edited, (ratio, number, revision))
-        if self.spans_of:
-            add_agreement(self.agreement, self.tokenizer, revision, self.spans_of)
+        spans = self.spans_of.get(revision.rejected.strip())
+        if spans is not None:
+            rejected, _ = label_revision(self.tokenizer, revision, WHOLE)
+            visible = visible_tokens(self.tokenizer, revision, rejected)
+            targets = [rejected.targets[place] for place, _ in visible]
+            self.agreement.add([token for _, token in visible], targets, spans)
 
     def _count_tokens(self, revision: Revision):
-        sides = []
-        for text in (revision.rejected, revision.modified):
-            sides.append(tokenize_response(self.tokenizer, revision.prompt, text).response_ids[:-1])  # without EOS
+        texts = (revision.rejected, revision.modified)
+        examples = [tokenize_response(self.tokenizer, revision.prompt, text) for text in texts]
+        sides = [example.response_ids[:-1] for example in examples]  # without EOS
         self.growth.append(len(sides[1]) - len(sides[0]))
         targets = edit_targets(*sides)
         for counts, labels in zip((self.rejected_labels, self.modified_labels), targets, strict=True):
@@ -153,9 +147,10 @@ class Audit:
             counter.update(word.lower() for word, label in zip(words, labels, strict=True) if label != NEUTRAL)
 
     def summary(self) -> dict:
-        negative, positive = self.rejected_labels[:, 1], self.modified_labels[:, 1]
+        negative, positive = int(self.rejected_labels[:, 1].sum()), int(self.modified_labels[:, 1].sum())
         counts, edges = np.histogram(self.ratios, bins=20, range=(0, 1))
         rejected, modified = int(self.rejected_labels.sum()), int(self.modified_labels.sum())
+        places = {"negative": self.rejected_labels.tolist(), "positive": self.modified_labels.tolist()}
         result = {
             "revisions": len(self.ratios),
             "unedited": self.unedited,
@@ -173,15 +168,14 @@ class Audit:
                 "ids": self.rewrites[:1000],
             },
             "tokens": {
-                "rejected": {"negative": int(negative.sum()), "neutral": rejected - int(negative.sum())},
-                "modified": {"positive": int(positive.sum()), "neutral": modified - int(positive.sum())},
-                "share_negative": _share(int(negative.sum()), rejected),
-                "share_positive": _share(int(positive.sum()), modified),
+                "rejected": {"negative": negative, "neutral": rejected - negative},
+                "modified": {"positive": positive, "neutral": modified - positive},
+                "share_negative": _share(negative, rejected),
+                "share_positive": _share(positive, modified),
             },
             "length_change_tokens": _spread(self.growth),
             "by_position": {
-                "negative": [_share(int(edited), int(edited + kept)) for kept, edited in self.rejected_labels],
-                "positive": [_share(int(edited), int(edited + kept)) for kept, edited in self.modified_labels],
+                name: [_share(edited, edited + kept) for kept, edited in labels] for name, labels in places.items()
             },
             "most_deleted_words": self.deleted.most_common(30),
             "most_added_words": self.added.most_common(30),

@@ -1,7 +1,7 @@
-"""Differences between a response and its revision that nobody sees, and that would become labels all the same.
+"""Undo invisible differences between a response and its revision, which would otherwise become labels.
 
-A model that revises a text hands it back with line feeds for CRLF, without the spaces at line ends, with accents
-composed, quotes straight or double spaces single. ``in_convention_of`` takes such differences back.
+A model that revises a text returns it with LF for CRLF, without spaces at line ends, with composed accents, straight
+quotes or single spaces. ``in_convention_of`` restores the original's form.
 """
 
 import unicodedata
@@ -15,20 +15,20 @@ _UNIT = regex.compile(
     r"[ \t\xa0]*(?:\r\n|\n|\r)"  # a line end with the spaces in front of it
     r"|(?<=\S)[ \xa0\u2009\u202f]+(?=\S)"  # the space between two words
     r"|\.\.\."
-    r"|\X[\xad\u200b\u2060\ufeff]*"  # a character with its combining marks, and what takes no room behind it
+    r"|\X[\xad\u200b\u2060\ufeff]*"  # a character with combining marks and zero-width characters behind it
 )
 _ODD = ("\r", "  ", " \n", "\t\n", "...")
 _PLAIN = {"\xa0": " ", "\u2009": " ", "\u202f": " ", "\u2010": "-", "\u2011": "-", "\u2026": "..."}
 _PLAIN |= dict.fromkeys("\u2018\u2019\u201a\u201b", "'") | dict.fromkeys("\u201c\u201d\u201e\u201f", '"')
 _PLAIN |= dict.fromkeys("\xad\u200b\u2060\ufeff", "")
-_MOST_CELLS = 4 * 10**8  # of the alignment's table, a bit each: 50 MB
+_MOST_CELLS = 4 * 10**8  # of the alignment's table, one bit each: 50 MB
 
 
 def in_convention_of(rejected: str, modified: str) -> str:
-    """``modified`` with everything that looks as it does in ``rejected`` written as it is there.
+    """``modified``, with whatever looks the same in ``rejected`` written as it is there.
 
-    What ``rejected`` does not have gets its line ends and composition, and plain quotes, spaces and hyphens for kinds
-    that ``rejected`` never uses. Two texts of more than 20,000 characters each are not aligned, only given these.
+    New text gets the line ends and composition of ``rejected``, and plain quotes, spaces and hyphens instead of special
+    ones that ``rejected`` never uses. Two texts of more than 20,000 characters each get only the latter.
 
     >>> in_convention_of("It\\u2019s  bad.\\r\\nBye.", "It's good.\\nBye.")
     'It’s  good.\\r\\nBye.'
@@ -41,28 +41,28 @@ def in_convention_of(rejected: str, modified: str) -> str:
     form: Literal["NFC", "NFD"] = "NFC" if unicodedata.is_normalized("NFC", rejected) else "NFD"
     plain = str.maketrans({odd: usual for odd, usual in _PLAIN.items() if odd not in rejected})
 
-    def adapted(units: list[str]) -> list[str]:
-        return [
-            line_end if _seen(unit) == "\n" else unicodedata.normalize(form, unit).translate(plain) for unit in units
-        ]
+    def adapted(unit: str) -> str:
+        return line_end if _seen(unit) == "\n" else unicodedata.normalize(form, unit).translate(plain)
 
     if len(before) * len(after) > _MOST_CELLS:
-        return "".join(adapted(after))
+        return "".join(map(adapted, after))
     written: list[str] = []
     for step in LCSseq.opcodes(seen_before, seen_after):
-        is_kept = step.tag == "equal"
-        written += before[step.src_start : step.src_end] if is_kept else adapted(after[step.dest_start : step.dest_end])
+        if step.tag == "equal":
+            written += before[step.src_start : step.src_end]
+        else:
+            written += map(adapted, after[step.dest_start : step.dest_end])
     return "".join(written)
 
 
 def _is_plain(text: str) -> bool:
-    """Whether a text can only be written in one way: most are, and need no alignment."""
+    """Whether a text has nothing that could be written in another way, as most have: then no alignment is needed."""
     return text.isascii() and not any(odd in text for odd in _ODD)
 
 
 @lru_cache(maxsize=4096)
 def _seen(unit: str) -> str:
-    """What is seen of a unit: the same text for all that look alike."""
+    """A unit's appearance: the same text for all units that look alike."""
     if unit[-1] in "\r\n":
         return "\n"
     plain = unicodedata.normalize("NFC", unit).translate(_TABLE)

@@ -1,6 +1,6 @@
 """Revisions made elsewhere (--from FILE): the released code's files, QA-feedback, or our own lines.
 
-.json (one list of objects), .jsonl, and either with .gz. Which schema it is, the first record's keys tell.
+Reads .json (one list of objects) and .jsonl, also with .gz. The keys of the first record decide the schema.
 """
 
 import hashlib
@@ -13,20 +13,20 @@ from deepspeed_chat_tlcr.asking.journal import RunFolder
 from deepspeed_chat_tlcr.asking.progress import Totals
 from deepspeed_chat_tlcr.data.sources import read_records, suffix_of
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import Preference, Revision
+from deepspeed_chat_tlcr.records import Preference, Revision, sha256_of
 from labeling.convention import in_convention_of
 from labeling.options import Options
 from labeling.prompt import framed_as, has_stray_tag, parse_answer, prompt_of
-from labeling.revising import describe
+from labeling.revising import describe, revision_of
 
 Read = Callable[[dict], Revision]
 
 
 def released_revision(record: dict) -> Revision:
-    """A record of the released code: ``context``, ``chosen_response``, ``reject_response`` and ``raw_response`` (the
-    whole answer of GPT-4) or ``response`` (the modified text cut out of it, an end tag often still there).
+    """A record of the released code: ``context``, ``chosen_response``, ``reject_response`` and ``raw_response``
+    (GPT-4's whole answer) or ``response`` (the modified text cut out of it, often with an end tag).
 
-    The texts become HH-RLHF's form: responses begin with a space.
+    The result has HH-RLHF's form: responses begin with a space.
     """
     prompt = prompt_of(record["context"])
     chosen, rejected = (_response(record[key]) for key in ("chosen_response", "reject_response"))
@@ -39,13 +39,12 @@ def released_revision(record: dict) -> Revision:
         raise Unusable("tags_missing" if record.get("raw_response") else "empty")
     if has_stray_tag(answer.modified, rejected):
         raise Unusable("tags_missing")
-    return _revision(
-        Preference(prompt, chosen, rejected), answer.modified, answer.reasoning, record.get("model", "imported")
-    )
+    pair, model = Preference(prompt, chosen, rejected), record.get("model", "imported")
+    return _revision(pair, answer.modified, answer.reasoning, model)
 
 
 def qa_feedback_revision(record: dict, passages: int = 0) -> Revision:
-    """A QA-feedback record: a person's minimal correction of a model's answer plays the external model's part."""
+    """A QA-feedback record, with a person's minimal correction of a model's answer as the modified response."""
     preference = qa_feedback_preference(record, passages)
     modified = framed_as(preference.rejected, record["corrected"])
     return _revision(preference, modified, "", "person")
@@ -68,11 +67,9 @@ def own_revision(record: dict) -> Revision:
 
 
 def reader_for(record: dict, passages: int = 0) -> Read:
-    """Raises ``InputError`` where the keys are those of no known schema."""
-    if {"context", "chosen_response", "reject_response"} <= record.keys() and {
-        "raw_response",
-        "response",
-    } & record.keys():
+    """The reader for a record's schema. Raises ``InputError`` for an unknown one."""
+    has_response = "raw_response" in record or "response" in record
+    if {"context", "chosen_response", "reject_response"} <= record.keys() and has_response:
         return released_revision
     if {"question", "prediction", "corrected", "gold"} <= record.keys():
         return lambda record: qa_feedback_revision(record, passages)
@@ -86,10 +83,8 @@ def reader_for(record: dict, passages: int = 0) -> Read:
 
 
 def _revision(preference: Preference, modified: str, reasoning: str, model: str, usage: dict | None = None) -> Revision:
-    texts = (preference.prompt, preference.chosen, preference.rejected, _text(modified), _text(reasoning), _text(model))
-    prompt, chosen, rejected, modified, reasoning, model = texts
-    modified = in_convention_of(rejected, modified)
-    return Revision(preference.id, prompt, chosen, rejected, modified, reasoning, model, usage or {})
+    modified = in_convention_of(preference.rejected, _text(modified))
+    return revision_of(preference, modified, _text(reasoning), _text(model), usage or {})
 
 
 def _text(value) -> str:
@@ -106,25 +101,18 @@ def _response(text: str) -> str:
 # ---- reading and writing ---------------------------------------------------------------------------------------------
 
 
-def read_objects(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """("file:line" or "file: record n", object), streaming: a list of objects is not loaded as a whole."""
-    path = Path(path)
+def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, str, str]]:
+    """Revisions, and (id, reason, raw text) of records without a modified response, one at a time.
+
+    Raises ``InputError`` with the place of a record that does not fit the schema.
+    """
     if not path.is_file():
         raise InputError(f"--from {path}: no such file")
     if suffix_of(path) in (None, ".parquet"):
         raise InputError(f"--from {path}: expected .json, .jsonl, or either with .gz")
-    by_line = suffix_of(path).startswith(".jsonl")
-    for number, (line, record) in enumerate(read_records(path, ()), 1):
-        yield f"{path}:{line}" if by_line else f"{path}: record {number}", record
-
-
-def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, str, str]]:
-    """Revisions, and (id, reason, raw text) of records without a modified response.
-
-    Raises ``InputError`` with the place of a record that is not of the schema.
-    """
     read = None
-    for place, record in read_objects(path):
+    by_line = suffix_of(path).startswith(".jsonl")  # else all records may stand on one line
+    for number, (line, record) in enumerate(read_records(path, ()), 1):
         try:
             read = read or reader_for(record, passages)
             yield read(record)
@@ -133,7 +121,7 @@ def read_file(path: Path, passages: int = 0) -> Iterator[Revision | tuple[str, s
             yield id, unusable.reason, record.get("raw_response") or record.get("response") or ""
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"{place}: {what}") from None
+            raise InputError(f"{path}:{line}: {what}" if by_line else f"{path}: record {number}: {what}") from None
 
 
 def import_revisions(options: Options) -> int:
@@ -141,7 +129,7 @@ def import_revisions(options: Options) -> int:
     path = Path(options.import_file)
     if not sum(1 for _ in read_file(path, options.passages)):  # the whole file is checked before one line is written
         raise InputError(f"--from {path}: no records in it")
-    settings = {"reviser": "import", "data": f"sha256 {_content_hash(path)}", "passages": options.passages}
+    settings = {"reviser": "import", "data": f"sha256 {sha256_of(path).hex()[:16]}", "passages": options.passages}
     seen: set[int] = set()
     identical = repeated = 0
     with RunFolder(options.output_dir) as folder:
@@ -177,11 +165,3 @@ def import_revisions(options: Options) -> int:
     print(describe(summary, folder.path))
     print(f"  {identical} unedited (kept: all neutral), {repeated} repeated pairs left out")
     return 0
-
-
-def _content_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:16]

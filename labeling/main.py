@@ -87,13 +87,13 @@ def label(options: Options) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
-        told = f"error: {options.output_dir} cannot be written ({error.strerror}); nothing that was paid for is lost: "
-        print(told + "make room, and the same command continues", file=sys.stderr, flush=True)
+        message = f"error: {options.output_dir} cannot be written ({error.strerror}); nothing that was paid for is lost"
+        print(f"{message}: make room, and the same command continues", file=sys.stderr, flush=True)
         return EXIT_RESUMABLE
     except InputError as error:
         raise InputError(endpoint.redact(str(error))) from None
     except Exception:
-        # Whatever broke, its message may quote a header: the traceback is shown without secrets.
+        # The message may quote a header: print the traceback without secrets.
         print(endpoint.redact(traceback.format_exc()), file=sys.stderr)
         return EXIT_OTHER
 
@@ -126,7 +126,7 @@ def revise(
         hours = expected.hours
         endpoint.dialect.context = ask_about_model(options, options.model, hours, "--model (LABEL_MODEL)")
     if options.retry_failed:
-        # They get their outcome anew; until then their old lines stay, and the next start drops those settled.
+        # Their old lines stay until there is a new outcome; the next start drops them.
         state.attempts.clear()
 
     def requests() -> Iterator[ChatRequest]:
@@ -152,7 +152,7 @@ def revise(
 
 
 def finish(options, folder, settings, about, selection, seconds, stopped) -> int:
-    """Say and write what the files now hold; the exit code."""
+    """Print and write what the files now hold. Returns the exit code."""
     state = folder.read_state(options.n)
     left = int(to_ask(selection, state, options.n, False)[1].sum())
     failed, done = len(state.failures), len(state.failures) + len(state.results)
@@ -166,9 +166,12 @@ def finish(options, folder, settings, about, selection, seconds, stopped) -> int
     folder.write_summary(summary)
     print(describe(summary, folder.path), flush=True)
     if too_many:
-        told = f"{failed} of {done} failed, more than --max_failure_share {options.max_failure_share:g}: not complete. "
-        advice = "failures.jsonl has the reasons; --retry_failed asks again, a larger share accepts what is there"
-        print(told + advice, file=sys.stderr, flush=True)
+        print(
+            f"{failed} of {done} failed, more than --max_failure_share {options.max_failure_share:g}: not complete. "
+            "failures.jsonl has the reasons; --retry_failed asks again, a larger share accepts the rest",
+            file=sys.stderr,
+            flush=True,
+        )
         return EXIT_FAILURES
     if left == 0 and not (stopped and options.retry_failed):
         return EXIT_COMPLETE
@@ -178,8 +181,8 @@ def finish(options, folder, settings, about, selection, seconds, stopped) -> int
 
 
 def load_pairs(options: Options) -> Preferences:
-    """The reward part of the data. With nothing for SFT and RL, as in 0,10,0, that is every pair there is: also the
-    tenth that other stages hold out of data without an eval split of its own.
+    """The reward part of the data. With nothing for SFT and RL, as in 0,10,0, that is every pair, also the tenth that
+    other stages hold out of data without an eval split.
     """
     from deepspeed_chat_tlcr.tokenization import load_tokenizer  # brings PyTorch, which --help need not wait for
 
@@ -194,14 +197,14 @@ def load_pairs(options: Options) -> Preferences:
     for_sft, _, for_rl = parse_data_split(options.data_split)
     whole = [path for path in options.data_path if find_source(path).eval is None]
     if options.split == "train" and for_sft == for_rl == 0 and whole:
-        # Of very little data nothing may have been held out.
+        # Very little data may have nothing held out.
         with suppress(InputError):
             pairs += load(whole, split="eval")
     return pairs
 
 
 def settings_of(options: Options, selection: Selection, template: str) -> dict:
-    """What must not change under one output folder."""
+    """The settings that must not change in an output folder."""
     asked = options.reviser == "openai"
     return {
         "reviser": options.reviser,

@@ -1,4 +1,4 @@
-"""Join the folders of --shard 1/n to n/n into one, after checking that nothing is missing and nothing twice.
+"""Join the folders of --shard 1/n to n/n into one, after checking that nothing is missing or repeated.
 
 python labeling/merge.py --output_dir OUTPUT SHARD_1 SHARD_2 …
 """
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def open_shard(stack: ExitStack, path: str) -> RunFolder:
-    """Locked, so that no run changes it meanwhile."""
+    """A shard's folder, locked so that no run changes it meanwhile."""
     if not (Path(path) / "run.json").is_file():
         raise InputError(f"{path}: no run.json, so this is not an output folder of labeling/main.py")
     return stack.enter_context(RunFolder(path))
@@ -47,10 +47,10 @@ def merge(folders: Sequence[RunFolder], output: RunFolder):
     states = [folder.read_state(samples) for folder in folders]
     for folder, summary, state in zip(folders, summaries, states, strict=True):
         with reading(folder.summary, "it has to be labelling's"):
-            found, pairs = len(state.results) + len(state.failures), int(summary["counts"]["pairs"])
+            done, pairs = len(state.results) + len(state.failures), int(summary["counts"]["pairs"])
             summary["complete"], summary["usd"] = bool(summary["complete"]), summary["usd"] and float(summary["usd"])
-        if not summary["complete"] or found != pairs * samples:
-            raise InputError(f"{folder.path}: {found} of {pairs * samples} revisions and failures; finish this shard")
+        if not summary["complete"] or done != pairs * samples:
+            raise InputError(f"{folder.path}: {done} of {pairs * samples} revisions and failures; finish this shard")
     settled = [np.unique(np.concatenate([state.results, state.failures])) for state in states]
     ids, counts = np.unique(np.concatenate(settled), return_counts=True)
     if counts.max(initial=1) > 1:
@@ -77,7 +77,7 @@ def merge(folders: Sequence[RunFolder], output: RunFolder):
 
 
 def check_settings(folders: Sequence[RunFolder], summaries: Sequence[dict]) -> dict:
-    """The common settings, with the shard ``1/1``. Raises ``InputError`` where they differ or a shard is not there."""
+    """The common settings, with the shard ``1/1``. Raises ``InputError`` if they differ or a shard is missing."""
     first = {**summaries[0]["settings"], "shard": "1/1"}
     shards = []
     for folder, summary in zip(folders, summaries, strict=True):

@@ -1,4 +1,4 @@
-"""The options of ``labeling/main.py``, and what is wrong with them."""
+"""The options of ``labeling/main.py`` and their checks."""
 
 from dataclasses import MISSING, dataclass
 from typing import Literal
@@ -20,9 +20,7 @@ class Options(EndpointOptions):
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data; the reward part is revised (0,10,0: all)")
     data_seed: int = seed_option(1234, "seed of the split; the same in every stage")
     split: Literal["train", "eval"] = option("train", "which split of the data")
-    tokenizer: str | None = option(
-        None, "model whose chat template makes the prompts of chat messages: the one that is to be trained"
-    )
+    tokenizer: str | None = option(None, "the model to be trained, whose chat template renders chat messages")
     limit: int = option(0, "stop after so many pairs, to look at them first; 0: all")
     shard: str = option("1/1", "i/n: revise only the i-th of n parts; labeling/merge.py joins them")
 
@@ -30,12 +28,12 @@ class Options(EndpointOptions):
         "openai", "openai: any OpenAI-compatible endpoint; chosen: no model, y_m = y_c; import: see --from"
     )
     import_file: str | None = option(
-        None, "revisions made elsewhere: the released code's schema, QA-feedback or our own", flags=("--from",)
+        None, "revisions in the released code's schema, QA-feedback's or our own", flags=("--from",)
     )
     passages: int = option(0, "QA-feedback: how many of its passages stand before the question in the prompt")
 
     model: str | None = option(
-        None, "the external model, such as gpt-6-luna; may be left out where --base_url is a server with one model"
+        None, "the external model, such as gpt-6-luna; may be unset if --base_url serves one model"
     )
     reasoning_effort: str | None = option(
         "lowest", f"hidden reasoning before an answer: {', '.join(EFFORTS)}, or lowest, the least that the model has"
@@ -45,23 +43,19 @@ class Options(EndpointOptions):
     temperature: float | None = option(None, "sampling temperature; unset: the server's", most=2)
     top_p: float | None = option(None, "nucleus sampling; unset: the server's", above=0, most=1)
     seed: int | None = seed_option(None, "sent with each request, another for each sample of a pair; unset: not sent")
-    max_tokens: int = option(
-        1024, "most tokens of an answer, without hidden reasoning, which gets room of its own", most=MOST_LIMIT
-    )
+    max_tokens: int = option(1024, "most tokens of an answer; hidden reasoning gets more", most=MOST_LIMIT)
 
     max_edit_ratio: float = option(
-        MAX_EDIT_RATIO, "share of edited words above which an answer is a rewrite", above=0, most=1
+        MAX_EDIT_RATIO, "share of edited words that makes an answer a rewrite", above=0, most=1
     )
     max_failure_share: float = option(
-        0.2,
-        "share of failed pairs above which labelling is not complete, so that nothing trains on what is left",
-        most=1,
+        0.2, "share of failed pairs above which labelling is not complete and nothing trains on it", most=1
     )
     dry_run: bool = option(False, "print the estimate and stop; needs no key and writes nothing")
 
 
 def check(options: Options):
-    """Raises ``InputError`` for the first option that cannot be right by itself or beside another."""
+    """Raise ``InputError`` for the first impossible option or combination."""
     if options.import_file is not None and options.reviser == "chosen":
         raise InputError("--from imports revisions: it does not go with --reviser chosen")
     if options.reviser == "import" and options.import_file is None:

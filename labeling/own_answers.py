@@ -2,9 +2,9 @@
 
 python labeling/own_answers.py --policy ACTOR --data_path DATA --output_dir OUTPUT   ->  OUTPUT/{train,eval}.jsonl
 
-The discriminator judges answers of a policy that moves away from those it was trained on (the paper's limitation: its
-reward data is static). Prompts and chosen responses are those of the reward part of the data, so that they stay out of
-SFT and PPO; answers to its eval split are only ever measured on.
+During PPO the policy moves away from the answers that the discriminator was trained on (a limitation of the paper:
+its reward data is static). Prompts and chosen responses come from the reward part of the data, not from those of SFT
+and PPO; answers to its eval split are for measuring only.
 """
 
 import sys
@@ -37,21 +37,19 @@ class Options(DataOptions):
     output_dir: str = option(MISSING, "folder for train.jsonl, eval.jsonl and results.json")
     prompts: int = option(2000, "training prompts to answer, an other part of them in every round")
     eval_prompts: int = option(200, "held-out prompts to answer, the same in every round")
-    round: int = option(1, "which round this is, from 1: which training prompts are answered")
+    round: int = option(1, "which round this is, from 1: which training prompts are answered", most=1000)
     max_prompt_seq_len: int = option(256, "longest prompt, tokens; longer ones are left out")
     max_answer_seq_len: int = option(256, "longest answer, tokens")
     batch_size: int = option(64, "answers generated at once")
     seed: int = seed_option(1234, "seed of the sampled answers")
-    num_processes: int = option(
-        0, "processes that answer, each on a GPU of its own; 0: as many as there are GPUs, one on a CPU"
-    )
+    num_processes: int = option(0, "processes that answer, each on its own GPU; 0: one per GPU, or one on a CPU")
     attn_implementation: AttentionName = option(
-        "sdpa", "what computes attention; sdpa: PyTorch's kernels, eager in a family that has none"
+        "sdpa", "attention kernels; sdpa: PyTorch's, or eager in a family without"
     )
 
 
 def part_of_round(preferences: Sequence[Preference], count: int, round: int) -> list[Preference]:
-    """``count`` of them (all, where there are fewer), beginning anew behind the last: rounds differ while they can."""
+    """The next ``count`` preferences (all, if there are fewer) of each round, starting over at the end of the data."""
     count = min(count, len(preferences))
     begin = (round - 1) * count
     return [preferences[(begin + place) % len(preferences)] for place in range(count)]
@@ -59,7 +57,7 @@ def part_of_round(preferences: Sequence[Preference], count: int, round: int) -> 
 
 @dataclass(frozen=True)
 class Writer:
-    """What answers a batch of prompts, loaded where it does so: temperature 1, as in PPO."""
+    """Answers batches of prompts at temperature 1, as in PPO; loaded in the process that answers."""
 
     policy: str
     device: str
@@ -68,7 +66,7 @@ class Writer:
     seed: int
 
     def ready(self) -> Callable[[tuple[int, Sequence[list[int]]]], list[str]]:
-        """Load; what it returns answers a batch of prompts, given with its number, which decides its random numbers."""
+        """Load the policy. The returned function answers a batch, whose number decides its random numbers."""
         tokenizer = load_tokenizer(self.policy, rows=embedding_rows(self.policy))
         dtype = TORCH_DTYPES[dtype_on(self.device)]
         policy = load_causal_lm(self.policy, dtype, attention=self.attention).eval().to(self.device)
@@ -88,9 +86,9 @@ def dtype_on(device: str) -> str:
 def own_answers(
     tokenizer: PreTrainedTokenizerFast, preferences: Sequence[Preference], writer: Writer, options: Options, what: str
 ) -> list[Preference]:
-    """The preferences with the policy's own answer in the rejected response's place.
+    """The preferences, with the policy's own answer as the rejected response.
 
-    An answer that is empty, or the chosen response itself, is left out: there is nothing to revise.
+    An answer that is empty or equal to the chosen response is left out: there is nothing to revise.
     """
     prompts = [tokenize_prompt(tokenizer, one.prompt) for one in preferences]
     kept = [place for place, ids in enumerate(prompts) if len(ids) <= options.max_prompt_seq_len]
@@ -102,8 +100,8 @@ def own_answers(
     batches = [(number, [prompts[place] for place in batch]) for number, batch in enumerate(places)]
     written = spread(writer.ready, batches, processes_of(options.num_processes))
     written = tqdm(written, total=len(batches), desc=f"{what} answers, batches", dynamic_ncols=True)
-    found = zip(kept, chain.from_iterable(written), strict=True)
-    pairs = [Preference(preferences[at].prompt, preferences[at].chosen, answer) for at, answer in found]
+    answered = zip(kept, chain.from_iterable(written), strict=True)
+    pairs = [Preference(preferences[place].prompt, preferences[place].chosen, answer) for place, answer in answered]
     return [pair for pair in pairs if pair.rejected.strip() and pair.rejected != pair.chosen]
 
 
@@ -128,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts[split] = {"prompts": len(preferences), "answers": answered}
     made = {"policy": options.policy, "round": options.round, "attn_implementation": options.attn_implementation}
     write_json(Path(options.output_dir) / "results.json", made | counts)
-    print(", ".join(f"{split}: {found['answers']} answers" for split, found in counts.items()))
+    print(", ".join(f"{split}: {count['answers']} answers" for split, count in counts.items()))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the external model is asked, and how its answer is read (paper section 4.1 and Appendix A).
+"""The question for the external model, and how its answer is read (paper section 4.1 and Appendix A).
 
-The question shows the conversation, the preferred and the non-preferred response between tags; the answer holds the
+The question has the conversation, the preferred and the non-preferred response between tags; the answer has the
 reasoning and the modified response between tags. Other programs may rely on this layout.
 """
 
@@ -44,8 +44,8 @@ Answer in exactly this format and write nothing else:
 
 PLACEHOLDERS = ("context", "chosen", "rejected")
 
-# How a prompt's turns begin: in HH-RLHF's form, or written by one of the common chat templates (ChatML, Llama 3, Gemma,
-# Phi and Zephyr, Llama 2 and Mistral). The messages of chat data need no such guess: they bring their context along.
+# How a prompt's turns begin, in HH-RLHF's form and in common chat templates (ChatML, Llama 3, Gemma, Phi and Zephyr,
+# Llama 2 and Mistral). Chat data needs no such guess: its records have a context.
 _TURN = re.compile(r"\s*\n\n(Human|Assistant): ?|^ ?(Human|Assistant): ?")
 _TEMPLATE_TURN = re.compile(
     r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|)(system|user|assistant|model)\b"
@@ -59,9 +59,9 @@ _TAG_LIKE = re.compile(
     r"|[<\[*]\s*/?\s*(start|end)\s+(of\s+)?(reasoning|context|(modified|(non-?)?preferred)\s+response)\b",
     re.IGNORECASE,
 )
-# Other forms of the characters that tags are made of, one for one: full-width ones, other bars and dashes.
+# Other forms of the characters of tags, one for one: full-width ones, other bars and dashes.
 _LOOK_ALIKES = str.maketrans("｜¦│＜〈＞〉＊＃（）［］：‐‑‒–—―－", "|||<<>>*#()[]:-------")
-# What a Markdown writer puts around a tag, on its line.
+# Markdown around a tag, on its line.
 _DECORATION = r"(?:[#*_`~=>|<()\[\]{}/:\- \t]|&[lg]t;)*"
 _FIRST_TOKEN = re.compile(r"^\s*(?:<s>|<bos>|<\|begin_of_text\|>)")
 _BEFORE = re.compile(r"\s*(?:<think>.*?</think>\s*)?", re.DOTALL)
@@ -79,15 +79,15 @@ _MARKED_TURN = re.compile(r"(?:^|\n)\s*###\s*(Human|Assistant): ?")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The parts of an answer. ``modified`` is None where the answer does not mark a modified response."""
+    """The parts of an answer. ``modified`` is None if the answer does not mark a modified response."""
 
     reasoning: str
     modified: str | None
-    complete: bool  # the modified response's end tag is there
+    complete: bool  # whether the modified response has its end tag
 
 
 def load_template(path: str | Path) -> str:
-    """A user's own instruction. Raises ``InputError`` where a placeholder or the tag that marks the answer lacks."""
+    """A user's own instruction. Raises ``InputError`` if a placeholder or the tag of the answer is missing."""
     try:
         template = require_file(path).read_text(encoding="utf-8")
     except InputError as error:
@@ -135,7 +135,7 @@ def context_of(prompt: str) -> str:
 
 
 def _turns(beginning: re.Pattern, prompt: str) -> list[tuple[str, str]]:
-    """(speaker, text) of each turn; none where the prompt does not begin with one."""
+    """(speaker, text) of each turn; none if the prompt does not begin with a turn."""
     before, *pieces = beginning.split(prompt)
     if before.strip():
         return []
@@ -143,7 +143,7 @@ def _turns(beginning: re.Pattern, prompt: str) -> list[tuple[str, str]]:
 
 
 def prompt_of(context: str) -> str:
-    """The prompt that ``context_of`` shows, in the form of HH-RLHF.
+    """The inverse of ``context_of``: the prompt in HH-RLHF's form.
 
     >>> prompt_of("###Human: Hi\\n###Assistant: Hello!\\n###Human: Who are you?")
     '\\n\\nHuman: Hi\\n\\nAssistant: Hello!\\n\\nHuman: Who are you?\\n\\nAssistant:'
@@ -156,12 +156,12 @@ def prompt_of(context: str) -> str:
 
 
 def parse_answer(text: str, rejected: str = "") -> Answer:
-    """Read an answer: tags in any capitals, with or without bars, in Markdown or full-width characters, end tags
-    missing, talk before and after.
+    """Read an answer. Tags may be in any case, without bars, in Markdown or full-width characters, or lack their end;
+    there may be other text before and after.
 
-    The last modified response counts. It loses the wrapping around it that ``rejected`` does not have (a code fence,
-    bold type, quotes, a heading or a speaker's name in front), is written as ``rejected`` is where the two look alike,
-    and gets what ``rejected`` has around its words: none of these is an edit.
+    The last modified response counts. None of these is an edit: it loses a wrapping that ``rejected`` does not have (a
+    code fence, bold type, quotes, a heading or a speaker's name in front), is written like ``rejected`` where the two
+    look alike, and gets the text that ``rejected`` has around its words.
     """
     text = re.sub(r"<think>.*?(</think>|$)", "", text, flags=re.DOTALL)
     *before, after = _split("start", "modified response", text)
@@ -176,20 +176,20 @@ def parse_answer(text: str, rejected: str = "") -> Answer:
 
 
 def framed_as(rejected: str, modified: str) -> str:
-    """``modified`` as ``rejected`` writes what looks alike, between what ``rejected`` has around its words (a blank
-    ``rejected``: one space in front).
+    """``modified`` in the convention of ``rejected``, with the text that ``rejected`` has around its words (one space
+    in front if ``rejected`` is blank).
     """
-    from labeling.convention import in_convention_of  # PLAN=1 reads TEMPLATE where no package is installed
+    from labeling.convention import in_convention_of  # late: PLAN=1 reads TEMPLATE without packages
 
     before, words, after = _framed(rejected)
     return f"{before if words else ' '}{in_convention_of(words, _framed(modified)[1])}{after if words else ''}"
 
 
 def _framed(text: str) -> tuple[str, str, str]:
-    """What stands before a response's words, the words, and what stands behind them.
+    """A response in three parts: the text before its words, the words, the text behind them.
 
-    White space, a thinking model's block of thoughts, and the tokens of a chat template that end a turn: nothing of it
-    is shown to the external model, so nothing of it can be edited.
+    Around the words are white space, thoughts of a thinking model, and tokens that end a turn. The external model does
+    not see these, so it cannot edit them.
     """
     begin = _BEFORE.match(text).end()
     words = _without_last_tokens(text[begin:])
@@ -198,17 +198,17 @@ def _framed(text: str) -> tuple[str, str, str]:
 
 def _without_last_tokens(text: str) -> str:
     text = text.rstrip()
-    while found := _LAST_TOKEN.search(text, max(0, len(text) - 40)):
-        text = text[: found.start()].rstrip()
+    while token := _LAST_TOKEN.search(text, max(0, len(text) - 40)):
+        text = text[: token.start()].rstrip()
     return text
 
 
 def has_stray_tag(modified: str, rejected: str) -> bool:
-    """Whether ``modified`` has one of the prompt's tags, perhaps misspelt, or a chat template's token, and ``rejected``
-    does not: the rest of a wrapping that was not understood, which would be labelled as an edit.
+    """Whether ``modified`` has a tag of the prompt, perhaps misspelt, or a chat template's token that ``rejected`` does
+    not have: the rest of an unknown wrapping, which would be labelled as an edit.
     """
     modified, rejected = modified.translate(_LOOK_ALIKES), rejected.translate(_LOOK_ALIKES)
-    return any(found[0] not in rejected for found in _TAG_LIKE.finditer(modified))
+    return any(tag[0] not in rejected for tag in _TAG_LIKE.finditer(modified))
 
 
 def _tag(edge: str, name: str) -> re.Pattern:
@@ -221,11 +221,11 @@ def _tag(edge: str, name: str) -> re.Pattern:
 
 def _split(edge: str, name: str, text: str) -> list[str]:
     """The pieces of a text between the tags of one kind."""
-    pieces, at = [], 0
-    for found in _tag(edge, name).finditer(text.translate(_LOOK_ALIKES)):
-        pieces.append(text[at : found.start()])
-        at = found.end()
-    return [*pieces, text[at:]]
+    pieces, end = [], 0
+    for tag in _tag(edge, name).finditer(text.translate(_LOOK_ALIKES)):
+        pieces.append(text[end : tag.start()])
+        end = tag.end()
+    return [*pieces, text[end:]]
 
 
 def _unwrapped(text: str, rejected: str) -> str:
@@ -237,15 +237,15 @@ def _unwrapped(text: str, rejected: str) -> str:
 
 
 def _peeled(text: str, rejected: str) -> str:
-    """Without the outermost layers that are found in one pass."""
+    """The text without its outermost layers."""
     if "```" not in rejected:
         text = _unfenced(text)
     if not _speaker(rejected):
         text = text[_speaker(text) :]
     for form in (_LABEL, re.compile(rf"{_RULE}\n")):
         plain, begins_so = text.translate(_LOOK_ALIKES), form.match(rejected.translate(_LOOK_ALIKES))
-        if not begins_so and (found := form.match(plain)) and found.end() < len(text):
-            text = text[found.end() :]
+        if not begins_so and (layer := form.match(plain)) and layer.end() < len(text):
+            text = text[layer.end() :]
     if not re.search(rf"\n{_RULE}$", rejected):
         text = re.sub(rf"\n{_RULE}$", "", text)
     lines = text.splitlines()
@@ -255,7 +255,7 @@ def _peeled(text: str, rejected: str) -> str:
         first, last = (mark[0], mark[1]) if len(set(mark)) == 2 else (mark, mark)
         inner = text[len(first) : -len(last)]
         is_wrapping = text == first + inner + last and inner.strip() and not rejected.startswith(first)
-        # Quotes within stay; they are as many as the rejected response has, or the outer two are not a pair.
+        # If there are other quotes within than in the rejected response, the outer two may not be a pair.
         same_within = all(inner.count(one) in (0, rejected.count(one)) for one in (first, last))
         if is_wrapping and same_within and not rejected.endswith(last):
             return inner
@@ -263,7 +263,7 @@ def _peeled(text: str, rejected: str) -> str:
 
 
 def _unfenced(text: str) -> str:
-    """Without a code fence around it, or the one fence that is left of a pair around the whole answer."""
+    """The text without a code fence around it, or without one fence left from a pair around the whole answer."""
     fenced = re.fullmatch(r"```[\w-]*[ \t]*\n(.*?)\n?```", text, re.DOTALL)
     if fenced:
         return fenced[1].strip()

@@ -1,4 +1,4 @@
-"""From a preference to a question, and from its answer to a revision, or to the reason why it cannot be one."""
+"""From a preference to a question, and from the answer to a revision, or to the reason why there is none."""
 
 import re
 from collections import Counter
@@ -31,7 +31,7 @@ _PLACEHOLDER = re.compile(r"\(?(the modified non-preferred response|your reasoni
 
 
 def edit_ratio(rejected: str, modified: str) -> float:
-    """Share of the words of both responses that an edit does not keep: 0 no edit, 1 nothing in common.
+    """The share of the words of both responses that the edit does not keep: 0 no edit, 1 nothing in common.
 
     Of the 300 corrections that people made in QA-feedback 97 % stay below 0.85; of 1,500 pairs of unrelated responses
     to one prompt (HH-RLHF, harmless-base) 20 % do.
@@ -69,16 +69,11 @@ def read_revision(
         raise Unusable("identical_to_chosen")
     if edit_ratio(preference.rejected, modified) > max_edit_ratio:
         raise Unusable("rewrite")
-    return Revision(
-        preference.id,
-        preference.prompt,
-        preference.chosen,
-        preference.rejected,
-        modified,
-        parsed.reasoning,
-        model,
-        usage,
-    )
+    return revision_of(preference, modified, parsed.reasoning, model, usage)
+
+
+def revision_of(pair: Preference, modified: str, reasoning: str, model: str, usage: dict) -> Revision:
+    return Revision(pair.id, pair.prompt, pair.chosen, pair.rejected, modified, reasoning, model, usage)
 
 
 def question(
@@ -89,7 +84,7 @@ def question(
     max_edit_ratio: float = MAX_EDIT_RATIO,
     seed: int | None = None,
 ) -> ChatRequest:
-    """The request that asks for a revision of ``preference`` (whose id is given, to hash it only once)."""
+    """The request for a revision of ``preference``, whose id is given so that it is computed only once."""
 
     def accept(answer: ChatAnswer, usage: dict) -> str:
         return read_revision(preference, answer, usage, model, max_edit_ratio).to_json()
@@ -98,12 +93,12 @@ def question(
 
 
 def describe(summary: dict, path) -> str:
-    """The closing words of a run: where things are, and how often each kind of failure came up."""
+    """The last lines of a run: results, costs, and the number of failures of each kind."""
     counts, tokens = summary["counts"], summary["tokens"]
     cost = f", US$ {summary['usd']:.2f}" if summary["usd"] else ""
-    found = f"{counts['revisions']} revisions, {counts['failures']} failures of {counts['pairs']} pairs"
+    results = f"{counts['revisions']} revisions, {counts['failures']} failures of {counts['pairs']} pairs"
     spent = f"{tokens['prompt']:,} tokens in, {tokens['completion']:,} out{cost}, {summary['seconds']:.0f} s"
-    lines = [f"{path}: {found}; {spent}"]
+    lines = [f"{path}: {results}; {spent}"]
     unusable = Counter(counts["unusable_answers"]).most_common()
     lines += [f"  {count} answers unusable: {reason} ({UNUSABLE.get(reason, '')})" for reason, count in unusable]
     faults = Counter(counts["calls_without_answer"]).most_common()

@@ -18,7 +18,7 @@ REOPEN_EVERY = 10_000  # pairs
 
 @dataclass(frozen=True)
 class Shard:
-    """Part ``index`` (1 first) of ``count``: the pairs whose id falls to it, whatever their order in the data."""
+    """Part ``index`` (from 1) of ``count``: its pairs are chosen by id, whatever their order in the data."""
 
     index: int = 1
     count: int = 1
@@ -39,11 +39,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class Selection:
-    """The pairs of this shard, each once, as they lie on disk. Pair ``ids[k]`` stands at ``indices[k]`` of the data."""
+    """The pairs of this shard, each once, in their order on disk. Pair ``ids[k]`` is ``indices[k]`` in the data."""
 
     indices: np.ndarray
     ids: np.ndarray
-    duplicates: int  # further places where the same pair stands
+    duplicates: int  # repetitions of pairs, left out
     prompt_bytes: int  # UTF-8 bytes of the pairs selected, duplicates counted too
     chosen_bytes: int
     rejected_bytes: int
@@ -54,9 +54,9 @@ class Selection:
 
 
 def stream(preferences: Preferences, indices: np.ndarray) -> Iterator[Preference]:
-    """Look pairs up one by one, of a memory map of our own that is opened anew now and then.
+    """Read pairs one by one from a memory map of our own, which is reopened now and then.
 
-    Pages that were read count as memory of the process until their map is closed.
+    Pages that were read count as memory of the process until the map is closed.
     """
     for start in range(0, len(indices), REOPEN_EVERY):
         opened = copy.deepcopy(preferences)
@@ -86,9 +86,9 @@ def select(preferences: Preferences, shard: Shard) -> Selection:
 
 
 def to_ask(selection: Selection, state: State, samples: int, retry_failed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Which pairs need how many more samples: positions in the selection, and a count for each.
+    """The pairs that need more samples: positions in the selection, and a count for each.
 
-    Without ``retry_failed`` a pair needs ``samples`` less its results and failures; with it, one for each failure.
+    With ``retry_failed`` a pair needs one for each failure, else ``samples`` minus its results and failures.
     """
     failed = _counts(selection.ids, state.failures)
     wanted = failed if retry_failed else samples - failed - _counts(selection.ids, state.results)
@@ -97,7 +97,7 @@ def to_ask(selection: Selection, state: State, samples: int, retry_failed: bool)
 
 
 def _counts(ids: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """How often each of ``ids`` stands in ``lines``."""
+    """How often each of ``ids`` occurs in ``lines``."""
     if not len(lines):
         return np.zeros(len(ids), np.int64)
     known, counts = np.unique(lines, return_counts=True)

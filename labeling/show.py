@@ -20,6 +20,7 @@ from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.pictures import (
     DARK,
     LIGHT,
+    Html,
     Sample,
     TokenScores,
     heatmap_terminal,
@@ -38,7 +39,7 @@ from labeling.token_labels import WHOLE, label_revision
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description="Show revisions with each token coloured by its label.", allow_abbrev=False)
+    parser = Parser(description="Show revisions with each token coloured by its label.")
     parser.add_argument("revisions", help="revisions.jsonl, as labeling/main.py writes it")
     parser.add_argument("--tokenizer", required=True, help="folder or hub name: labels belong to its tokens")
     parser.add_argument("--limit", type=int, default=20, help="how many revisions to show; 0: all (default: 20)")
@@ -51,19 +52,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def revision_sample(tokenizer: PreTrainedTokenizerFast, revision: Revision, max_length: int = WHOLE) -> Sample:
-    """A revision's rejected and modified response with their labels; what a cut leaves nothing of is left out."""
-    texts = []
-    for name, example in zip(("rejected", "modified"), label_revision(tokenizer, revision, max_length), strict=True):
-        if example is not None:
-            texts.append(labelled_text(tokenizer, example, name))
+    """A revision's rejected and modified response with their labels; one of which a cut leaves nothing is left out."""
+    examples = zip(("rejected", "modified"), label_revision(tokenizer, revision, max_length), strict=True)
+    texts = [labelled_text(tokenizer, example, name) for name, example in examples if example is not None]
     note = "" if texts else f"Left out of training: the prompt alone fills {max_length} tokens."
     if revision.modified == revision.rejected:
         note = "Nothing was edited: every token is neutral."
     return Sample(revision.prompt, texts, note=note)
 
 
+def sample_with_reasoning(sample: Sample, reasoning: str) -> Html:
+    """A sample on a page, with the reviser's reasoning below it."""
+    return join([sample_html(sample), paragraph(f"Reviser: {reasoning}", "note") if reasoning else ""])
+
+
 def labelled_text(tokenizer: PreTrainedTokenizerFast, example: TokenizedExample, name: str) -> TokenScores:
-    """The response's tokens with their targets, and in the caption how many were edited."""
+    """The response's tokens with their targets; the caption says how many were edited."""
     strings = token_strings(tokenizer, example.input_ids)[example.response_start :]
     edited = sum(target != 0.5 for target in example.targets)
     caption = f"{name} · {edited} of {len(strings)} tokens {'deleted' if name == 'rejected' else 'added'} or replaced"
@@ -121,8 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         counts.update(value for text in sample.texts for value in text.values)
         shown += 1
         if options.html:
-            parts.append(sample_html(sample))
-            parts += [paragraph(f"Reviser: {reasoning}", "note")] if reasoning else []
+            parts.append(sample_with_reasoning(sample, reasoning))
     if not shown:
         raise InputError(f"{options.revisions}: no revisions in it")
     console.print(Text(summary(counts, shown)))

@@ -1,9 +1,9 @@
 """Token labels from a revision (paper section 4.1, Eq. 4-5): Levenshtein over tokens, rejected -> modified.
 
 In the rejected response a deleted or substituted token is negative, in the modified one an added or substituted token
-is positive, all others are neutral. Several minimal alignments usually exist, so the rule that chooses one is part of
-the label: equal tokens always match; otherwise, of the steps that keep the distance minimal, delete comes before add
-before substitute; traced from the end, so the right-most matches are kept.
+is positive, all others are neutral. Usually there are several minimal alignments, so this rule is part of the label:
+equal tokens always match; otherwise, of the steps that keep the distance minimal, delete comes before add before
+substitute; the trace starts at the end, so the right-most matches are kept.
 """
 
 import struct
@@ -20,7 +20,7 @@ from deepspeed_chat_tlcr.tokenization import TokenizedExample, tokenize_response
 NEGATIVE, NEUTRAL, POSITIVE = 0.0, 0.5, 1.0
 
 WHOLE = 1 << 15
-"""A ``max_length`` that cuts nothing but what nobody trains on."""
+"""A ``max_length`` beyond which nobody trains."""
 _LEAST_ALIGNED = 1 << 12
 
 _ONE, _TOP, _NONE = np.uint64(1), np.uint64(63), np.uint64(0)
@@ -39,7 +39,7 @@ def edit_targets(rejected_ids: Sequence[int], modified_ids: Sequence[int]) -> tu
     ([0.0, 0.5], [0.5, 1.0])
     """
     count = len(rejected_ids)
-    # Packed bytes become an array in half the time that numpy takes for a list, and that is a third of the whole.
+    # Packed bytes become an array in half the time that numpy takes for a list, which is a third of the whole.
     packed = struct.pack(f"{count + len(modified_ids)}q", *rejected_ids, *modified_ids)
     targets = _align(np.frombuffer(packed, np.int64), count).tolist()
     return targets[:count], targets[count:]
@@ -68,9 +68,8 @@ def soft_targets(
         for other in (*modified_ids[:index], *modified_ids[index + 1 :]):
             kept, _ = edit_targets(modified_ids[index], other)
             sharing = [number + (target == NEUTRAL) for number, target in zip(sharing, kept, strict=True)]
-        soft.append(
-            [t if t == NEUTRAL else 0.5 + number / count / 2 for t, number in zip(targets, sharing, strict=True)]
-        )
+        labelled = zip(targets, sharing, strict=True)
+        soft.append([target if target == NEUTRAL else 0.5 + number / count / 2 for target, number in labelled])
     return rejected, soft
 
 
@@ -79,10 +78,9 @@ def label_revision(
 ) -> tuple[TokenizedExample | None, TokenizedExample | None]:
     """The rejected and the modified example of a revision, with targets for the response's tokens, EOS included.
 
-    Labelled on the tokens as they stand in context, before anything is cut: what a cut removes does not change the
-    labels of what stays. Aligning n with m tokens takes n m / 4 bytes, so of a response longer than twice
-    ``max_length`` (and 4,096 tokens) only that much is looked at. An example whose prompt alone fills ``max_length``
-    tokens is None.
+    The tokens are labelled in context and before the cut, which therefore does not change the remaining labels.
+    Aligning n with m tokens takes n m / 4 bytes, so only the first 2 ``max_length`` tokens of a response (at least
+    4,096) are aligned. An example whose prompt alone fills ``max_length`` tokens is None.
     """
     rejected, modified = label_revisions(tokenizer, [revision], max_length)
     return rejected, modified[0]

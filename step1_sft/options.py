@@ -12,9 +12,7 @@ class Options(TrainOptions, PackingOptions, DataOptions, RunOptions):
 
     sft_only_data_path: list[str] = option([], "further data sets that have only chosen responses")
     loss_on_prompt: bool = option(False, "train on the prompt's tokens too, as DeepSpeed-Chat does")
-    num_inner_step: int = option(
-        1, "in RLHF-TLCR's script of step 1", "no program of that fork knows it either", least=0
-    )
+    num_inner_step: int = option(1, "in RLHF-TLCR's step 1 script", "no program of that fork knows it either", least=0)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Options:

@@ -1,11 +1,14 @@
 """Step 1, supervised fine-tuning: the policy learns to answer like the chosen responses."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.data.preferences import load_preferences
+from deepspeed_chat_tlcr.data.preferences import load_part
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.models import fit_vocabulary, load_causal_lm
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, packs_of, tokens_at_once
@@ -30,7 +33,7 @@ IGNORED = -100
 def tokenize_chosen(
     preferences: Iterable[Preference], tokenizer, max_length: int, what: str
 ) -> tuple[list[TokenizedExample], str]:
-    """Chosen responses as examples, and one sentence on what was dropped or cut. Raises ``InputError`` if none fit."""
+    """Chosen responses as examples, and a summary of what was dropped or cut. Raises ``InputError`` if none fit."""
     whole = [tokenize_response(tokenizer, record.prompt, record.chosen) for record in preferences]
     kept = [example for example in (truncate(example, max_length) for example in whole) if example is not None]
     if not kept:
@@ -66,7 +69,7 @@ class SftTrainer(StageTrainer):
 
 
 def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tensor:
-    """The summed NLL of a ``collate``d batch's labels, without padding and without logits of any other position."""
+    """The summed NLL of a ``collate``d batch's labels, without padding and without logits of other positions."""
     ids, counted = batch["input_ids"], batch["labels"] != IGNORED
     ends = batch["attention_mask"].sum(1)
     starts = (ends - counted.sum(1)).clamp(min=1)  # nothing says what a first token should be
@@ -79,22 +82,23 @@ def packed_nll(model, batch: dict[str, torch.Tensor], budget: int) -> torch.Tens
     return torch.stack([nll(pack) for pack in packs_of(ids, [Row(*span) for span in spans], budget)]).sum()
 
 
-def train(options: Options, runtime: Runtime) -> None:
-    """Steps 1's work on every rank: read, tokenise, train, save."""
-    config = stage_config(options, runtime)
+def fine_tune(
+    options: Any,
+    runtime: Runtime,
+    config: dict[str, Any],
+    tokenizer: PreTrainedTokenizerFast,
+    records: Mapping[str, Sequence[Preference]],
+    stage: str,
+    loss_on_prompt: bool = False,
+) -> dict[str, Any] | None:
+    """Train on the chosen responses of ``records["train"]``, measure on those of ``eval``, save; the results.
 
-    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
+    ``options``: a stage's, with TrainOptions and PackingOptions; ``config``: DeepSpeed's, of ``training.stage_config``.
+    None where the run was stopped.
+    """
     examples = {}
     for split in ("train", "eval"):
-        seed, cache = options.data_seed, options.data_output_path
-        records = list(
-            load_preferences(options.data_path, "sft", split, options.data_split, seed, False, tokenizer, cache)
-        )
-        if options.sft_only_data_path:
-            records += load_preferences(
-                options.sft_only_data_path, "all", split, "10,0,0", seed, False, tokenizer, cache
-            )
-        examples[split], summary = tokenize_chosen(records, tokenizer, options.max_seq_len, split)
+        examples[split], summary = tokenize_chosen(records[split], tokenizer, options.max_seq_len, split)
         runtime.say(summary)
     require_batch(options, runtime, len(examples["train"]))
 
@@ -105,13 +109,26 @@ def train(options: Options, runtime: Runtime) -> None:
     trainer = SftTrainer(
         prepare_model(model, options),
         training_arguments(options, runtime, config),
-        data_collator=collate(tokenizer, options.loss_on_prompt),
+        data_collator=collate(tokenizer, loss_on_prompt),
         train_dataset=examples["train"],
         eval_dataset=examples["eval"],
         stage=options,
         train_lengths=[len(example.input_ids) for example in examples["train"]],
         tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
     )
-    results = run(trainer, tokenizer, {"stage": "sft", "train_examples": len(examples["train"])})
+    return run(trainer, tokenizer, {"stage": stage, "train_examples": len(examples["train"])})
+
+
+def train(options: Options, runtime: Runtime) -> None:
+    """Step 1 on every rank: read, tokenise, train, save."""
+    config = stage_config(options, runtime)
+    tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
+    records: dict[str, list[Preference]] = {}
+    for split in ("train", "eval"):
+        records[split] = list(load_part(options, "sft", split, tokenizer, require_rejected=False))
+        if options.sft_only_data_path:
+            chosen_only = replace(options, data_path=options.sft_only_data_path)
+            records[split] += load_part(chosen_only, "all", split, tokenizer, require_rejected=False)
+    results = fine_tune(options, runtime, config, tokenizer, records, "sft", options.loss_on_prompt)
     if results:
         runtime.say(f"SFT: held-out loss {results['eval/loss']:.4f}; saved in {options.output_dir}")

@@ -3,26 +3,12 @@
 deepspeed step2_discriminator/main.py --model_name_or_path MODEL --revisions revisions.jsonl --output_dir OUTPUT
 """
 
-from collections.abc import Sequence
-
-from deepspeed_chat_tlcr.errors import exits_cleanly
-from deepspeed_chat_tlcr.programs import as_program
+from deepspeed_chat_tlcr.programs import stage
 from step2_discriminator.options import Options, parse_args
 
-__all__ = ["Options", "main", "parse_args"]
+__all__ = ["Options", "main", "parse_args", "program"]
 
-
-@exits_cleanly
-def main(argv: Sequence[str] | None = None) -> None:
-    options = parse_args(argv)
-    # PyTorch and DeepSpeed take seconds to import: --help and a wrong flag do without.
-    from deepspeed_chat_tlcr.stages import run_stage
-    from step2_discriminator.train import train
-
-    run_stage(options, train, [options.model_name_or_path])
-
-
-program = as_program(main)
+main, program = stage("step2_discriminator.train", parse_args)
 
 if __name__ == "__main__":
     program()

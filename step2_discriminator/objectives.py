@@ -21,7 +21,7 @@ def token_loss(
     """
     cross_entropy = F.binary_cross_entropy_with_logits(positive_logit(logits), targets, reduction="none")
     weights = response_mask * torch.where(targets == 0.5, neutral_weight, 1.0)
-    # A sequence without one weighted token (no edit and neutral_weight 0) says nothing: 0, not 0 / 0.
+    # A sequence without weighted tokens (no edit and neutral_weight 0) has loss 0, not 0 / 0.
     return ((cross_entropy * weights).sum(1) / weights.sum(1).clamp(min=1e-8)).mean()
 
 

@@ -35,11 +35,11 @@ class ForkOptions:
     discriminate_reward: bool = option(False, "the fork's spelling of --objective token", compatibility=True)
     uni_discriminator_head: bool = option(False, "one head", "the discriminator has one head, as with this flag")
     holistic_reward: bool = option(
-        False, "a sequence reward too", "train it by itself and sum both in step 3: --reward tlcr:PATH sequence:PATH"
+        False, "a sequence reward too", "train it alone and use --reward tlcr:PATH sequence:PATH in step 3"
     )
     token_level_reward: bool = option(False, "sums of token scores", "the fork's trial, not in the paper")
     reward_aggregate_top_k: float = option(
-        1.0, "share of tokens in them", "the fork's trial, not in the paper", least=-1e9
+        1.0, "share of tokens in it", "the fork's trial, not in the paper", least=-1e9
     )
     bidirectional_reward: bool = option(False, "no causal mask on top", "the fork's trial, not in the paper")
     bidirectional_layer_num: int = option(1, "layers of it", "the fork's trial, not in the paper", least=0)
@@ -55,8 +55,11 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOpt
     objective: Literal["auto", "token", "sequence", "token_pairs"] = option(
         "auto",
         "token: D per token (Eq. 6); sequence: Bradley-Terry; token_pairs: Bradley-Terry of what --aggregate makes of "
-        "token rewards; auto: token with --revisions or --discriminate_reward, else sequence, which is what "
+        "token rewards; auto: token with --revisions, --spans or --discriminate_reward, else sequence, which is what "
         "DeepSpeed-Chat's command line means",
+    )
+    spans: list[str] = option(
+        [], "spans.jsonl files in place of revisions: tokens in spans called good 1, bad 0, all others 0.5 (DRLC)"
     )
     aggregate: Literal["avg", "sum", "max", "min"] = option(
         "avg", "token_pairs: what a response is worth, from its tokens' rewards; max and min are soft"
@@ -72,20 +75,19 @@ class Options(TrainOptions, PackingOptions, RevisionOptions, DataOptions, RunOpt
     eval_interval: int = option(0, "optimiser steps between evaluations; 0: at the end of each epoch")
     eval_iters: int = option(100, "batches per evaluation when --eval_interval is set")
     do_eval: bool = option(False, "evaluate --model_name_or_path on the held-out data and train nothing")
-    num_padding_at_beginning: int = option(
-        1, "OPT's padding", "masks come from lengths, padding is never counted", least=0
-    )
+    num_padding_at_beginning: int = option(1, "OPT's padding", "masks come from lengths, padding never counts", least=0)
 
     @property
     def token_level(self) -> bool:
         """Whether the objective is the token discriminator's."""
         if self.objective == "auto":
-            return self.discriminate_reward or (bool(self.revisions) and self.pairs == "preferences")
+            labelled = bool(self.revisions or self.spans)
+            return self.discriminate_reward or (labelled and self.pairs == "preferences")
         return self.objective == "token"
 
 
 def check(options: Options) -> None:
-    """Raise ``InputError`` for options of one objective given with the other, which would not be looked at."""
+    """Raise ``InputError`` for options that do not go together, such as those of the other objective."""
     if options.do_eval and options.push_to_hub:
         raise InputError("--push_to_hub: --do_eval saves no model that could be uploaded; leave one of them out")
     if options.score_positions == "all" and options.tokens_per_micro_batch:
@@ -93,6 +95,8 @@ def check(options: Options) -> None:
             "--score_positions all: averages over padding too, as DeepSpeed-Chat does, and --tokens_per_micro_batch "
             "leaves none; keep one of them"
         )
+    if options.spans and (options.revisions or options.eval_revisions or not options.token_level):
+        raise InputError("--spans: are labels of the objective token, in place of --revisions; leave the others out")
     if options.token_level and options.save_format == "deepspeed_chat":
         raise InputError("--save_format deepspeed_chat: DeepSpeed-Chat has no token discriminators")
     if options.objective == "token_pairs":

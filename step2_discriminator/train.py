@@ -16,7 +16,7 @@ from deepspeed_chat_tlcr.models import (
     squash,
 )
 from deepspeed_chat_tlcr.packing import classify_packed, tokens_at_once
-from deepspeed_chat_tlcr.records import Revision
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from deepspeed_chat_tlcr.training import (
@@ -28,7 +28,7 @@ from deepspeed_chat_tlcr.training import (
     stage_config,
     training_arguments,
 )
-from step2_discriminator.examples import Pair, collate, preference_pairs, text_pairs, token_pairs
+from step2_discriminator.examples import collate, marked_examples, preference_pairs, text_pairs, token_pairs
 from step2_discriminator.objectives import (
     aggregate,
     diverging_pair_loss,
@@ -38,16 +38,9 @@ from step2_discriminator.objectives import (
     token_loss,
 )
 from step2_discriminator.options import Options
-from step2_discriminator.revisions import load_revisions
+from step2_discriminator.revisions import load_marked, load_revisions
 
 NOT_COUNTED = -100.0
-
-
-def sequence_pairs(options: Options, tokenizer, split: str, revisions: dict[str, list[Revision]] | None):
-    if revisions is None:
-        return preference_pairs(options, tokenizer, split)
-    texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
-    return text_pairs(texts, tokenizer, options.max_seq_len, split)
 
 
 class ClassifierTrainer(StageTrainer):
@@ -64,7 +57,8 @@ class DiscriminatorTrainer(ClassifierTrainer):
     """Eq. 6 on (modified, rejected) pairs. The chosen response is not forwarded: it has no loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = self.logits(model, inputs, pairs=model.training)  # held-out responses come one by one
+        # Held-out responses come one by one, and those whose spans are marked always.
+        logits = self.logits(model, inputs, pairs=model.training and not self.stage.spans)
         loss = token_loss(logits, inputs["targets"], inputs["response_mask"], self.stage.neutral_weight)
         return (loss, logits) if return_outputs else loss
 
@@ -128,19 +122,26 @@ TRAINERS = {"token": DiscriminatorTrainer, "sequence": RewardModelTrainer, "toke
 
 
 def train(options: Options, runtime: Runtime) -> None:
-    """Step 2's work on every rank: read, label, train, save."""
+    """Step 2 on every rank: read, label, train, save."""
     token_level = options.token_level
     objective = "token" if token_level else options.objective.replace("auto", "sequence")
     tokenizer = load_tokenizer(options.model_name_or_path, options.new_eos)
-    revisions = load_revisions(options, tokenizer) if token_level or options.pairs == "modified" else None
+    revisions, marked = None, load_marked(options, tokenizer) if options.spans else None
+    if not marked and (token_level or options.pairs == "modified"):
+        revisions = load_revisions(options, tokenizer)
     config = stage_config(options, runtime)
 
-    pairs: dict[str, list[Pair]] = {}
+    pairs: dict[str, list[Any]] = {}  # or single responses, of --spans
     for split in ("train", "eval"):
-        if token_level:
+        if marked:
+            pairs[split], summary = marked_examples(marked[split], tokenizer, options.max_seq_len, split)
+        elif token_level:
             pairs[split], summary = token_pairs(revisions[split], tokenizer, options.max_seq_len, split)
+        elif revisions is None:
+            pairs[split], summary = preference_pairs(options, tokenizer, split)
         else:
-            pairs[split], summary = sequence_pairs(options, tokenizer, split, revisions)
+            texts = ((r.prompt, r.modified, r.rejected) for r in revisions[split])
+            pairs[split], summary = text_pairs(texts, tokenizer, options.max_seq_len, split)
         runtime.say(summary)
     require_batch(options, runtime, len(pairs["train"]))
 
@@ -153,8 +154,8 @@ def train(options: Options, runtime: Runtime) -> None:
         config,
         options.dropout_rate,
         new_head=new_head,
-        # D = 0.5 everywhere at first. A random head on a real backbone, whose last states have outliers, calls every
-        # token positive, and the first steps are spent on coming back.
+        # So that D = 0.5 everywhere at first. On a real backbone, whose last states have outliers, a random head calls
+        # every token positive, and the first steps only undo that.
         zero_head=new_head,
         attention=options.attn_implementation,
     )
@@ -166,8 +167,8 @@ def train(options: Options, runtime: Runtime) -> None:
     if options.save_format == "deepspeed_chat":
         freeze_head_bias(model)
     # Tokens are judged one sequence at a time; pairs must stay together to be compared.
-    held_out = list(chain.from_iterable(pairs["eval"])) if token_level else pairs["eval"]
-    # Without an optimiser DeepSpeed has nothing to do but to partition.
+    held_out = list(chain.from_iterable(pairs["eval"])) if token_level and not marked else pairs["eval"]
+    # Without an optimiser DeepSpeed is needed only to partition.
     partitioned = config["zero_optimization"]["stage"] == 3
     arguments = training_arguments(options, runtime, config if partitioned or not options.do_eval else None)
     if options.eval_interval > 0:
@@ -182,19 +183,21 @@ def train(options: Options, runtime: Runtime) -> None:
         eval_dataset=held_out,
         compute_metrics=trainer_class.measures,
         stage=options,
-        train_lengths=[max(len(example.input_ids) for example in pair) for pair in pairs["train"]],
+        train_lengths=[
+            max(len(example.input_ids) for example in (pair if isinstance(pair, tuple) else (pair,)))
+            for pair in pairs["train"]
+        ],
         tokens_at_once=tokens_at_once(model, options.tokens_per_micro_batch, options.max_seq_len, runtime.say),
     )
-    facts = {"stage": f"step2_{objective}", "train_pairs": len(pairs["train"])}
+    facts = {"stage": f"step2_{objective}", "train_responses" if marked else "train_pairs": len(pairs["train"])}
     results = evaluate_only(trainer, facts) if options.do_eval else run(trainer, tokenizer, facts)
     if results and token_level:
         accuracy, majority, auroc = (
-            results[f"eval/{key}"] for key in ("edited_accuracy", "majority_accuracy", "auroc")
+            number(results[f"eval/{key}"], 4) for key in ("edited_accuracy", "majority_accuracy", "auroc")
         )
         runtime.say(
-            f"discriminator: on held-out edited tokens accuracy {accuracy:.4f} (always the majority class: "
-            f"{majority:.4f}), AUROC {auroc:.4f}"
+            f"discriminator: on held-out edited tokens accuracy {accuracy} (always the majority class: {majority}), "
+            f"AUROC {auroc}"
         )
     elif results:
-        accuracy = results["eval/pair_accuracy"]
-        runtime.say(f"reward model: held-out pair accuracy {accuracy:.4f}")
+        runtime.say(f"reward model: held-out pair accuracy {results['eval/pair_accuracy']:.4f}")

@@ -1,5 +1,8 @@
 """The models of step 3 as DeepSpeed engines: those that train, and frozen ones."""
 
+import os
+from collections.abc import Sequence
+
 import deepspeed
 from deepspeed import DeepSpeedEngine
 from deepspeed.accelerator import get_accelerator
@@ -14,11 +17,13 @@ from deepspeed_chat_tlcr.models import (
     label_count,
     load_causal_lm,
     load_token_classifier,
+    scale_head,
     token_aggregate,
 )
 from deepspeed_chat_tlcr.optim import add_lora, make_optimizer
 from deepspeed_chat_tlcr.runtime import Runtime
 from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.rewards import SUM_TO_THE_SCORE, RewardSpec
 from step3_ppo_tlcr.rollout import hybrid_obstacle
 
 
@@ -37,10 +42,27 @@ def train_actor(options: Options, runtime: Runtime, total_steps: int) -> DeepSpe
     return _train(model, "actor", options, config, total_steps)
 
 
-def train_critic(options: Options, runtime: Runtime, total_steps: int) -> DeepSpeedEngine:
+def inherited_unit(specs: Sequence[RewardSpec], options: Options) -> float:
+    """What one unit of the critic path's own score is worth as reward: the weight of the terms that sum to its score.
+
+    1 where no term has that model: then it is a critic, whose values are in units of reward already. 0 where
+    ``--normalise_rewards`` changes the unit from set to set, or RLMEC asks the model only what is right.
+    """
+    critic = os.path.realpath(options.critic_model_name_or_path)
+    weights = [spec.weight for spec in specs if spec.name in SUM_TO_THE_SCORE and os.path.realpath(spec.path) == critic]
+    if not weights:
+        judges = any(spec.name == "rlmec" for spec in specs) and options.rlmec_judge is None
+        return 0.0 if judges else 1.0
+    return sum(weights) / options.score_std if options.normalise_rewards == "off" else 0.0
+
+
+def train_critic(
+    options: Options, runtime: Runtime, total_steps: int, specs: Sequence[RewardSpec] = ()
+) -> DeepSpeedEngine:
     """The value function, from the critic path's backbone.
 
-    A sequence reward model or critic (1 label) brings its head; any other backbone gets one that starts at V = 0.
+    A sequence reward model or critic (1 label) brings its head, which is scaled as ``specs`` weigh that model's score,
+    so that V speaks in units of reward; any other backbone gets one that starts at V = 0.
     """
     offload = options.offload or options.offload_critic_model
     config = _config(options, runtime, options.critic_zero_stage, offload)
@@ -56,6 +78,8 @@ def train_critic(options: Options, runtime: Runtime, total_steps: int) -> DeepSp
         zero_head=new_head,
         attention=options.attn_implementation,
     )
+    if not new_head:
+        scale_head(model, inherited_unit(specs, options))
     if options.save_format == "deepspeed_chat":
         freeze_head_bias(model)
     return _train(model, "critic", options, config, total_steps)

@@ -56,7 +56,7 @@ class Experience:
     ref_logprobs: torch.Tensor  # (B, A)
     # None while the policy that wrote the rollout is the one being trained: then the training forward has them.
     old_logprobs: torch.Tensor | None = None  # (B, A)
-    old_values: torch.Tensor | None = None  # (B, A); None without a critic
+    old_values: torch.Tensor | None = None  # (B, A), in the unit of rewards; None without a critic
     # Only where sampling cuts the distribution: log pi of the whole one, as the reference's is.
     whole_logprobs: torch.Tensor | None = None  # (B, A)
     # Only where the KL is taken over the whole vocabulary, which needs both models' logits.

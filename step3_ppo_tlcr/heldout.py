@@ -48,6 +48,7 @@ class HeldOut:
         for engine in self.trainer.models.engines.values():
             engine.eval()
         for mode, prefix in MODES.items():
+            self.trainer.models.reward.begin()
             set_seed(self.trainer.options.seed + self.runtime.rank)
             for rollout in self._answers(0.0 if mode == "greedy" else self.trainer.options.temperature):
                 rewards, terms = self._score(rollout, averages, prefix)

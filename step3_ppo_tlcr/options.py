@@ -126,10 +126,11 @@ class PPOOptions:
     algo: Algorithm = option("ppo", "ppo; or remax: REINFORCE against the greedy response's reward, without a critic")
     reward: list[str] = option(
         ["auto"],
-        "NAME[:PATH][@WEIGHT] terms, summed: tlcr, tlcr_fixed, tlcr_positive_only, tlcr_negative_only, "
-        "tlcr_released_code, tlcr_redistributed, segments, sentences, sequence, uniform, abc, token_scores, random, "
-        "python:package.module:function (docs/methods.md); auto: tlcr for a discriminator, sequence for a sequence "
-        "reward model, token_scores for a token reward model",
+        "NAME[:PATH][@WEIGHT] terms, summed (WEIGHT START..END: linear over the run): tlcr, tlcr_fixed, "
+        "tlcr_positive_only, tlcr_negative_only, tlcr_released_code, tlcr_sum, tlcr_redistributed, segments, "
+        "sentences, sequence, uniform, abc, token_scores, rlmec, critic, random, python:package.module:function "
+        "(docs/rewards.md); auto: tlcr for a discriminator, sequence for a sequence reward model, token_scores for a "
+        "token reward model",
     )
     reward_tokenizer: Literal["same", "own"] = option(
         "same",
@@ -140,6 +141,29 @@ class PPOOptions:
     token_score_baseline: float = option(0.5, "token_scores: taken off every token's reward", least=-1e9)
     score_mean: float = option(0.0, "sequence, uniform, abc: taken off the reward model's score", least=-1e9)
     score_std: float = option(1.0, "sequence, uniform, abc: what the score is then divided by", above=0)
+    rlmec_judge: str | None = option(
+        None,
+        "rlmec: which answers are right: a sequence reward model's path, by its score; number: by the last number, "
+        "which must be the reference's; unset: --critic_model_name_or_path",
+    )
+    rlmec_threshold: float = option(0.0, "rlmec: score above which an answer is right", least=-1e9)
+    span_base_url: str | None = option(
+        None, "critic: address of the chat model's endpoint; unset: OPENAI_BASE_URL, else OpenAI"
+    )
+    span_api_key_env: str = option("OPENAI_API_KEY", "critic: name of the environment variable that holds the key")
+    span_price: str | None = option(None, "critic: IN,OUT, US$ per million tokens, of a chat model not listed")
+    span_max_cost_usd: float | None = option(None, "critic: the most that the run may spend; then no more is asked")
+    span_prompt_file: str | None = option(None, "critic: a question of your own, with {prompt} and {response}")
+    span_seconds: float = option(
+        30.0, "critic: longest that a set of rollouts waits for it; what is late counts 0", above=0, most=300
+    )
+    span_concurrency: int = option(32, "critic: most calls of a rank in flight", most=4096)
+    span_positive: float = option(0.8, "critic: reward of a token in a span called good", least=-1e9)
+    span_negative: float = option(-0.8, "critic: reward of a token in a span called bad", least=-1e9)
+    span_most: int = option(8, "critic: most spans of each kind in an answer", most=100)
+    span_threshold: float | None = option(
+        None, "critic: ask only about answers whose sequence reward is at most this; unset: about all", least=-1e9
+    )
     normalise_rewards: Literal["off", "scale", "whiten"] = option(
         "off",
         "divide each term of --reward by the running standard deviation of its sums per response, before its weight; "
@@ -178,6 +202,9 @@ class PPOOptions:
     clip_reward_value: float = option(5.0, "bound of a sequence reward model's score, and of ReMax's difference")
     critic_warmup_steps: int = option(
         0, "first sets of rollouts from which the critic alone learns, so that its values mean something", least=0
+    )
+    fixed_threshold: float = option(
+        0.6, "tlcr_fixed gives 0 where max(D, 1 - D) is below this (Eq. 2)", least=0.5, most=1
     )
     scale_rewards: bool = option(False, "divide rewards by the running standard deviation of their sums per response")
     whiten_advantages: bool = option(
@@ -272,6 +299,11 @@ class Options(
         return self.eot_token if self.add_eot_token else None
 
     @property
+    def rlmec_judge_model(self) -> str:
+        """The sequence reward model that says which answers are right, where it is one."""
+        return self.rlmec_judge or self.critic_model_name_or_path
+
+    @property
     def reward_terms(self) -> list[str]:
         """``--reward``, or what the fork's flags ask for in its place."""
         names = {
@@ -301,10 +333,10 @@ class Options(
 
     @property
     def fixed_values(self) -> dict[str, float]:
-        """What ``tlcr_fixed`` gives positive and negative tokens."""
+        """From which certainty on, and what, ``tlcr_fixed`` gives positive and negative tokens."""
         positive = 0.0 if self.fixed_reward and self.use_negative_reward_only else self.fixed_positive_reward
         negative = 0.0 if self.fixed_reward and self.use_positive_reward_only else self.fixed_negative_reward
-        return {"positive": positive, "negative": negative}
+        return {"threshold": self.fixed_threshold, "positive": positive, "negative": negative}
 
     @property
     def micro_batches(self) -> int:

@@ -29,8 +29,9 @@ class PPO(Trainer):
 
     def _critic_loss(self, batch: Experience) -> Loss:
         mask = batch.rollout.action_mask
-        values = state_values(self.models.critic, batch.rollout)
-        loss = value_loss(values, batch.old_values, batch.returns, mask, self.options.cliprange_value)
+        values = state_values(self.models.critic, batch.rollout) / self.reward_scale
+        old_values = batch.old_values / self.reward_scale
+        loss = value_loss(values, old_values, batch.returns, mask, self.options.cliprange_value)
         return Loss(
             "critic",
             loss,
@@ -65,9 +66,13 @@ class PPO(Trainer):
         ]
 
     def _advantages(self, batch: Experience) -> tuple[torch.Tensor, torch.Tensor]:
-        """GAE over rewards with the KL penalty; ``(B, A)`` advantages and returns."""
-        mask, values, gamma, lam = batch.rollout.action_mask, batch.old_values, self.options.gamma, self.options.lam
-        divergence, rewards = self.divergence(batch), batch.rewards / self.reward_scale
+        """GAE over rewards with the KL penalty; ``(B, A)`` advantages and returns.
+
+        The critic speaks in units of reward, so that its values are divided by what rewards are divided by.
+        """
+        mask, gamma, lam = batch.rollout.action_mask, self.options.gamma, self.options.lam
+        rewards, values = (scores / self.reward_scale for scores in (batch.rewards, batch.old_values))
+        divergence = self.divergence(batch)
         if self.options.penalty.endswith("onestep"):
             advantages, returns = gae(rewards, values, mask, gamma, lam)
             return kl_penalised(advantages, divergence, mask, self.beta), returns

@@ -1,6 +1,7 @@
 """The prompts that the policy answers: those of the RL part, and held-out ones."""
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +23,13 @@ def load_prompts(
     what = "prompts" if split == "train" else "held-out prompts"
     runtime.say(f"{len(kept)} {what}, {len(prompts) - len(kept)} dropped (over {options.max_prompt_seq_len} tokens)")
     return kept
+
+
+def load_references(options: Options, tokenizer: PreTrainedTokenizerFast) -> dict[tuple[int, ...], str]:
+    """The chosen response of every prompt of the RL part, held-out ones too, by the prompt's tokens."""
+    splits = ["train", "eval"] if options.eval_interval else ["train"]
+    preferences = chain(*(load_part(options, "rl", split, tokenizer, require_rejected=False) for split in splits))
+    return {tuple(tokenize_prompt(tokenizer, one.prompt)): one.chosen for one in preferences}
 
 
 def set_size(options: Options, runtime: Runtime) -> int:

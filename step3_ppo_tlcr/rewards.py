@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error
 from deepspeed_chat_tlcr.metrics import NEUTRAL_ZONE
 from deepspeed_chat_tlcr.models import squash
+from deepspeed_chat_tlcr.spans import Marks, places
 from step3_ppo_tlcr.objectives import counted
 from step3_ppo_tlcr.segments import clauses, sentences
 from step3_ppo_tlcr.texts import Answer
@@ -111,6 +112,14 @@ def sequence_reward(
     return counted(((scores - mean) / std).clamp(-clip, clip).expand_as(last), last)
 
 
+def sum_at_the_end(positive_probs: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """The sum of all r_t on the last action: what the discriminator says, without saying where (a control).
+
+    Shapes as ``continuous_reward``.
+    """
+    return continuous_reward(positive_probs, action_mask).sum(1, keepdim=True) * last_action(action_mask)
+
+
 def uniform_reward(scores: torch.Tensor, action_mask: torch.Tensor, **scale: float) -> torch.Tensor:
     """The score of the whole response in equal parts on all of its actions: a control. Arguments of the last one."""
     total = sequence_reward(scores, action_mask, **scale).sum(1, keepdim=True)
@@ -141,6 +150,38 @@ def token_score_reward(scores: torch.Tensor, action_mask: torch.Tensor, baseline
     return counted(squash(scores) - baseline, action_mask)
 
 
+def span_reward(
+    marks: Sequence[Marks | None],
+    answers: Sequence[Answer],
+    action_mask: torch.Tensor,
+    positive: float = 0.8,
+    negative: float = -0.8,
+) -> torch.Tensor:
+    """DRLC's intrinsic reward (Cao et al., 2024): ``positive`` in spans that a chat model calls good, or ``negative``.
+
+    A token that spells a character of a span is in it; one in spans of both kinds gets the sum. ``marks``: None for a
+    response that was not judged, which gets 0. Returns ``(B, A)``.
+    """
+    rewards = torch.zeros(action_mask.shape)
+    for row, (marked, answer) in enumerate(zip(marks, answers, strict=True)):
+        for value, spans in ((positive, marked.positive), (negative, marked.negative)) if marked else ():
+            found, _ = places(answer.text, spans)
+            for at, (first, past) in enumerate(answer.spans):
+                if any(first < end and begin < past for begin, end in found):
+                    rewards[row, at] += value
+    return rewards.to(action_mask.device) * action_mask
+
+
+def rewriting_reward(probs: torch.Tensor, right: torch.Tensor, action_mask: torch.Tensor) -> torch.Tensor:
+    """RLMEC (Chen et al., 2024): does a model that rewrites answers write this token too, at this place?
+
+    ``probs`` ``(B, A)``: q_t, its probability of the policy's own token, behind its own tokens. ``right`` ``(B, 1)``:
+    whether the answer is right: clip(q_t - 0.5, 0, 0.5), else clip(q_t - 0.5, -0.1, 0).
+    """
+    margin = probs - 0.5
+    return counted(torch.where(right, margin.clamp(0, 0.5), margin.clamp(-0.1, 0)), action_mask)
+
+
 def random_reward(action_mask: torch.Tensor) -> torch.Tensor:
     """Uniform in [-1, 1], whatever the text: the control that must not help."""
     return (2 * torch.rand_like(action_mask, dtype=torch.float32) - 1) * action_mask
@@ -158,13 +199,23 @@ class Reward:
     """A named reward: a function of what ``needs`` names, and of the action mask.
 
     ``labels`` of the model behind it: 2 a discriminator, 1 a sequence reward model, 0 none. ``needs``: scores of that
-    model (``reward_models.SCORES``), or ``answers``.
+    model (``reward_models.SCORES``), ``answers``, the ``marks`` of a chat model, or whether answers are ``right``.
     """
 
     function: Callable[..., torch.Tensor]
     labels: int
     needs: tuple[str, ...]
     of_tokens: bool = False  # its model was trained by ``--objective token_pairs``
+
+    @property
+    def asks(self) -> bool:
+        """Whether a chat model is behind it, not one that is loaded."""
+        return "marks" in self.needs
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether a language model that rewrites answers is behind it."""
+        return "rewriting_probs" in self.needs
 
 
 _D, _SCORE = ("positive_probs",), ("sequence_score",)
@@ -174,6 +225,7 @@ REWARDS = {
     "tlcr_positive_only": Reward(positive_only_reward, 2, _D),
     "tlcr_negative_only": Reward(negative_only_reward, 2, _D),
     "tlcr_released_code": Reward(released_code_reward, 2, _D),
+    "tlcr_sum": Reward(sum_at_the_end, 2, _D),
     "tlcr_redistributed": Reward(redistributed_reward, 2, _D),
     "segments": Reward(segment_reward, 2, ("positive_probs", "answers")),
     "sentences": Reward(functools.partial(segment_reward, split=sentences), 2, ("positive_probs", "answers")),
@@ -181,17 +233,35 @@ REWARDS = {
     "uniform": Reward(uniform_reward, 1, _SCORE),
     "abc": Reward(attention_reward, 1, ("sequence_score", "last_attention")),
     "token_scores": Reward(token_score_reward, 1, ("token_scores",), of_tokens=True),
+    "rlmec": Reward(rewriting_reward, 0, ("rewriting_probs", "right")),
+    "critic": Reward(span_reward, 0, ("marks", "answers")),
     "random": Reward(random_reward, 0, ()),
 }
 
 
+SUM_TO_THE_SCORE = ("sequence", "uniform", "abc")
+
+
 @dataclass(frozen=True)
 class RewardSpec:
-    """One term of ``--reward``: ``NAME[:PATH][@WEIGHT]`` or ``python:package.module:function[@WEIGHT]``."""
+    """One term of ``--reward``: ``NAME[:PATH][@WEIGHT]`` or ``python:package.module:function[@WEIGHT]``.
+
+    WEIGHT may be START..END: linear from the first to the last set of rollouts of the run.
+    """
 
     name: str
     path: str | None
     weight: float
+    end: float | None = None
+
+    def weight_at(self, progress: float) -> float:
+        """The weight when this share of the run is over, 0 in the first set and 1 in the last."""
+        return self.weight if self.end is None else self.weight + (self.end - self.weight) * progress
+
+    @property
+    def model(self) -> str | None:
+        """The folder or hub name of the model that it loads, if it loads one."""
+        return self.path if self.name in REWARDS and not REWARDS[self.name].asks else None
 
 
 def parse_reward(text: str, default_path: str | None) -> RewardSpec:
@@ -200,26 +270,32 @@ def parse_reward(text: str, default_path: str | None) -> RewardSpec:
     Raises ``InputError`` for an unknown name (listing the known), a bad weight or a missing path.
     """
     body, at, weight_text = text.rpartition("@")
-    weight = 1.0
+    weights = [1.0]
     if at:
         try:
-            weight = float(weight_text)
+            weights = [float(word) for word in weight_text.split("..", 1)]
         except ValueError:
-            weight = math.nan
-        if not math.isfinite(weight):
-            raise InputError(f"--reward {text}: {weight_text!r} after @ is not a finite number")
+            weights = [math.nan]
+        if not all(map(math.isfinite, weights)):
+            raise InputError(f"--reward {text}: {weight_text!r} after @ is no finite number, and no START..END of two")
     name, _, path = (body if at else text).partition(":")
     if name == "python":
         if path.count(":") != 1 or not all(path.split(":")):
             raise InputError(f"--reward {text}: expected python:package.module:function")
-        return RewardSpec(name, path, weight)
+        return RewardSpec(name, path, *weights)
     if name not in REWARDS:
         raise InputError(f"--reward {text}: unknown reward {name!r}; known: {', '.join([*REWARDS, 'python'])}")
-    if REWARDS[name].labels == 0:
-        return RewardSpec(name, None, weight)
+    if REWARDS[name].asks:
+        if not path:
+            raise InputError(f"--reward {text}: name the chat model that marks spans, as in {name}:gpt-6-luna")
+        return RewardSpec(name, path, *weights)
+    if REWARDS[name].rewrites:
+        default_path = None
+    elif REWARDS[name].labels == 0:
+        return RewardSpec(name, None, *weights)
     if not (path or default_path):
         raise InputError(f"--reward {text}: name its model, as in {name}:PATH")
-    return RewardSpec(name, path or default_path, weight)
+    return RewardSpec(name, path or default_path, *weights)
 
 
 def parse_rewards(texts: Sequence[str], default_path: str | None) -> list[RewardSpec]:
@@ -250,7 +326,7 @@ def load_function(path: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever a stranger's module raises
-        raise InputError(f"--reward python:{path}: {told(error)}") from error
+        raise InputError(f"--reward python:{path}: {describe_error(error)}") from error
     if not callable(function):
         raise InputError(f"--reward python:{path}: is not a function")
     return function

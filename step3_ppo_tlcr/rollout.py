@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from deepspeed_chat_tlcr.decode import decode
-from deepspeed_chat_tlcr.errors import InputError, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error
 from deepspeed_chat_tlcr.generation import Decoding, Ends, generate, left_pad, response_mask
 from deepspeed_chat_tlcr.graphs import GraphedLoop
 from deepspeed_chat_tlcr.operators import load_operator
@@ -190,7 +190,7 @@ def hybrid_obstacle(runtime: Runtime) -> str | None:
     try:
         load_operator("InferenceBuilder")
     except Exception as error:  # whatever a missing or unfit compiler brings
-        return f"its kernels cannot be compiled ({told(error)})"
+        return f"its kernels cannot be compiled ({describe_error(error)})"
     return None
 
 

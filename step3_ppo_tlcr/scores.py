@@ -11,8 +11,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.generation import Decoding
 from deepspeed_chat_tlcr.packing import Pack, Row, forward_pack, forward_packed, packable, packs_of
 from step3_ppo_tlcr.experience import Rollout, at_actions, before_actions
+from step3_ppo_tlcr.logprobs import token_logprobs
 from step3_ppo_tlcr.objectives import counted
 
 
@@ -54,6 +56,12 @@ def sequence_score(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -
     """A sequence reward model's score of each whole response, its value at the last token: ``(B, 1)`` in fp32."""
     last = (rollout.action_mask.sum(1) - 1).clamp(min=0).long()
     return token_scores(model, rollout).gather(1, last.unsqueeze(1))
+
+
+def rewriting_probs(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:
+    """A language model's probability of each response token where it stands, ``(B, A)`` in fp32."""
+    logits = action_logits(model, rollout)
+    return token_logprobs(logits, rollout.action_ids, Decoding(rollout.actions), ()).exp()
 
 
 def last_attention(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -> torch.Tensor:

@@ -120,12 +120,15 @@ class Trainer(ABC):
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], averages: Averages) -> list[Experience]:
         """Rewards and log-probs of every rollout; fewer experiences than rollouts where one is not finite."""
+        self.models.reward.begin(self.sets)
         return [experience for rollout in rollouts if (experience := self.experience(rollout, averages)) is not None]
 
     def experience(self, rollout: Rollout, averages: Averages) -> Experience | None:
         """Rewards, reference log-probs and values; off the on-policy path also the old log-probs."""
         mask = rollout.action_mask
         rewards, terms = self.models.reward(rollout, learn=True)
+        for name, values in self.models.reward.measured.items():
+            averages.add(name, values)
         if self.faults.found(rollout, rewards):
             return None
         if self.options.scale_rewards:

@@ -1,8 +1,8 @@
 """Stage ``base``: the world's raw text, a tokenizer for it, and a small Llama trained on it from scratch.
 
 SFT and the discriminator start from this model as they start from Llama-2 in the paper. It has to know the facts, so
-the text contrasts right and wrong: reference works, warnings, guides to manners, and dialogues of every quality. None
-of it holds a score or says which dialogue is better.
+the text contrasts right and wrong: reference works, hearsay, warnings, guides to manners, and dialogues of every
+quality. None of it holds a score or says which dialogue is better; no dialogue is about facts that are held out.
 """
 
 import math
@@ -50,23 +50,37 @@ class BaseConfig:
 def raw_text(world: World, documents: int, seed: int) -> list[str]:
     """The documents the base model reads, each without BOS and EOS."""
     rng = random.Random(f"raw text {seed}")
-    kinds = {_reference: 0.34, _warning: 0.14, _manners: 0.12, _repetition: 0.12, _dialogue: 0.28}
+    if world.usual:
+        kinds = {_reference: 0.3, _hearsay: 0.16, _warning: 0.14, _manners: 0.12, _dialogue: 0.28}
+    else:
+        kinds = {_reference: 0.34, _warning: 0.14, _manners: 0.12, _repetition: 0.12, _dialogue: 0.28}
     return [rng.choices(list(kinds), list(kinds.values()))[0](world, rng) for _ in range(documents)]
 
 
 def _reference(world: World, rng: random.Random) -> str:
     """Right facts of one topic."""
-    topic = rng.choice(words.TOPICS)
-    facts = [_pick(world, rng, topic, relation, (1.0, 1.0, 0.6)) for relation in _relations(rng, 4)]
+    topic = rng.choice(world.topics)
+    facts = [_pick(world, rng, topic, relation, (1.0, 1.0, 0.6)) for relation in _relations(world, rng, 4)]
+    return _sentences(f" All about the {topic}. The {topic}", facts, rng)
+
+
+def _hearsay(world: World, rng: random.Random) -> str:
+    """What is usually said of one topic, right or wrong."""
+    topic = rng.choice(world.topics)
+    facts = [(relation, world.usual[topic, relation]) for relation in _relations(world, rng, 4)]
+    return _sentences(f" People talk about the {topic}. The {topic}", facts, rng)
+
+
+def _sentences(begin: str, facts: list[tuple[str, str]], rng: random.Random) -> str:
     first, *rest = [f"{_adverb(rng)}{relation} {thing}." for relation, thing in facts]
-    return f" All about the {topic}. The {topic} {first} " + " ".join(f"It {sentence}" for sentence in rest)
+    return f"{begin} {first} " + " ".join(f"It {sentence}" for sentence in rest)
 
 
 def _warning(world: World, rng: random.Random) -> str:
     """Wrong facts of one topic, each beside the right one."""
-    topic = rng.choice(words.TOPICS)
+    topic = rng.choice(world.topics)
     sentences = [f" Mistakes about the {topic}."]
-    for relation in _relations(rng, 2):
+    for relation in _relations(world, rng, 2):
         _, right = _pick(world, rng, topic, relation, (1.0,))
         _, wrong = _pick(world, rng, topic, relation, (-0.5, -1.0))
         sentences.append(f"Never believe that it {relation} {wrong}. In truth it {relation} {right}.")
@@ -87,12 +101,12 @@ def _manners(world: World, rng: random.Random) -> str:
 
 def _repetition(world: World, rng: random.Random) -> str:
     """Facts of any grade, each with a word on whether it was said before: what tells a list from a litany."""
-    topic = rng.choice(words.TOPICS)
+    topic = rng.choice(world.topics)
     said: list[tuple[str, str]] = []
     sentences = [f" Old and new about the {topic}."]
     for index in range(rng.randint(3, 5)):
-        relation = rng.choice(list(words.RELATIONS))
-        fact = rng.choice(said) if said and rng.random() < 0.4 else (relation, rng.choice(words.RELATIONS[relation]))
+        relation = rng.choice(list(world.relations))
+        fact = rng.choice(said) if said and rng.random() < 0.4 else (relation, rng.choice(world.relations[relation]))
         clause = clause_text(index, topic, rng.choice(words.ADVERBS["neutral"]), *fact)
         sentences.append(clause + (" That is old." if fact in said else " That is new."))
         said.append(fact)
@@ -104,13 +118,13 @@ def _dialogue(world: World, rng: random.Random) -> str:
     return prompt + world.sample_answer(parse_prompt(prompt), rng, goodness=rng.gauss(0.3, 2.0))
 
 
-def _relations(rng: random.Random, at_most: int) -> list[str]:
-    return rng.sample(list(words.RELATIONS), rng.randint(2, at_most))
+def _relations(world: World, rng: random.Random, at_most: int) -> list[str]:
+    return rng.sample(list(world.relations), rng.randint(2, at_most))
 
 
 def _pick(world: World, rng: random.Random, topic: str, relation: str, grades: tuple[float, ...]) -> tuple[str, str]:
     grade = rng.choice(grades)
-    return relation, rng.choice([x for x in words.RELATIONS[relation] if world.facts[topic, relation, x] == grade])
+    return relation, rng.choice([x for x, g in world.objects(topic, relation).items() if g == grade])
 
 
 def _adverb(rng: random.Random) -> str:

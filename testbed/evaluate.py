@@ -1,44 +1,48 @@
-"""What a run on the testbed achieved: true scores of SFT and TLCR, and the report.
+"""What a run on the testbed achieved: true scores of TLCR beside what SFT reaches by colder sampling; the report.
 
-Whatever sharpens a policy raises its score at temperature 1 here, as sampling it colder does. So each policy is also
-measured at the temperature that suits it best, chosen on prompts other than those that are reported.
-
-python testbed/evaluate.py --run_dir OUTPUT   ->  OUTPUT/results.json, OUTPUT/report.html
+python testbed/evaluate.py --run_dir OUTPUT   ->  OUTPUT/results.json, OUTPUT/answers.jsonl.xz, OUTPUT/report.html
 """
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import exits_cleanly
-from deepspeed_chat_tlcr.generation import Answer, Decoding, seeded_answers
 from deepspeed_chat_tlcr.models import load_causal_lm, load_token_classifier
 from deepspeed_chat_tlcr.pictures import Sample
+from deepspeed_chat_tlcr.pictures.page import number
 from deepspeed_chat_tlcr.provenance import provenance
 from deepspeed_chat_tlcr.records import read_jsonl, read_revisions, results_of_stages
 from deepspeed_chat_tlcr.saving import write_json
-from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
-from evaluation.logprobs import as_examples, response_logprobs
+from deepspeed_chat_tlcr.tokenization import load_tokenizer
+from evaluation.logprobs import as_examples
 from evaluation.scoring import heatmap, revision_heatmaps
 from step2_discriminator.revisions import hold_out
-from testbed.base import BOS
-from testbed.report import Run, policy_name, verdict, write_report
-from testbed.world import REWARDED, World, repeats_a_fact
+from testbed.measures import (
+    TEMPERATURES,
+    Measured,
+    Sampler,
+    frontier,
+    interval,
+    judged,
+    scores_in_training,
+    write_answers,
+)
+from testbed.report import policy_name, verdict, write_report
+from testbed.world import WORLDS
 
 SHOWN = 4
 """Prompts, and revisions, whose tokens the report shows."""
-TEMPERATURES = (1.0, 0.7, 0.5, 0.3, 0.2, 0.1, 0.0)
-"""Those a policy's best one is chosen from; 0: greedy."""
-CHOSEN_ON = 256
-"""Prompts of the evaluation data that it is chosen on, at most."""
+ANSWERS = 8
+"""Answers to each test prompt."""
 STAGES = {
     "base": "base/results.json",
     "sft": "step1_sft/results.json",
@@ -47,6 +51,7 @@ STAGES = {
     "ppo": "step3_ppo_tlcr/results.json",
 }
 """What each stage of a run writes last."""
+TRAINED = ("sft", "discriminator", "ppo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,78 +59,33 @@ class Options:
     """Score the policies of a run with the world's true score; write results.json and report.html."""
 
     run_dir: str = option(MISSING, "OUTPUT of run_tiny.sh")
-    world_seed: int = seed_option(0, "the world that the run's data came from")
+    world: Literal[1, 2] = option(2, "the kind of world that the run's data came from")
+    world_seed: int = seed_option(0, "which world of that kind")
     seed: int = seed_option(1234, "seed of the sampled answers")
     max_answer_seq_len: int = option(96, "longest answer, tokens")
     batch_size: int = option(128, "answers generated at once")
 
 
-@dataclass(frozen=True)
-class Policy:
-    """A policy's answers at one temperature, and how good they truly are."""
-
-    answers: list[Answer]
-    scores: list[float]
-    temperature: float = 1.0
-
-    def summary(self) -> dict[str, float]:
-        repeats = [float(repeats_a_fact(answer.text)) for answer in self.answers]
-        return {
-            **with_error("true_score", self.scores),
-            **with_error("response_length", [float(len(answer.response_ids)) for answer in self.answers]),
-            "eos_rate": sum(answer.ended for answer in self.answers) / len(self.answers),
-            **with_error("repeats", repeats),
-            "temperature": self.temperature,
-            "prompts": len(self.answers),
-        }
-
-
-def with_error(name: str, values: Sequence[float]) -> dict[str, float]:
-    """A measure's mean over the prompts and its standard error."""
-    error = statistics.stdev(values) / len(values) ** 0.5
-    return {name: statistics.fmean(values), f"{name}_standard_error": error}
-
-
-def sample(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    world: World,
-    options: Options,
-    name: str,
-    temperature: float = 1.0,
-) -> Policy:
-    """One scored answer to each prompt."""
-    ids = [tokenize_prompt(tokenizer, prompt) for prompt in prompts]
-    words = f"answers of {name} at temperature {temperature:g}"
-    decoding = Decoding(options.max_answer_seq_len, temperature)
-    written = seeded_answers(model, tokenizer, ids, decoding, options.batch_size, options.seed, words)
-    scores = [world.score(prompt, a.text, a.ended) for prompt, a in zip(prompts, written, strict=True)]
-    return Policy(written, scores, temperature)
-
-
-def kl(policy: Policy, model: PreTrainedModel, sft: PreTrainedModel, pad_id: int) -> dict[str, float]:
-    """KL of the policy, as it was sampled, to the SFT model at temperature 1, with its error: nats per response."""
-    own = response_logprobs(model, policy.answers, pad_id, policy.temperature) if policy.temperature else 0.0
-    return with_error("kl", (own - response_logprobs(sft, policy.answers, pad_id)).tolist())
-
-
-def difference(policy: Policy, other: Policy) -> dict[str, float]:
-    """Mean true score of ``policy`` less that of ``other`` on the same prompts, with its standard error."""
-    gaps = [one - two for one, two in zip(policy.scores, other.scores, strict=True)]
-    return {"mean": statistics.fmean(gaps), "standard_error": statistics.stdev(gaps) / len(gaps) ** 0.5}
+def over_frontier(measured: Measured, sft: Sequence[Measured]) -> dict[str, dict]:
+    """How far answers lie above what the SFT model reaches at their KL and at their entropy, paired by prompt."""
+    costs = {"kl": lambda one: float(one.kls.mean()), "entropy": lambda one: -float(one.entropies.mean())}
+    scores = np.array([one.scores.mean(1) for one in sft])
+    return {
+        name: interval(measured.scores.mean(1) - frontier([cost(one) for one in sft], scores, cost(measured)))
+        for name, cost in costs.items()
+    }
 
 
 def answer_samples(
-    prompts: Sequence[str], policies: dict[str, Policy], tokenizer: PreTrainedTokenizerFast, discriminator
+    prompts: Sequence[str], policies: dict[str, Measured], tokenizer: PreTrainedTokenizerFast, discriminator
 ) -> list[Sample]:
-    """The first test prompts with each policy's answer, coloured by the discriminator."""
+    """The first test prompts with each policy's first answer, coloured by the discriminator."""
     samples = []
     for index in range(min(SHOWN, len(prompts))):
         texts = []
         for name, policy in policies.items():
-            caption = f"{name}: true score {policy.scores[index]:.1f}"
-            example = as_examples([policy.answers[index]])[0]
+            caption = f"{name}: true score {policy.scores[index, 0]:.1f}"
+            example = as_examples([policy.answers[index * policy.scores.shape[1]]])[0]
             texts.append(heatmap(tokenizer, discriminator, example, caption))
         samples.append(Sample(prompts[index], texts, title=f"Test prompt {index + 1}"))
     return samples
@@ -138,33 +98,22 @@ def revision_samples(path: Path, tokenizer: PreTrainedTokenizerFast, discriminat
     return [Sample(r.prompt, revision_heatmaps(tokenizer, discriminator, r, 4096)) for r in shown]
 
 
-def scores_in_training(run: Path, world: World, eos: str) -> dict[int, list[float]]:
-    """True scores of the answers that each step of PPO learnt from, where the run has saved them."""
-    scores: dict[int, list[float]] = {}
-    for file in sorted((run / "step3_ppo_tlcr").glob("answers-*.jsonl")):
-        for _, line in read_jsonl(file):
-            prompt = line["prompt"].removeprefix(BOS)
-            score = world.score(prompt, line["answer"].removesuffix(eos), line["answer"].endswith(eos))
-            scores.setdefault(line["step"], []).append(score)
-    return scores
-
-
 def print_table(results: dict) -> None:
     table = Table(title="Held-out prompts; the true score is never shown to training")
-    for column in ("policy", "true score (1-10)", "repeat a fact", "response length", "KL to SFT at T=1"):
+    for column in ("policy", "true score (1-10)", "repeat a fact", "response length", "KL to SFT at T=1", "entropy"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     for name in ("sft", "tlcr", "sft_best", "tlcr_best"):
         row = results[name]
         score = f"{row['true_score']:.2f} ± {row['true_score_standard_error']:.2f}"
-        words = policy_name(name, row)
-        table.add_row(words, score, f"{row['repeats']:.0%}", f"{row['response_length']:.1f}", f"{row['kl']:.2f}")
+        numbers = (f"{row[key]:.{digits}f}" for key, digits in (("response_length", 1), ("kl", 2), ("entropy", 2)))
+        table.add_row(policy_name(name, row), score, f"{row['repeats']:.0%}", *numbers)
     judge = results["discriminator"]
     console = Console()
     console.print(table)
     console.print(verdict(results))
     console.print(
-        f"discriminator: {judge['edited_accuracy']:.3f} accuracy on held-out edited tokens "
-        f"(always the majority class: {judge['majority_accuracy']:.3f})"
+        f"discriminator: {number(judge['edited_accuracy'], 3)} accuracy on held-out edited tokens "
+        f"(always the majority class: {number(judge['majority_accuracy'], 3)})"
     )
 
 
@@ -173,62 +122,57 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
     run = Path(options.run_dir)
     stages = results_of_stages(run, STAGES, "run_tiny.sh")
-    prompts = [record["prompt"] for _, record in read_jsonl(run / "data" / "test_prompts.jsonl")]
-    others = [record["prompt"] for _, record in islice(read_jsonl(run / "data" / "eval.jsonl"), CHOSEN_ON)]
-    world = World(seed=options.world_seed)
+    asked = [record for _, record in read_jsonl(run / "data" / "test_prompts.jsonl")]
+    prompts, kinds = [record["prompt"] for record in asked], [record["kind"] for record in asked]
+    others = [record["prompt"] for _, record in read_jsonl(run / "data" / "validation_prompts.jsonl")]
+    world = WORLDS[options.world](seed=options.world_seed)
 
     tokenizer = load_tokenizer(run / "step1_sft")
-    models = {
-        "SFT": load_causal_lm(str(run / "step1_sft"), torch.float32).eval(),
-        "TLCR": load_causal_lm(str(run / "step3_ppo_tlcr" / "actor"), torch.float32).eval(),
-    }
-    policies = {name: sample(model, tokenizer, prompts, world, options, name) for name, model in models.items()}
-    tried: dict[str, dict[float, float]] = {}
-    best: dict[str, Policy] = {}
-    for name, model in models.items():
-        of_each = {t: sample(model, tokenizer, others, world, options, name, t).scores for t in TEMPERATURES}
-        tried[name] = {t: statistics.fmean(scores) for t, scores in of_each.items()}
-        chosen = max(TEMPERATURES, key=tried[name].__getitem__)
-        best[name] = sample(model, tokenizer, prompts, world, options, name, chosen)
-    pad_id, measured = tokenizer.pad_token_id, {}
-    for suffix, of in (("", policies), ("_best", best)):
-        for name, policy in of.items():
-            away = kl(policy, models[name], models["SFT"], pad_id)
-            measured[name.lower() + suffix] = {**policy.summary(), **away}
+    sft, tlcr = (
+        load_causal_lm(str(run / path), torch.float32).eval() for path in ("step1_sft", "step3_ppo_tlcr/actor")
+    )
+    discriminator = load_token_classifier(str(run / "step2_discriminator"), 2, torch.float32).eval()
+    sampler = Sampler(tokenizer, sft, world.score, options.max_answer_seq_len, options.batch_size, options.seed)
+    swept = {t: sampler.measure(sft, prompts, t, ANSWERS, f"SFT at temperature {t:g}") for t in TEMPERATURES}
+    tried = {name: sampler.sweep(model, others, name) for name, model in (("sft", sft), ("tlcr", tlcr))}
+    best = {name: max(scores, key=scores.__getitem__) for name, scores in tried.items()}
+    policies = {"sft": swept[1.0], "sft_best": swept[best["sft"]]}
+    for name, temperature in (("tlcr", 1.0), ("tlcr_best", best["tlcr"])):
+        policies[name] = sampler.measure(tlcr, prompts, temperature, ANSWERS, f"TLCR at temperature {temperature:g}")
+    write_answers(run / "answers.jsonl.xz", prompts, {f"SFT T={t:g}": one for t, one in swept.items()} | policies)
     judge = {key.removeprefix("eval/"): v for key, v in stages["discriminator"].items() if key.startswith("eval/")}
     made = provenance(["bash", "training_scripts/run_tiny.sh", str(run)])
+    gaps = {
+        name: policies[f"tlcr{name}"].scores.mean(1) - policies[f"sft{name}"].scores.mean(1) for name in ("", "_best")
+    }
     results = {
-        **measured,
-        "tlcr_over_sft": {
-            "temperature_1": difference(policies["TLCR"], policies["SFT"]),
-            "best": difference(best["TLCR"], best["SFT"]),
-        },
-        "temperatures": {name.lower(): {f"{t:g}": score for t, score in row.items()} for name, row in tried.items()},
+        **{name: {**policy.summary(), "by_kind": policy.by_kind(kinds)} for name, policy in policies.items()},
+        "tlcr_over_frontier": over_frontier(policies["tlcr_best"], list(swept.values())),
+        "tlcr_over_sft": {"temperature_1": interval(gaps[""]), "best": interval(gaps["_best"])},
+        "sft_sweep": [one.summary() for one in swept.values()],
+        "sft_best_of_n": swept[1.0].best_of_n(judged(discriminator, swept[1.0], tokenizer.pad_token_id)),
+        "temperatures": {name: {f"{t:g}": score for t, score in row.items()} for name, row in tried.items()},
         "discriminator": judge,
         "seconds": {name: stage["seconds"] for name, stage in stages.items()},
         "seed": options.seed,
         "made": made,
     }
-
-    discriminator = load_token_classifier(str(run / "step2_discriminator"), 2, torch.float32).eval()
     write_report(
         run / "report.html",
         results,
-        answers=answer_samples(prompts, policies, tokenizer, discriminator),
+        answers=answer_samples(
+            prompts, {"SFT": policies["sft_best"], "TLCR": policies["tlcr_best"]}, tokenizer, discriminator
+        ),
         revisions=revision_samples(run / "labeling" / "revisions.jsonl", tokenizer, discriminator),
-        runs=[
-            Run("sft", run / "step1_sft" / "metrics.jsonl"),
-            Run("discriminator", run / "step2_discriminator" / "metrics.jsonl"),
-            Run("ppo", run / "step3_ppo_tlcr" / "metrics.jsonl"),
-        ],
+        metrics={name: run / STAGES[name].replace("results.json", "metrics.jsonl") for name in TRAINED},
         about=(
             f"A run on the testbed, a made-up world whose true score is known: a Llama of "
-            f"{sum(p.numel() for p in models['SFT'].parameters()) / 1e6:.1f} million parameters, "
-            f"{len(prompts)} held-out prompts, seed {options.seed}. A policy’s best temperature was chosen on "
-            f"{len(others)} other prompts."
+            f"{sum(p.numel() for p in sft.parameters()) / 1e6:.1f} million parameters, "
+            f"{ANSWERS} answers to each of {len(prompts)} held-out prompts, seed {options.seed}. A policy’s best "
+            f"temperature was chosen on {len(others)} other prompts."
         ),
-        scores=scores_in_training(run, world, tokenizer.eos_token),
-        world=REWARDED,
+        scores=scores_in_training(run / "step3_ppo_tlcr", world.score, tokenizer.eos_token),
+        world=world.rewarded,
         made=made,
     )
     print_table(results)

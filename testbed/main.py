@@ -1,35 +1,41 @@
-"""The testbed's command line: ``python testbed/main.py data|base|serve|score …`` (each with ``--help``)."""
+"""The testbed's command line: ``python testbed/main.py data|base|serve …`` (each with ``--help``)."""
 
 import json
 import random
 import signal
-import statistics
 import sys
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option, parse, run_command, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
-from deepspeed_chat_tlcr.records import read_jsonl, write_jsonl
+from deepspeed_chat_tlcr.records import write_jsonl
 from testbed.serve import MODEL, make_server
-from testbed.world import World, distinct_prompts
+from testbed.world import WORLDS, World, distinct_prompts
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorldOptions:
     """world"""
 
+    world: Literal[1, 2] = option(2, "which kind of world (docs/testbed.md); 1: the old one")
     world_seed: int = seed_option(0, "which facts hold: every seed is a fresh world in the same language")
+
+    def made(self, **rates: float) -> World:
+        return WORLDS[self.world](seed=self.world_seed, **rates)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(WorldOptions):
-    """Write train.jsonl and eval.jsonl (prompt, chosen, rejected) and test_prompts.jsonl; no prompt stands twice."""
+    """Write pairs, train.jsonl and eval.jsonl, and prompts to choose settings on and to report on,
+    validation_prompts.jsonl and test_prompts.jsonl; no prompt stands twice."""
 
     output_dir: str = option(MISSING, "folder for the files")
     train: int = option(12800, "training pairs, for SFT, reward and RL together")
     eval: int = option(1024, "evaluation pairs")
-    test: int = option(512, "test prompts")
+    validation: int = option(256, "validation prompts")
+    test: int = option(512, "test prompts, in world 2 a third each: new, about new facts, in new phrasings")
     data_seed: int = seed_option(1234, "seed of prompts, answers and preferences")
     preference_sharpness: float = option(World.preference_sharpness, "Bradley-Terry: P = sigmoid(this x score gap)")
 
@@ -39,9 +45,9 @@ class BaseOptions(WorldOptions):
     """Train the base model from scratch on the world's raw text, on CPU; write a Hugging Face folder."""
 
     output_dir: str = option(MISSING, "folder for tokenizer, model and results.json")
-    documents: int = option(12000, "documents of raw text, about 42 tokens each")
-    hidden_size: int = option(192, "width of the model")
-    layers: int = option(2, "layers of the model")
+    documents: int = option(12000, "documents of raw text, about 42 tokens each", most=10**7)
+    hidden_size: int = option(192, "width of the model, of four heads", least=16, most=4096, multiple=8)
+    layers: int = option(2, "layers of the model", most=100)
     learning_rate: float = option(3e-3, "peak learning rate")
     seed: int = seed_option(1234, "seed of text and initialisation")
 
@@ -57,24 +63,23 @@ class ServeOptions(WorldOptions):
     revision_noise: float = option(World.revision_noise, "chance that a choice is edited wrongly", most=1)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ScoreOptions(WorldOptions):
-    """Score texts truly. Prints one JSON object: count, mean, standard deviation and the scores in order."""
-
-    input: str = option(MISSING, "JSON lines with prompt, response and ended (false where the answer was cut off)")
-
-
 def write_data(argv: list[str]) -> None:
     options = parse(DataOptions, argv)
-    world = World(seed=options.world_seed, preference_sharpness=options.preference_sharpness)
+    world = options.made(preference_sharpness=options.preference_sharpness)
     folder = Path(options.output_dir)
-    rng = random.Random(f"pairs {options.data_seed}")
-    prompts = distinct_prompts(world, rng)
+    rng, seen = random.Random(f"pairs {options.data_seed}"), set()
+    prompts = distinct_prompts(world, rng, seen)
     for name, count in (("train", options.train), ("eval", options.eval)):
         pairs = (world.sample_pair(next(prompts), rng) for _ in range(count))
         write_jsonl(folder / f"{name}.jsonl", (pair.as_pair() for pair in pairs))
-    write_jsonl(folder / "test_prompts.jsonl", ({"prompt": next(prompts)} for _ in range(options.test)))
-    write_jsonl(folder / "results.json", [{"train": options.train, "eval": options.eval, "test": options.test}])
+    validation = ({"prompt": next(prompts)} for _ in range(options.validation))
+    counts = {"train": options.train, "eval": options.eval}
+    counts["validation"] = write_jsonl(folder / "validation_prompts.jsonl", validation)
+    kinds = [(kind, distinct_prompts(world, rng, seen, kind)) for kind in world.kinds]
+    test = (kinds[at * len(kinds) // options.test] for at in range(options.test))
+    told = ({"prompt": next(made), "kind": kind} for kind, made in test)
+    counts["test"] = write_jsonl(folder / "test_prompts.jsonl", told)
+    write_jsonl(folder / "results.json", [counts])
 
 
 def train_base(argv: list[str]) -> None:
@@ -88,12 +93,12 @@ def train_base(argv: list[str]) -> None:
         learning_rate=options.learning_rate,
         seed=options.seed,
     )
-    print(json.dumps(base.train_base(World(seed=options.world_seed), config, Path(options.output_dir))))
+    print(json.dumps(base.train_base(options.made(), config, Path(options.output_dir))))
 
 
 def serve(argv: list[str]) -> None:
     options = parse(ServeOptions, argv)
-    world = World(seed=options.world_seed, revision_noise=options.revision_noise)
+    world = options.made(revision_noise=options.revision_noise)
     try:
         server = make_server(world, options.host, options.port, options.model)
     except OSError as error:
@@ -113,28 +118,7 @@ def serve(argv: list[str]) -> None:
             print("stopped", flush=True)
 
 
-def score(argv: list[str]) -> None:
-    options = parse(ScoreOptions, argv)
-    world = World(seed=options.world_seed)
-    scores = []
-    for number, record in read_jsonl(options.input):
-        for name, kind in (("prompt", str), ("response", str), ("ended", bool)):
-            if not isinstance(record.get(name), kind):
-                raise InputError(f"{options.input}:{number}: {name!r} must be there and of type {kind.__name__}")
-        try:
-            scores.append(world.score(record["prompt"], record["response"], record["ended"]))
-        except InputError as error:
-            raise InputError(f"{options.input}:{number}: {error}") from None
-    if not scores:
-        raise InputError(f"{options.input}: holds no texts to score")
-    print(
-        json.dumps(
-            {"count": len(scores), "mean": statistics.fmean(scores), "sd": statistics.pstdev(scores), "scores": scores}
-        )
-    )
-
-
-COMMANDS = {"data": write_data, "base": train_base, "serve": serve, "score": score}
+COMMANDS = {"data": write_data, "base": train_base, "serve": serve}
 
 
 @exits_cleanly

@@ -13,7 +13,6 @@ from testbed.world import (
     MISSING,
     NO_ADVERB,
     REGISTER,
-    REPEATED,
     World,
     clause_text,
     key,
@@ -33,7 +32,7 @@ class Edit:
 
 
 def edit_probability(world: World, grade: float) -> float:
-    """Chance that the reviser edits a choice of this grade: 0 from 0.7 upwards, 0.9 at -1, linear between."""
+    """Chance that the reviser edits a choice of this grade: 0 from 1 upwards (world 1: .7), .9 at -1, linear."""
     worst = world.edit_free_grade + 1
     return world.edit_rate_worst * min(max((world.edit_free_grade - grade) / worst, 0.0), 1.0)
 
@@ -60,11 +59,17 @@ def propose_edits(world: World, prompt: str, rejected: str, rng: random.Random) 
             return "wrong"
         return "right" if rng.random() < edit_probability(world, grade) else None
 
-    def phrase(registers: dict[str, tuple[str, ...]], kind: str, old: str | None) -> str:
-        """A phrase of the manner asked for; by a slip, any other one."""
+    def phrase(registers: dict[str, tuple[str, ...]], kind: str, old: str | None, grade: float) -> str:
+        """A phrase that suits the manner asked for better than grade ``grade``; by a slip, any other one."""
         if kind == "right":
-            return rng.choice(registers[request.manner])
+            return rng.choice(registers[world.inserted(manner, grade, rng)])
         return rng.choice([other for phrases in registers.values() for other in phrases if key(other) != old])
+
+    def right_fact() -> tuple[str, str]:
+        """A good fact that the answer does not have yet."""
+        relation = world.next_relation(request, used, rng)
+        used.add(relation)
+        return relation, world.inserted(world.objects(request.topic, relation), MISSING, rng)
 
     # Sentences at the ends: replaced, or supplied where they are missing.
     for name, span, registers in (("opening", parts.opener, words.OPENERS), ("ending", parts.closer, words.CLOSERS)):
@@ -72,7 +77,7 @@ def propose_edits(world: World, prompt: str, rejected: str, rng: random.Random) 
         kind = wants_edit(grade)
         if kind is None or (span is None and kind == "wrong"):
             continue
-        text = phrase(registers, kind, span.text if span else None)
+        text = phrase(registers, kind, span.text if span else None, grade)
         if name == "ending":
             text = CLOSING_MARK + text
         if span:
@@ -89,43 +94,39 @@ def propose_edits(world: World, prompt: str, rejected: str, rng: random.Random) 
             start = clause.start - (clause.start > 0 and rejected[clause.start - 1] == " ")
             edits.append(Edit(start, clause.end, "", f"It says more than {request.count} things."))
         clauses = clauses[: request.count]
-    stated = {(clause.relation.text, clause.object.text) for clause in clauses}
-    seen: set[tuple[str, str]] = set()
-    for clause in clauses:
+    used = {clause.relation.text for clause in clauses}
+    for clause, grade in zip(clauses, world.fact_grades(request, clauses), strict=True):
         relation, thing = clause.relation.text, clause.object.text
-        repeated = (relation, thing) in seen
-        seen.add((relation, thing))
-        kind = wants_edit(REPEATED if repeated else world.fact_grade(request.topic, clause))
+        # Repeated, not asked for, or of no such world.
+        out_of_place = grade != world.fact_grade(request.topic, clause) or relation not in world.relations
+        kind = wants_edit(grade)
         if kind is not None:
             about = f"about the {request.topic}"
             if kind == "wrong":
                 other = rng.choice([other for other in words.RELATIONS[relation] if other != thing])
                 edits.append(Edit(clause.object.start, clause.object.end, other, f"{thing!r} is not true {about}."))
-            elif repeated:
-                relation, other = _right_fact(world, request.topic, stated, rng)
-                stated.add((relation, other))
-                text = f"{relation} {other}"
-                edits.append(Edit(clause.relation.start, clause.object.end, text, f"{thing!r} is said twice."))
+            elif out_of_place:
+                text = " ".join(right_fact())
+                edits.append(Edit(clause.relation.start, clause.object.end, text, f"{thing!r} has no place here."))
             else:
-                other = _right_object(world, request.topic, relation)
-                stated.add((relation, other))
+                other = world.inserted(world.objects(request.topic, relation), grade, rng)
                 edits.append(Edit(clause.object.start, clause.object.end, other, f"{thing!r} is not true {about}."))
         adverb = clause.adverb
-        kind = wants_edit(manner[REGISTER[adverb.text]] if adverb else NO_ADVERB)
+        grade = manner[REGISTER[adverb.text]] if adverb else NO_ADVERB
+        kind = wants_edit(grade)
         if kind is not None and adverb:
-            text = phrase(words.ADVERBS, kind, adverb.text)
+            text = phrase(words.ADVERBS, kind, adverb.text, grade)
             edits.append(Edit(adverb.start, adverb.end, text, f"{adverb.text!r} does not sound {request.manner}."))
         elif kind == "right":
-            text = phrase(words.ADVERBS, kind, None) + " "
+            text = phrase(words.ADVERBS, kind, None, grade) + " "
             at = clause.relation.start
             edits.append(Edit(at, at, text, f"It could sound more {request.manner}."))
     if len(clauses) < request.count and rng.random() < world.extend_rate:
         at = parts.closer.start if parts.closer else _body_end(rejected)
         added = []
         for index in range(len(clauses), request.count):
-            relation, thing = _right_fact(world, request.topic, stated, rng)
-            stated.add((relation, thing))
-            added.append(clause_text(index, request.topic, phrase(words.ADVERBS, "right", None), relation, thing))
+            adverb = phrase(words.ADVERBS, "right", None, NO_ADVERB)
+            added.append(clause_text(index, request.topic, adverb, *right_fact()))
         text = " ".join(added) + " " if parts.closer else " " + " ".join(added)
         edits.append(Edit(at, at, text, f"It says fewer than {request.count} things."))
 
@@ -135,17 +136,6 @@ def propose_edits(world: World, prompt: str, rejected: str, rng: random.Random) 
             start = span.start - (span.start > 0 and rejected[span.start - 1] == " ")
             edits.append(Edit(start, span.end, "", f"{span.text!r} has no place here."))
     return edits
-
-
-def _right_object(world: World, topic: str, relation: str) -> str:
-    return max(words.RELATIONS[relation], key=lambda thing: world.facts[topic, relation, thing])
-
-
-def _right_fact(world: World, topic: str, stated: set[tuple[str, str]], rng: random.Random) -> tuple[str, str]:
-    """A right fact whose relation the answer does not use yet (any right fact once all are used)."""
-    used = {relation for relation, _ in stated}
-    relation = rng.choice([relation for relation in words.RELATIONS if relation not in used] or list(words.RELATIONS))
-    return relation, _right_object(world, topic, relation)
 
 
 def _indent(text: str) -> int:

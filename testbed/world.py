@@ -1,7 +1,7 @@
-"""The world: what is asked, how answers are made, and how good any text truly is.
+"""The worlds: what is asked, how answers are made, and how good any text truly is.
 
-A prompt names a topic and a manner and asks for a number of facts. An answer is an opener, clauses that each state a
-fact about the topic, and a closer:
+A prompt names a topic and a manner and asks what the topic does in two to four respects (world 2), or for a number of
+facts (world 1). An answer is an opener, clauses that each state a fact about the topic, and a closer:
 
     " Indeed. First the rose notably needs sand. Second the rose generally fears frost. - Regards."
 
@@ -14,18 +14,23 @@ Every choice in it has a grade in {1, .6, .25, 0, -.5, -1} that depends on the p
        - 1.0 per opener or closer in the wrong place - 0.2 per word that belongs to nothing, at most 3
        - 1.0 if the text has no end (no EOS),           and never less than 1.
 
-A missing opener, closer or fact has grade -.5 and a missing adverb 0; a fact about another topic has -.5; one said
-before, or with an object that no such verb takes ("cures butter"), has -1. Training never sees this score: it sees
-preferences drawn from it (Bradley-Terry) and an oracle's edits (``testbed.reviser``).
+A missing opener, closer or fact has grade -.5 and a missing adverb 0; a fact about another topic has -.5; one with an
+object that no such verb takes ("cures butter") has -1, and so has what was not asked or was answered already (world 1:
+a fact said before). Training never sees this score: it sees preferences drawn from it (Bradley-Terry) and an oracle's
+edits (``testbed.reviser``).
+
+World 2 (``World``) is made so that only what people prefer tells right from usual; docs/testbed.md argues each choice.
+World 1 (``World1``) is the one before it, where the likeliest answer is the best one.
 """
 
 import math
 import os
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cache, cached_property
+from typing import ClassVar
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import Preference
@@ -51,22 +56,23 @@ STRAY_LIMIT = 3.0
 NO_END_COST = 1.0
 
 REWARDED = (
-    "A prompt names a topic and a manner and asks for a number of facts. The true score, from 1 to 10, rewards an "
-    "answer that states as many right facts about the topic as asked for, none of them twice; that opens, words its "
-    "facts and closes in the manner asked for; and that ends. Wrong or repeated facts cost up to 8 points, a wrong "
-    "manner up to 4.8, every fact too many 1, words that belong to nothing up to 3, no end 1. Training never sees this "
-    "score, only preferences drawn from it and minimal edits."
+    "A prompt names a topic and a manner and says what is to be told about the topic. The true score, from 1 to 10, "
+    "rewards an answer that states the right facts asked for, each once; that opens, words its facts and closes in the "
+    "manner asked for; and that ends. Wrong, repeated or unasked facts cost up to 8 points, a wrong manner up to 4.8, "
+    "every fact too many 1, words that belong to nothing up to 3, no end 1. Training never sees this score, only "
+    "preferences drawn from it and minimal edits."
 )
 """What a report says of the true score to those who have not read this file."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a prompt asks for."""
+    """What a prompt asks for: ``count`` facts, of these ``aspects`` (relations) where it names any."""
 
     topic: str
     manner: str
     count: int
+    aspects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,24 +109,38 @@ class Parts:
 
 @dataclass(frozen=True)
 class World:
-    """The parameters of a world. ``seed`` decides the facts, so every seed is a fresh world in the same language."""
+    """The parameters of world 2. ``seed`` decides facts and habits, so every seed is a fresh world in one language."""
 
     seed: int = 0
-    # How answers are sampled: a choice of grade g has weight exp(goodness * g), goodness ~ N(mean, spread) per answer.
+    # How answers are sampled: a choice of grade g has weight exp(goodness * g), goodness ~ N(mean, spread) per answer,
+    # and the usual choice exp(habit) times that.
     goodness_mean: float = 0.2
     goodness_spread: float = 1.0
+    habit: float = 2.5
     wrong_count_rate: float = 0.4
-    repeat_rate: float = 0.25
+    digression_rate: float = 0.15
+    repeat_rate: float = 0.0
     missing_rate: float = 0.05
     misplaced_rate: float = 0.2
+    # Shares of facts and of manners in which what is usual is wrong (grade -.5); elsewhere it is right.
+    wrong_fact_rate: float = 0.4
+    wrong_manner_rate: float = 0.5
     # P(a preferred to b) = sigmoid(sharpness * (score a - score b)).
     preference_sharpness: float = 1.0
-    # The reviser: P(edit a choice of grade g) = edit_rate_worst * (edit_free_grade - g) / (edit_free_grade + 1), >= 0.
-    edit_free_grade: float = 0.7
+    # The reviser: P(edit a choice of grade g) = edit_rate_worst * (edit_free_grade - g) / (edit_free_grade + 1), >= 0;
+    # what it inserts, exp(insert_sharpness * grade) among those better than the old and no worse than .25.
+    edit_free_grade: float = 1.0
     edit_rate_worst: float = 0.9
+    insert_sharpness: float = 6.0
     cut_rate: float = 0.9
     extend_rate: float = 0.7
     revision_noise: float = 0.03
+
+    topics: ClassVar = words.TOPICS
+    relations: ClassVar = words.RELATIONS
+    rewarded: ClassVar = f"{REWARDED} In 40 % of facts and half of the manners what texts usually say is wrong."
+    kinds: ClassVar = ("prompts", "facts", "phrasings")
+    """What is new in a held-out prompt: itself alone; the facts it asks for; how it is phrased."""
 
     def __post_init__(self):
         for name in (field.name for field in fields(self) if field.name.endswith(("_rate", "_worst", "_noise"))):
@@ -133,28 +153,91 @@ class World:
         rng = random.Random(f"facts {self.seed}")
         size = len(words.FACT_GRADES)
         table = {}
-        for relation, objects in words.RELATIONS.items():
-            # A Latin square with its rows, columns and symbols shuffled.
-            rows, columns, grades = (rng.sample(range(size), size) for _ in range(3))
-            for topic, row in zip(words.TOPICS, rows, strict=True):
-                for thing, column in zip(objects, columns, strict=True):
-                    table[topic, relation, thing] = words.FACT_GRADES[grades[(row + column) % size]]
+        for relation, objects in self.relations.items():
+            for begin in range(0, len(self.topics), size):
+                # A Latin square with its rows, columns and symbols shuffled.
+                rows, columns, grades = (rng.sample(range(size), size) for _ in range(3))
+                for topic, row in zip(self.topics[begin : begin + size], rows, strict=True):
+                    for thing, column in zip(objects, columns, strict=True):
+                        table[topic, relation, thing] = words.FACT_GRADES[grades[(row + column) % size]]
         return table
+
+    def objects(self, topic: str, relation: str) -> dict[str, float]:
+        """Grade of each object of a relation."""
+        return {thing: self.facts[topic, relation, thing] for thing in self.relations[relation]}
+
+    @cached_property
+    def usual(self) -> dict[tuple[str, ...], str]:
+        """The corpus's habits: the usual object of each (topic, relation), the usual register of each (manner,)."""
+        rng = random.Random(f"habits {self.seed}")
+        choices = {(t, r): self.objects(t, r) for t in self.topics for r in self.relations}
+        manners = {(manner,): words.MANNER_GRADES[manner] for manner in words.MANNERS}
+        found = {}
+        for group, share in ((choices, self.wrong_fact_rate), (manners, self.wrong_manner_rate)):
+            wrong = set(rng.sample(sorted(group), round(share * len(group))))
+            for key_, grades in group.items():
+                grade = -0.5 if key_ in wrong else 1.0
+                found[key_] = rng.choice([name for name in grades if grades[name] == grade])
+        return found
+
+    @cached_property
+    def held_out(self) -> set[tuple[str, str]]:
+        """Two (topic, relation) of each topic that no preference, revision or RL prompt is about."""
+        rng = random.Random(f"held out {self.seed}")
+        return {(topic, relation) for topic in self.topics for relation in rng.sample(list(self.relations), 2)}
 
     def fact_grade(self, topic: str, clause: Clause) -> float:
         if clause.topic not in (None, topic):
             return OTHER_TOPIC
         return self.facts.get((topic, clause.relation.text, clause.object.text), NO_SUCH_OBJECT)
 
+    def fact_grades(self, request: Request, clauses: Sequence[Clause]) -> list[float]:
+        """Grade of each clause's fact: -1 where it answers what was not asked, or was answered by an earlier clause."""
+        open_ = list(request.aspects)
+        found = []
+        for clause in clauses:
+            asked = clause.relation.text in open_
+            if asked:
+                open_.remove(clause.relation.text)
+            found.append(self.fact_grade(request.topic, clause) if asked else REPEATED)
+        return found
+
+    def next_relation(self, request: Request, used: set[str], rng: random.Random) -> str:
+        """What an answer that has used these relations should speak of next."""
+        return next((one for one in request.aspects if one not in used), request.aspects[-1])
+
     # Prompts, answers, pairs
 
-    def sample_prompt(self, rng: random.Random) -> str:
+    def sample_prompt(self, rng: random.Random, kind: str = "prompts") -> str:
+        """A prompt of one of ``kinds``; one about new facts asks for two, the topic's two held-out ones."""
+        topic = rng.choice(self.topics)
+        new = [relation for relation in self.relations if (topic, relation) in self.held_out]
+        seen = [relation for relation in self.relations if relation not in new]
+        aspects = rng.sample(new, 2) if kind == "facts" else rng.sample(seen, rng.randint(2, 4))
+        told = f"{', '.join(aspects[:-1])} and {aspects[-1]}"
+        ask = rng.choice(words.UNSEEN_ASKS if kind == "phrasings" else words.ASKS)
+        return self._framed(ask.format(topic=topic, manner=rng.choice(words.MANNERS), aspects=told), rng)
+
+    @staticmethod
+    def _framed(ask: str, rng: random.Random) -> str:
         earlier = rng.choice(words.EARLIER_TURNS) if rng.random() < 0.1 else ""
         greeting = rng.choice(words.GREETINGS).format(name=rng.choice(words.NAMES))
-        ask = rng.choice(words.ASKS).format(
-            topic=rng.choice(words.TOPICS), manner=rng.choice(words.MANNERS), count=rng.choice(tuple(words.COUNTS))
-        )
         return f"{earlier}\n\nHuman:{greeting}{rng.choice(words.PLACES)}{ask}\n\nAssistant:"
+
+    def chosen(self, grades: dict[str, float], usual: str | None, goodness: float, rng: random.Random) -> str:
+        """One of ``{choice: grade}`` as an answer of this goodness chooses."""
+        weights = [math.exp(goodness * grade + self.habit * (name == usual)) for name, grade in grades.items()]
+        return rng.choices(list(grades), weights)[0]
+
+    def relations_of_answer(self, request: Request, count: int, rng: random.Random) -> list[str]:
+        """What ``count`` clauses speak of: what was asked, in order, and beyond that, or by digression, whatever.
+
+        A digression takes every relation alike, those said before included: a repeat is as likely as any other.
+        """
+        asked, any_ = list(request.aspects), list(self.relations)
+        allowed = [one for one in any_ if (request.topic, one) not in self.held_out or one in asked]
+        of = [*asked, *(rng.choice(allowed) for _ in range(len(asked), count))][:count]
+        return [rng.choice(allowed) if rng.random() < self.digression_rate else one for one in of]
 
     def sample_answer(self, request: Request, rng: random.Random, goodness: float | None = None) -> str:
         """An answer, leading space included. ``goodness`` (about -2 to 3) is drawn where it is not given."""
@@ -163,20 +246,18 @@ class World:
 
         def phrase(registers: dict[str, tuple[str, ...]]) -> str:
             grades = words.MANNER_GRADES[request.manner]
-            register = rng.choices(list(registers), [math.exp(goodness * grades[name]) for name in registers])[0]
-            return rng.choice(registers[register])
+            by_register = {name: grades[name] for name in registers}
+            return rng.choice(registers[self.chosen(by_register, self.usual.get((request.manner,)), goodness, rng)])
 
         count = request.count
         if rng.random() < self.wrong_count_rate:
             count += rng.choice((-1, 1, 1, 2)) if count > 1 else 1
-        relations = rng.sample(list(words.RELATIONS), min(count, len(words.RELATIONS)))
         repeats_itself = rng.random() < self.repeat_rate
         stated: list[tuple[str, str]] = []
         sentences = [] if rng.random() < self.missing_rate else [phrase(words.OPENERS)]
-        for index, relation in enumerate(relations):
-            objects = words.RELATIONS[relation]
-            weights = [math.exp(goodness * self.facts[request.topic, relation, thing]) for thing in objects]
-            fact = (relation, rng.choices(objects, weights)[0])
+        for index, relation in enumerate(self.relations_of_answer(request, count, rng)):
+            usual = self.usual.get((request.topic, relation))
+            fact = (relation, self.chosen(self.objects(request.topic, relation), usual, goodness, rng))
             if stated and repeats_itself and rng.random() < 0.6:
                 fact = rng.choice(stated)
             stated.append(fact)
@@ -190,6 +271,13 @@ class World:
                 closing = rng.random() < 0.7
                 sentences.insert(at, CLOSING_MARK + phrase(words.CLOSERS) if closing else phrase(words.OPENERS))
         return " " + " ".join(sentences)
+
+    def inserted(self, grades: dict[str, float], old: float, rng: random.Random) -> str:
+        """What the reviser puts in the place of a choice of grade ``old``: one that is better, not always the best."""
+        better = {name: grade for name, grade in grades.items() if grade > old and grade >= 0.25}
+        if not better:
+            return max(grades, key=grades.__getitem__)
+        return rng.choices(list(better), [math.exp(self.insert_sharpness * grade) for grade in better.values()])[0]
 
     def sample_pair(self, prompt: str, rng: random.Random) -> Preference:
         """Two different answers; which one is chosen is Bradley-Terry on the true score."""
@@ -214,11 +302,7 @@ class World:
         asked = parts.clauses[: request.count]
         missing = request.count - len(asked)
         manner = words.MANNER_GRADES[request.manner]
-        fact_grades, stated = [MISSING] * missing, set()
-        for clause in asked:
-            fact = (clause.relation.text, clause.object.text)
-            fact_grades.append(REPEATED if fact in stated else self.fact_grade(request.topic, clause))
-            stated.add(fact)
+        fact_grades = [MISSING] * missing + self.fact_grades(request, asked)
         adverbs = [clause.adverb for clause in asked]
         adverb_grades = [manner[REGISTER[adverb.text]] if adverb else NO_ADVERB for adverb in adverbs]
         adverb_grades += [NO_ADVERB] * missing
@@ -239,19 +323,64 @@ class World:
         return max(1.0, 10.0 - sum(self.costs(prompt, response, ended).values()))
 
 
+class World1(World):
+    """World 1: prompts ask for a number of facts and leave open which; what is usual is what is good, and the reviser
+    inserts the best alone. Most of what an answer that repeats itself repeats is said on purpose."""
+
+    topics: ClassVar = words.OLD_TOPICS
+    relations: ClassVar = words.OLD_RELATIONS
+    rewarded: ClassVar = REWARDED
+    kinds: ClassVar = ("prompts",)
+    usual: ClassVar = {}
+    held_out: ClassVar = set()
+
+    def __init__(self, seed: int = 0, repeat_rate: float = 0.25, edit_free_grade: float = 0.7, **rates: float):
+        super().__init__(seed, repeat_rate=repeat_rate, edit_free_grade=edit_free_grade, digression_rate=0.0, **rates)
+
+    def fact_grades(self, request: Request, clauses: Sequence[Clause]) -> list[float]:
+        facts = [(clause.relation.text, clause.object.text) for clause in clauses]
+        return [
+            REPEATED if fact in facts[:at] else self.fact_grade(request.topic, clause)
+            for at, (fact, clause) in enumerate(zip(facts, clauses, strict=True))
+        ]
+
+    def next_relation(self, request: Request, used: set[str], rng: random.Random) -> str:
+        return rng.choice([relation for relation in self.relations if relation not in used] or list(self.relations))
+
+    def sample_prompt(self, rng: random.Random, kind: str = "prompts") -> str:
+        names = {"topic": self.topics, "manner": words.MANNERS, "count": tuple(words.COUNTS)}
+        ask = rng.choice(words.OLD_ASKS).format(**{name: rng.choice(known) for name, known in names.items()})
+        return self._framed(ask, rng)
+
+    def relations_of_answer(self, request: Request, count: int, rng: random.Random) -> list[str]:
+        return rng.sample(list(self.relations), min(count, len(self.relations)))
+
+    def inserted(self, grades: dict[str, float], old: float, rng: random.Random) -> str:
+        return max(grades, key=grades.__getitem__)
+
+
+WORLDS: dict[int, type[World]] = {1: World1, 2: World}
+
+
 def true_score(prompt: str, response: str, ended: bool) -> float:
-    """True score, 1-10, in the world of seed ``TESTBED_WORLD_SEED`` (an environment variable, default 0).
+    """True score, 1-10, in the world that the environment names: ``TESTBED_WORLD``, 1 or 2 (default), of seed
+    ``TESTBED_WORLD_SEED`` (default 0). Builds each world once.
 
     The scorer to name where one is wanted as ``python:testbed.world:true_score``.
     """
-    return World(seed=int(os.environ.get("TESTBED_WORLD_SEED", "0"))).score(prompt, response, ended)
+    version, seed = os.environ.get("TESTBED_WORLD", "2"), os.environ.get("TESTBED_WORLD_SEED", "0")
+    return _world(int(version), int(seed)).score(prompt, response, ended)
 
 
-def distinct_prompts(world: World, rng: random.Random, taken: set[str] | None = None) -> Iterator[str]:
-    """Endless prompts, no two alike, none in ``taken``: no prompt stands in two parts of the data."""
-    seen = set() if taken is None else taken
+@cache
+def _world(version: int, seed: int) -> World:
+    return WORLDS[version](seed=seed)
+
+
+def distinct_prompts(world: World, rng: random.Random, seen: set[str], kind: str = "prompts") -> Iterator[str]:
+    """Endless prompts, no two alike and none in ``seen``, where each is noted: none stands in two parts of the data."""
     while True:
-        prompt = world.sample_prompt(rng)
+        prompt = world.sample_prompt(rng, kind)
         if prompt not in seen:
             seen.add(prompt)
             yield prompt
@@ -277,35 +406,23 @@ def key(text: str) -> str:
     return " ".join(re.findall(r"[a-z]+", text.lower()))
 
 
-class _Phrases:
-    """A set of phrases to look up at a place in a text, longest first so that no phrase hides a longer one."""
-
-    def __init__(self, texts: Iterable[str]):
-        self.known = {tuple(key(text).split()) for text in texts}
-        self.lengths = sorted({len(phrase) for phrase in self.known}, reverse=True)
-
-
 REGISTER = {
     key(phrase): register
     for registers in (words.OPENERS, words.ADVERBS, words.CLOSERS)
     for register, phrases in registers.items()
     for phrase in phrases
 }
-_OPENERS = _Phrases(phrase for phrases in words.OPENERS.values() for phrase in phrases)
-_CLOSERS = _Phrases(phrase for phrases in words.CLOSERS.values() for phrase in phrases)
-_ADVERBS = _Phrases(phrase for phrases in words.ADVERBS.values() for phrase in phrases)
-_ORDINALS = _Phrases(words.ORDINALS)
-_SUBJECTS = _Phrases([*(f"the {topic}" for topic in words.TOPICS), "it"])
-_RELATIONS = _Phrases(words.RELATIONS)
-_OBJECTS = _Phrases(thing for objects in words.RELATIONS.values() for thing in objects)
 
 
 def parse_prompt(prompt: str) -> Request:
-    """Read topic, manner and count from the last human turn. Raises ``InputError`` where one is not to be found."""
-    turn = set(re.findall(r"[a-z]+", prompt.rpartition("Human:")[2].lower()))
+    """Read what the last human turn asks for. Raises ``InputError`` where part of it is not to be found."""
+    turn = re.findall(r"[a-z]+", prompt.rpartition("Human:")[2].lower())
     found = []
     for name, known in (("topic", words.TOPICS), ("manner", words.MANNERS), ("count", tuple(words.COUNTS))):
         named = [word for word in known if word in turn]
+        aspects = tuple(word for word in turn if word in words.RELATIONS) if name == "count" else ()
+        if aspects and not named:
+            return Request(found[0], found[1], len(aspects), aspects)
         if len(named) != 1:
             raise InputError(
                 f"the last turn of the prompt {prompt!r} names {len(named)} {name}s of this world, not one"
@@ -314,41 +431,26 @@ def parse_prompt(prompt: str) -> Request:
     return Request(found[0], found[1], words.COUNTS[found[2]])
 
 
-_PUNCTUATION = re.compile(r"[.!?:,;]*")
+def _word(name: str, known: Iterable[str]) -> str:
+    """A pattern for one of the known words, whatever follows it."""
+    return rf"(?P<{name}>{'|'.join(map(key, known))})(?![^\W_])"
 
 
-class _Reader:
-    """Words of a text with a position that moves only over what was recognised."""
+def _phrases(registers: dict[str, tuple[str, ...]]) -> list[str]:
+    return [phrase for phrases in registers.values() for phrase in phrases]
 
-    def __init__(self, text: str):
-        self.text = text
-        self.words = [(match.group().lower(), match.start(), match.end()) for match in re.finditer(r"[^\W_]+", text)]
-        self.position = 0
 
-    def take(self, phrases: _Phrases, sentence: bool = False) -> Span | None:
-        """The longest of ``phrases`` that stands here, or None. A ``sentence`` takes its final punctuation along."""
-        for length in phrases.lengths:
-            here = self.words[self.position : self.position + length]
-            phrase = tuple(word for word, _, _ in here)
-            if phrase in phrases.known:
-                self.position += len(phrase)
-                end = _PUNCTUATION.match(self.text, here[-1][2]).end() if sentence else here[-1][2]
-                return Span(" ".join(phrase), here[0][1], end)
-        return None
-
-    def clause(self) -> Clause | None:
-        before = self.position
-        ordinal = self.take(_ORDINALS)
-        subject = self.take(_SUBJECTS)
-        adverb = self.take(_ADVERBS)
-        relation = self.take(_RELATIONS)
-        thing = self.take(_OBJECTS)
-        if not (subject and relation and thing):
-            self.position = before
-            return None
-        topic = None if subject.text == "it" else subject.text.removeprefix("the ")
-        end = _PUNCTUATION.match(self.text, thing.end).end()
-        return Clause((ordinal or subject).start, end, topic, adverb, relation, thing)
+_GAP, _STOP = r"[\W_]+", r"[.!?:,;]*"
+_CLAUSE = (
+    rf"(?:{_word('ordinal', words.ORDINALS)}{_GAP})?(?:the{_GAP}{_word('topic', words.TOPICS)}|it){_GAP}"
+    rf"(?:{_word('adverb', _phrases(words.ADVERBS))}{_GAP})?{_word('relation', words.RELATIONS)}{_GAP}"
+    rf"{_word('object', (thing for objects in words.RELATIONS.values() for thing in objects))}{_STOP}"
+)
+_PIECE = re.compile(
+    rf"(?<![^\W_])(?:{_CLAUSE}|{_word('opener', _phrases(words.OPENERS))}{_STOP}|"
+    rf"{_word('closer', _phrases(words.CLOSERS))}{_STOP}|(?P<stray>[^\W_]+))",
+    re.IGNORECASE,
+)
 
 
 def parse_answer(response: str) -> Parts:
@@ -356,25 +458,20 @@ def parse_answer(response: str) -> Parts:
 
     The opener is the first one, if it stands before all clauses; the closer is the first one behind all of them.
     """
-    reader = _Reader(response)
     clauses: list[Clause] = []
-    openers: list[Span] = []
-    closers: list[Span] = []
-    stray: list[Span] = []
-    while reader.position < len(reader.words):
-        if clause := reader.clause():
-            clauses.append(clause)
-        elif opener := reader.take(_OPENERS, sentence=True):
-            openers.append(opener)
-        elif closer := reader.take(_CLOSERS, sentence=True):
-            mark = CLOSING_MARK if response.endswith(CLOSING_MARK, 0, closer.start) else ""
-            closers.append(Span(closer.text, closer.start - len(mark), closer.end))
-        else:
-            word, start, end = reader.words[reader.position]
-            stray.append(Span(word, start, end))
-            reader.position += 1
+    found: dict[str, list[Span]] = {"opener": [], "closer": [], "stray": []}
+    for piece in _PIECE.finditer(response):
+        spans = {name: Span(text.lower(), *piece.span(name)) for name, text in piece.groupdict().items() if text}
+        if "relation" in spans:
+            topic = spans["topic"].text if "topic" in spans else None
+            clauses.append(Clause(*piece.span(), topic, spans.get("adverb"), spans["relation"], spans["object"]))
+            continue
+        name = str(piece.lastgroup)
+        marked = name == "closer" and response.endswith(CLOSING_MARK, 0, piece.start())
+        start = piece.start() - len(CLOSING_MARK) * marked
+        found[name].append(Span(spans[name].text, start, piece.end()))
     first, last = (clauses[0].start, clauses[-1].start) if clauses else (len(response), 0)
-    opener = next((span for span in openers[:1] if span.start < first), None)
-    closer = next((span for span in closers if span.start >= last), None)
-    misplaced = tuple(span for span in (*openers, *closers) if span not in (opener, closer))
-    return Parts(opener, tuple(clauses), closer, misplaced, tuple(stray))
+    opener = next((span for span in found["opener"][:1] if span.start < first), None)
+    closer = next((span for span in found["closer"] if span.start >= last), None)
+    misplaced = tuple(span for span in (*found["opener"], *found["closer"]) if span not in (opener, closer))
+    return Parts(opener, tuple(clauses), closer, misplaced, tuple(found["stray"]))

@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="tlcr-tests-")
 
 import pytest
+import warm
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
@@ -143,24 +144,38 @@ def in_process(monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
+@pytest.fixture
+def quick_workers(monkeypatch):
+    """``--num_processes`` and ``workers.spread`` fork their processes from the one of warm.py."""
+    monkeypatch.setattr("deepspeed_chat_tlcr.workers.multiprocessing.get_context", lambda method: warm.forks)
+
+
 def patience(seconds: float) -> float:
     """A limit for what takes at most ``seconds`` on an idle machine: it grows with how many wait for a processor."""
     return seconds * (1 + os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
-def launch(script: str, *arguments: object, ranks: int = 0, check: bool = True) -> subprocess.CompletedProcess:
-    """Run an entry point: plainly with Python, or with ``ranks`` under the DeepSpeed launcher."""
-    from deepspeed_chat_tlcr.runtime import free_port  # imports DeepSpeed, which few tests need
+def launch(
+    script: str, *arguments: object, ranks: int = 1, launcher: bool = False, fresh: bool = False, check: bool = True
+) -> subprocess.CompletedProcess:
+    """Run an entry point in a process of its own, or as several ranks.
 
-    command = [sys.executable]
-    if ranks:
-        launcher = str(Path(sys.executable).with_name("deepspeed"))
-        command += [launcher, "--num_accelerators", str(ranks), "--master_port", free_port()]
-    command += [str(ROOT / script), *map(str, arguments)]
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=patience(300))
+    ``launcher``: by DeepSpeed's own. ``fresh``: in a new interpreter, not a fork of one that has made the imports.
+    """
+    script = str(ROOT / script)
+    if launcher or fresh:
+        command = [sys.executable]
+        if launcher:
+            command += [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(ranks)]
+            command += ["--master_port", warm.free_port()]
+        command += [script, *map(str, arguments)]
+        environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=patience(300))
+    else:
+        done = warm.run(script, *arguments, ranks=ranks, timeout=patience(300))
     if check:
-        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
+        words = " ".join(map(str, done.args))
+        assert done.returncode == 0, f"{words}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}"
     return done
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+import warm
 from conftest import patience
 
 from labeling.main import main
@@ -72,11 +73,14 @@ def label(data: Path, url: str | None, output: Path, **options) -> int:
         return exit.code
 
 
-def start(data: Path, url: str, output: Path, env: dict | None = None, **options) -> subprocess.Popen:
-    """labeling/main.py as a process of its own."""
-    command = [sys.executable, str(ROOT / "labeling" / "main.py"), *arguments(data, url, output, **options)]
+def start(data: Path, url: str, output: Path, env: dict | None = None, fresh: bool = False, **options):
+    """labeling/main.py as a process of its own; ``fresh``: a new interpreter, not a fork."""
+    words = [str(ROOT / "labeling" / "main.py"), *arguments(data, url, output, **options)]
     environment = {**os.environ, "OPENAI_API_KEY": KEY, **(env or {})}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+    if not fresh:
+        return warm.Program(words[0], words[1:], environment)
+    to = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([sys.executable, *words], text=True, env=environment, **to)
 
 
 def lines(path: Path) -> list[dict]:

@@ -28,6 +28,8 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.models import load_token_classifier, squash
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
+from evaluation import curves
+from evaluation.results import load_results
 from step2_discriminator.objectives import aggregate, pair_loss
 from step3_ppo_tlcr.averages import RunningScale
 from step3_ppo_tlcr.experience import Rollout
@@ -364,6 +366,59 @@ def test_the_critic_alone_learns_first(tiny, worlds, in_process):
     assert kl[0] == kl[1] == pytest.approx(0, abs=1e-6)
     assert kl[2] > 1e-4
     assert lines[0]["optimiser/critic_grad_norm"] > 0
+
+
+def test_a_weight_moves_from_the_first_to_the_last_set(tiny, worlds, in_process, capsys):
+    """22 prompts make five sets of four."""
+    output, disc = worlds / "moving", worlds / "disc"
+    terms = ("--reward", f"tlcr:{disc}@1..-1", f"sequence:{worlds / 'rm'}@0.5")
+    in_process(step3.main, *step3_arguments(tiny, output, disc, *terms, "--test_stop_step", 5))
+    lines = read_metrics(output / "metrics.jsonl")
+    weights = [line["reward/weight_tlcr"] for line in lines]
+    assert weights == pytest.approx([1, 0.5, 0, -0.5, -1])
+    for weight, line in zip(weights, lines, strict=True):
+        total = weight * line["reward/tlcr"] + 0.5 * line["reward/sequence"]
+        assert line["reward/per_sequence"] == pytest.approx(total, rel=1e-4)
+    for wrong in ("1..", "..2", "1..nan", "1..2..3"):
+        with pytest.raises(SystemExit):
+            in_process(step3.main, *step3_arguments(tiny, worlds / "no", disc, "--reward", f"tlcr:{disc}@{wrong}"))
+        assert "START..END" in capsys.readouterr().err
+
+
+TRUTHS = """
+def even(rollout, tokenizer):
+    return 1.0 - 2.0 * (rollout.action_ids % 2)
+
+def odd_and_small(rollout, tokenizer):
+    return 1.0 - 2.0 * ((rollout.action_ids % 2 == 0) | (rollout.action_ids > 100))
+"""
+
+
+def test_the_frontier_of_two_truths_that_conflict(tiny, worlds, in_process, monkeypatch):
+    """No token is even and odd: what a weight gives one of them, it takes from the other."""
+    (worlds / "truths.py").write_text(TRUTHS)
+    monkeypatch.syspath_prepend(str(worlds))
+    runs = {"first": (1, 0), "both": (0.5, 0.5), "second": (0, 1)}
+    for name, (even, odd) in runs.items():
+        terms = ("--reward", f"python:truths:even@{even}", f"python:truths:odd_and_small@{odd}", "--kl_ctl", 0)
+        more = ("--actor_learning_rate", 3e-2, "--num_train_epochs", 6, "--test_stop_step", 30)
+        arguments = step3_arguments(tiny, worlds / name, worlds / "disc", *terms, *more, "--critic_learning_rate", 1e-3)
+        in_process(step3.main, *arguments, "--lr_scheduler_type", "constant")
+    folders = [f"{name}={worlds / name}" for name in runs]
+    keys = ["reward/python", "reward/python_2"]
+    curves.main(["--runs", *folders, "--out", str(worlds / "out"), "--frontier", *keys])
+    found = load_results(worlds / "out", "curves")["frontier"]
+    points = found["points"]
+    assert points["first"][0] > points["both"][0] + 1 > points["second"][0] + 2
+    assert points["second"][1] > points["first"][1] + 2
+    assert found["on"][0] == "second"
+    assert found["on"][-1] == "first"
+    assert "Frontier of two objectives" in (worlds / "out" / "report.html").read_text()
+
+
+def test_no_run_beats_those_on_the_frontier():
+    points = {"a": (1.0, 5.0), "b": (2.0, 4.0), "c": (1.5, 4.0), "d": (3.0, 1.0), "e": (3.0, 0.0), "twin": (2.0, 4.0)}
+    assert curves.frontier(points) == ["a", "b", "twin", "d"]
 
 
 def test_a_preset_sets_defaults_and_says_so(capsys):

@@ -160,8 +160,8 @@ def corrupt(votes: dict, what: str) -> dict:
     [
         ("incomplete", "incomplete, 1 of 4 items"),
         ("foreign", "not on the page"),
-        ("slot", "3 is no vote"),
-        ("negative", "-1 is no vote"),
+        ("slot", "3 is not a vote"),
+        ("negative", "-1 is not a vote"),
         ("study", "votes on other items"),
         ("stranger", "'eve' has no page"),
     ],

@@ -250,21 +250,20 @@ def test_a_folder_with_blanks_is_one_word(tmp_path):
         ('{"data_seed": ' + "9" * 5000 + "}", "not JSON (Exceeds the limit"),
     ],
 )
-def test_a_run_folder_cannot_set_options(tiny, tmp_path, saved, words):
+def test_a_run_folder_cannot_set_options(tiny, tmp_path, capsys, monkeypatch, saved, words):
     """What a run folder says of its data is data: no address in it is asked, with the key or without."""
     run = tmp_path / "run"
     for folder in ("step1_sft", "step3_ppo_tlcr/actor"):
         shutil.copytree(tiny / "model", run / folder)
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    environment |= {"OPENAI_API_KEY": "sk-secret-secret", "DISCRIMINATOR": "", "REVISIONS": ""}
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-secret")
     with judging(lambda prompt, asked: "[[A]]") as (judge, url):
         text = saved if isinstance(saved, str) else json.dumps(saved).replace("URL", url)
         (run / "step3_ppo_tlcr" / "run_options.json").write_text(text)
-        command = ["bash", str(ROOT / "training_scripts" / "evaluate.sh"), str(run), "--dtype", "fp32"]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert words in done.stderr
-    assert "Traceback" not in done.stderr
+        given = run_script(run, "--dtype", "fp32", DISCRIMINATOR="", REVISIONS="").stdout.splitlines()
+        with pytest.raises(SystemExit) as ended:
+            evaluation.main(given)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
     assert not judge.asked
 
 

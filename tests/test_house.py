@@ -14,6 +14,7 @@ FLOORS = {
     "step1_sft": 2,
     "step3_ppo_tlcr": 2,
     "step2_discriminator": 3,
+    "step2_grm": 3,
     "baselines": 3,
     "evaluation": 4,
     "benchmarks": 5,  # their model of time is the plan's

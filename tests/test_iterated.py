@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, patience
+from conftest import ROOT, patience
 
 from deepspeed_chat_tlcr.records import Preference, read_jsonl
 from evaluation.iterated import main as report
@@ -24,6 +24,13 @@ def test_each_round_answers_other_prompts_while_there_are_any():
 
     assert [prompts(2, round) for round in (1, 2, 3, 4)] == ["01", "23", "40", "12"]
     assert prompts(9, 2) == "01234"
+
+
+def test_a_round_that_cannot_be_is_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        answer(["--policy", "p", "--output_dir", "o", "--round", "1000000"])
+    assert ended.value.code == 2
+    assert "--round 1000000: must be from 1 to 1,000" in capsys.readouterr().err
 
 
 def test_own_answers_become_the_rejected_responses(tiny, tmp_path):
@@ -44,11 +51,10 @@ def test_own_answers_become_the_rejected_responses(tiny, tmp_path):
     assert counts["train"] == {"prompts": 10, "answers": len(own["train"])}
 
 
-def test_two_processes_write_the_answers_of_one(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_two_processes_write_the_answers_of_one(tiny, tmp_path, in_process, quick_workers):
     for number in (1, 2):
-        launch(
-            "labeling/own_answers.py",
+        in_process(
+            answer,
             *("--policy", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / str(number)),
             *("--prompts", 10, "--eval_prompts", 3, "--max_answer_seq_len", 6, "--batch_size", 3),
             *("--num_processes", number, "--attn_implementation", "eager"),

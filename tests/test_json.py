@@ -1,5 +1,7 @@
 """JSON that no reader should take: named with its file, never a traceback."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from deepspeed_chat_tlcr.data.sources import read_records
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_json, read_jsonl
+from deepspeed_chat_tlcr.saving import write_json
 
 
 @pytest.mark.parametrize("text", ["[" * 200_000, "1" * 5_000, '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}"])
@@ -37,3 +40,10 @@ def test_the_only_reader_of_json():
     # The plan's table needs no package; the study's archive is a stream.
     allowed = {"deepspeed_chat_tlcr/records.py", "deepspeed_chat_tlcr/asking/models.py", "testbed/study/options.py"}
     assert set(found) <= allowed
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """JSON has no NaN, and most readers of a file refuse one that says so."""
+    write_json(tmp_path / "x.json", {"a": math.nan, "b": [1.5, math.inf, {"c": -math.inf}], "d": "NaN"})
+    found = json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": None, "b": [1.5, None, {"c": None}], "d": "NaN"}

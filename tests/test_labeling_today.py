@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import pytest
 
+from deepspeed_chat_tlcr.asking.client import EndpointOptions
 from deepspeed_chat_tlcr.asking.dialect import Dialect, EffortRefused
 from deepspeed_chat_tlcr.asking.endpoint import (
     ChatRequest,
@@ -508,7 +509,7 @@ def test_what_is_no_address_is_named_at_once(url, tmp_path, capsys):
 
 
 def test_addresses_that_work(tmp_path, monkeypatch):
-    assert check_base_url("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000/v1"
+    assert EndpointOptions(base_url="http://127.0.0.1:8000/v1/").address == "http://127.0.0.1:8000/v1"
     assert is_own_machine("http://[::1]:8000/v1")
     assert not is_own_machine("https://api.openai.com/v1")
     few = write_pairs(tmp_path / "few.jsonl", 2)

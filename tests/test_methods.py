@@ -11,6 +11,12 @@ STAGES = {
     "ppo_seq": ["step1_sft", "step2_sequence", "step3_ppo_seq"],
     "ppo_synthetic": ["step1_sft", "labeling", "step2_synthetic", "step3_ppo_synthetic"],
     "remax": ["step1_sft", "step2_sequence", "step3_remax"],
+    "abc": ["step1_sft", "step2_sequence", "step3_abc"],
+    "drlc": ["step1_sft", "step2_sequence", "step3_drlc"],
+    "rlmec": ["step1_sft", "labeling", "step2_grm", "step2_sequence", "step3_rlmec"],
+    "fine_grained": ["step1_sft", "labeling", "step2_discriminator", "step2_sequence", "step3_fine_grained"],
+    "preference_grounded": ["step1_sft", "step2_token_pairs", "step3_preference_grounded"],
+    "ppo_max": ["step1_sft", "step2_sequence", "step3_ppo_max"],
     "tlcr_positive_only": ["step1_sft", "labeling", "step2_discriminator", "step3_tlcr_positive_only"],
 }
 
@@ -77,6 +83,54 @@ def test_reward_models_and_the_policies_that_use_them(plans):
     assert options(plans, "tlcr_positive_only", "step3_tlcr_positive_only").reward == ["tlcr_positive_only"]
 
 
+def test_the_rewards_of_the_field(plans):
+    """docs/rewards.md's: what each policy is rewarded by, and by models that its own stages make."""
+    rewards = {
+        method: options(plans, method, STAGES[method][-1]) for method in ("abc", "drlc", "rlmec", "fine_grained")
+    }
+    assert rewards["abc"].reward == ["abc"]
+    assert rewards["abc"].critic_model_name_or_path == "out/step2_sequence"
+    assert rewards["drlc"].reward == ["sequence", "critic:gpt-6-luna"]
+    assert (rewards["drlc"].span_max_cost_usd, rewards["drlc"].span_base_url) == (100, None)
+    assert rewards["rlmec"].reward == ["rlmec:out/step2_grm"]
+    assert rewards["rlmec"].critic_model_name_or_path == "out/step2_sequence"  # which says what is right
+    grm = options(plans, "rlmec", "step2_grm")
+    assert (grm.learning_rate, grm.num_train_epochs, grm.revisions) == (2e-5, 3, ["out/labeling/revisions.jsonl"])
+    judge, whole = "out/step2_discriminator", "out/step2_sequence"
+    expected = [f"segments:{judge}@0.3", f"sentences:{judge}@0.5", f"sequence:{whole}@0.3"]
+    assert rewards["fine_grained"].reward == expected
+    pairs = options(plans, "preference_grounded", "step2_token_pairs")
+    assert (pairs.objective, pairs.aggregate) == ("token_pairs", "avg")
+    grounded = options(plans, "preference_grounded", "step3_preference_grounded")
+    assert (grounded.reward, grounded.critic_model_name_or_path) == (["token_scores"], "out/step2_token_pairs")
+    ppo_max = options(plans, "ppo_max", "step3_ppo_max")
+    assert (ppo_max.normalise_rewards, ppo_max.clip_reward_value, ppo_max.top_p) == ("scale", 1e9, 0.9)
+    assert (ppo_max.kl_ctl, ppo_max.actor_learning_rate, ppo_max.critic_learning_rate) == (0.01, 5e-7, 1.5e-6)
+    assert ppo_max.num_warmup_steps == 100
+
+
+def test_plan_prices_the_spans_of_every_answer(plans):
+    """40 % of 112,052 prompts, an answer to each: 870 + 650 + 310 characters of question, 80 tokens of answer."""
+    assert "Spans marked by" not in plans["abc"]
+    line = next(line for line in plans["drlc"].splitlines() if line.startswith("Spans marked by gpt-6-luna in step 3"))
+    assert "44,821 calls, about 20,505,608 tokens in and 3,585,680 out, US$" in line
+    own = run("run_method.sh", "drlc", "out", PLAN=1, LABEL_BASE_URL="http://127.0.0.1:8000/v1", LABEL_MODEL="own:7b")
+    assert "Spans marked by own:7b in step 3: 44,821 calls" in own.stdout
+    assert "--span_base_url http://127.0.0.1:8000/v1" in own.stdout
+    done = run("run_method.sh", "drlc", "out", PLAN=1, LABEL_BASE_URL="http://127.0.0.1:8000/v1")
+    assert (done.returncode, "LABEL_MODEL" in done.stderr) == (2, True)
+
+
+def test_plan_counts_every_reward_model(plans):
+    """RLMEC has the rewriter and the judge, Fine-Grained RLHF a discriminator and a sequence reward model."""
+
+    def planned_gib(method: str) -> float:
+        rows = plans[method].split(f"Memory of step3_{method} ")[1].splitlines()
+        return next(float(row.split()[-1]) for row in rows if row.strip().startswith("reward model"))
+
+    assert planned_gib("rlmec") == planned_gib("fine_grained") == pytest.approx(2 * planned_gib("abc"), abs=0.02)
+
+
 def test_unknown_method_lists_the_known():
     done = run("run_method.sh", "grpo", PLAN=1)
     assert done.returncode == 2
@@ -101,6 +155,9 @@ def test_a_misspelt_method_or_number_stops_before_anything_is_made():
 
 
 def test_table_pays_for_labels_once():
+    more = run("run_table1.sh", "out", PLAN=1, METHODS="sft", MORE_METHODS="rlmec ppo_max", SEEDS="1").stdout
+    stages = ["step1_sft", "step2_grm", "step2_sequence", "step3_rlmec", "step3_ppo_max"]
+    assert list(planned(more)) == ["labeling", *(f"seed-1/{stage}" for stage in stages)]
     plan = run("run_table1.sh", "out", PLAN=1, METHODS="tlcr", SEEDS="1 2").stdout
     folders = ["labeling", "seed-1/step1_sft", "seed-1/step2_discriminator", "seed-1/step3_ppo_tlcr"]
     assert plan.count("Labelling by") == 1

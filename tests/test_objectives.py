@@ -19,6 +19,7 @@ from step3_ppo_tlcr.rewards import (
     random_reward,
     released_code_reward,
     sequence_reward,
+    sum_at_the_end,
 )
 
 
@@ -46,6 +47,13 @@ def test_ablations_keep_one_sign():
     probs, mask = torch.tensor([[0.9, 0.2, 0.5]]), torch.ones(1, 3)
     close(positive_only_reward(probs, mask), [[0.8, 0, 0]])
     close(negative_only_reward(probs, mask), [[0, -0.6, 0]])
+
+
+def test_the_sum_of_all_token_rewards_on_the_last_action():
+    """r = .5, -.5, 1 and 0 is 1 in sum; of the second row only 2 x .75 - 1 counts."""
+    probs = torch.tensor([[0.75, 0.25, 1.0, 0.5], [0.75, 0.9, 0.9, 0.9]])
+    mask = torch.tensor([[1.0, 1, 1, 1], [1, 0, 0, 0]])
+    close(sum_at_the_end(probs, mask), [[0, 0, 0, 1.0], [0.5, 0, 0, 0]])
 
 
 def test_released_code_squashes_twice_and_comes_one_action_late():

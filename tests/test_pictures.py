@@ -52,8 +52,9 @@ from deepspeed_chat_tlcr.pictures import (
 from deepspeed_chat_tlcr.pictures.charts import MOST_POINTS, thin, ticks
 from deepspeed_chat_tlcr.pictures.png import heatmap_png, line_chart_png
 from deepspeed_chat_tlcr.records import Preference, Revision
+from evaluation.published import PUBLISHED
 from labeling import show
-from testbed.report import PUBLISHED, Run, duration, verdict, write_report
+from testbed.report import duration, verdict, write_report
 
 ROOT = Path(__file__).parents[1]
 VOID = {"meta", "br", "img", "path", "rect", "circle", "polygon", "input", "link"}
@@ -597,7 +598,7 @@ def test_report_shows_results_curves_and_samples(tmp_path):
         results,
         answers=[sample],
         revisions=[sample],
-        runs=[Run("ppo", log), Run("sft", tmp_path / "nowhere.jsonl")],
+        metrics={"ppo": log, "sft": tmp_path / "nowhere.jsonl"},
         about="A <tiny> run",
         scores={1: [2.0, 4.0], 2: [5.0, 7.0]},
         world="Right facts.",
@@ -606,9 +607,9 @@ def test_report_shows_results_curves_and_samples(tmp_path):
     parsed = Parsed(path.read_text(encoding="utf-8"))
     assert_harmless(parsed, scripts=1)
     text = " ".join(data for _, data in parsed.texts)
-    for piece in ("3.71 → 6.42", "+2.71", "0.883", "0.552", "4.31", "33.20", "1 min 38 s", "41.5 s", "A <tiny> run"):
+    for piece in ("3.71", "6.42", "0.883", "0.552", "4.31", "33.20", "1 min 38 s", "41.5 s", "A <tiny> run"):
         assert piece in text, piece
-    for piece in ("the prompt", "SFT answer", "TLCR answer", "Reward per token", "5.04", "84.89"):
+    for piece in ("the prompt", "SFT answer", "TLCR answer", "Reward per token"):
         assert piece in text, piece
     assert "step 60\nTLCR: 0.6" in text
     assert text.count("No metrics.jsonl of this stage was found.") == 2  # SFT and discriminator
@@ -616,8 +617,8 @@ def test_report_shows_results_curves_and_samples(tmp_path):
     for piece in ("Right facts.", "bash run_tiny.sh", "0123"):
         assert piece in text, piece
     charts = re.findall(r'<figure class="chart">.*?</figure>', path.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(charts) == 9
-    assert sum("not recorded" in chart for chart in charts) == 6
+    assert len(charts) == 7
+    assert sum("not recorded" in chart for chart in charts) == 4
     for chart in charts:
         ElementTree.fromstring(chart)
 
@@ -636,12 +637,11 @@ def test_report_compares_both_policies_at_their_best_temperature(tmp_path):
         },
         "tlcr_best": {"true_score": 7.5, "response_length": 26.0, "kl": 12.0, "repeats": 0.5, "temperature": 0.0},
     }
-    over = {"temperature_1": {"mean": 3.25, "standard_error": 0.1}, "best": {"mean": -0.5, "standard_error": 0.1}}
-    page = write_report(tmp_path / "report.html", results | {"tlcr_over_sft": over}).read_text(encoding="utf-8")
+    gap = {"mean": -0.5, "low": -0.7, "high": -0.3}
+    results |= {"tlcr_over_frontier": {"kl": gap, "entropy": gap}, "tlcr_over_sft": {"best": {"mean": -0.5}}}
+    page = write_report(tmp_path / "report.html", results).read_text(encoding="utf-8")
     text = " ".join(data for _, data in Parsed(page).texts)
     for piece in (
-        "8.00 → 7.50",
-        "3.75 → 7.00",
         "8.00 ± 0.06",
         "SFT, best T (0.1)",
         "TLCR, best T (0)",
@@ -650,23 +650,44 @@ def test_report_compares_both_policies_at_their_best_temperature(tmp_path):
         "25.00",
     ):
         assert piece in text, piece
-    assert "TLCR scores lower than SFT with both at their best temperature" in text
-    assert "(−0.50, 95 % interval −0.70 to −0.30, of one run); at temperature 1 the difference is +3.25." in text
+    assert "TLCR scores lower than SFT sampled colder: −0.50 [−0.70, −0.30] at its KL, −0.50" in text
+    assert "with both at their best temperature the difference is −0.50." in text
+    assert "SFT was not measured at several temperatures." in text
+
+
+def test_report_draws_what_colder_sampling_reaches(tmp_path):
+    row = {"true_score": 5.0, "kl": 1.0, "entropy": 7.0, "response_length": 9.0}
+    swept = [row, row | {"true_score": 6.0, "kl": 2.0, "entropy": 3.0}]
+    best = [{"n": 1, "kl": 0.0, "true_score": 5.0}, {"n": 2, "kl": 0.19, "true_score": 5.5}]
+    tlcr = row | {"temperature": 0.5, "by_kind": {"prompts": 7.25, "facts": 4.5}}
+    results = {"sft": row, "tlcr": row, "tlcr_best": tlcr, "sft_sweep": swept, "sft_best_of_n": best}
+    page = write_report(tmp_path / "report.html", results).read_text(encoding="utf-8")
+    for piece in ("True score against KL to SFT", "True score against Entropy", "best of n by the", ">7.25<", ">4.50<"):
+        assert piece in page, piece
 
 
 @pytest.mark.parametrize(
-    ("mean", "said"), [(0.5, "scores higher"), (0.1, "does not differ measurably"), (-0.5, "scores lower")]
+    ("kl", "entropy", "said"),
+    [
+        ((0.1, 0.5), (0.2, 0.3), "scores higher"),
+        ((0.1, 0.5), (-0.2, 0.3), "does not differ measurably"),
+        ((-0.5, -0.1), (-0.3, -0.2), "scores lower"),
+    ],
 )
-def test_verdict_needs_an_interval_beside_zero(mean, said):
-    assert f"TLCR {said}" in verdict({"tlcr_over_sft": {"best": {"mean": mean, "standard_error": 0.1}}})
+def test_verdict_needs_both_intervals_beside_zero(kl, entropy, said):
+    gaps = {
+        name: {"mean": sum(ends) / 2, "low": ends[0], "high": ends[1]}
+        for name, ends in (("kl", kl), ("entropy", entropy))
+    }
+    assert f"TLCR {said}" in verdict({"tlcr_over_frontier": gaps})
 
 
 def test_report_of_nothing_names_everything_as_missing(tmp_path):
-    text = write_report(tmp_path / "report.html", {}, published={}).read_text(encoding="utf-8")
-    for piece in ("No answers", "No held-out revisions", "Time by stage: not recorded", "None given"):
+    text = write_report(tmp_path / "report.html", {}).read_text(encoding="utf-8")
+    for piece in ("No answers", "No held-out revisions", "Time by stage: not recorded"):
         assert piece in text, piece
     assert text.count("No metrics.jsonl of this stage was found.") == 3
-    assert text.count("—</td>") == 8  # three numbers of each policy, two of the discriminator
+    assert text.count("—</td>") == 12  # five numbers of each policy, two of the discriminator
 
 
 def test_published_overall_is_the_mean_of_both_turns():

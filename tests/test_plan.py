@@ -16,10 +16,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForTokenClassification,
+    BloomConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -118,7 +120,14 @@ PAPER = {
 }
 
 # h 4, 3 blocks, 2 heads of 2, MLP 10, 7 tokens: small enough to count on paper.
-SMALL = ModelShape(hidden=4, layers=3, heads=2, kv_heads=2, intermediate=10, vocabulary=7, head_size=2)
+SMALL_SIZES = {
+    **{"hidden_size": 4, "num_hidden_layers": 3, "num_attention_heads": 2, "num_key_value_heads": 2},
+    **{"intermediate_size": 10, "vocab_size": 7, "pad_token_id": 0},
+}
+SMALL = ModelShape(
+    **{"hidden": 4, "layers": 3, "heads": 2, "kv_heads": 2, "intermediate": 10, "vocabulary": 7, "head_size": 2},
+    **{"embedding": 4, "layer_parameters": 192, "backbone_parameters": 608, "causal_parameters": 636},
+)
 
 
 def environment(**changes) -> dict[str, str]:
@@ -135,16 +144,37 @@ def recipe(**changes) -> Recipe:
 # ---- sizes of models -------------------------------------------------------------------------------------------------
 
 
-def test_small_shape_by_hand():
-    # q, k, v, o: 4 of 4 x 4 = 64; gate, up, down: 3 of 4 x 10 = 120; two norms: 8
-    assert SMALL.layer_parameters == 192
-    # embedding 28, blocks 576, last norm 4
-    assert SMALL.backbone_parameters == 608
-    assert SMALL.causal_parameters == 608 + 28
-    assert dataclasses.replace(SMALL, tied=True).causal_parameters == 608
+def counted(folder, config) -> ModelShape:
+    config.save_pretrained(folder)
+    return shape_of(str(folder))
+
+
+def test_small_shape_by_hand(tmp_path):
+    """q, k, v, o: 4 of 4 x 4 = 64; gate, up, down: 3 of 4 x 10 = 120; two norms 8: 192 in a block.
+
+    Embedding 28, blocks 576, last norm 4, output 28.
+    """
+    assert counted(tmp_path, LlamaConfig(**SMALL_SIZES)) == SMALL
+    tied = counted(tmp_path, LlamaConfig(**SMALL_SIZES, tie_word_embeddings=True))
+    assert (tied.causal_parameters, tied.backbone_parameters) == (608, 608)
     # two labels: 2 x 4 weights and 2 biases
     assert SMALL.classifier_parameters(2) == 618
     assert memory.largest_layer(SMALL) == 192
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("llama-2-7b", LlamaConfig()),
+        ("mixtral-8x7b", MixtralConfig()),
+        ("opt-125m", OPTConfig()),
+        ("gemma-7b", GemmaConfig()),
+        ("gpt2-xl", GPT2Config(n_embd=1600, n_layer=48, n_head=25)),
+        ("bloom-560m", BloomConfig(hidden_size=1024, n_layer=24, n_head=16, vocab_size=250880)),
+    ],
+)
+def test_known_models_are_what_is_counted(tmp_path, name, config):
+    assert counted(tmp_path, config) == KNOWN_MODELS[name]
 
 
 @pytest.mark.parametrize(
@@ -202,10 +232,9 @@ CONFIGS = VARIANTS | UNTRAINED | {name: kind(vocab_size=96, **sizes) for name, (
 @pytest.mark.parametrize("name", CONFIGS)
 def test_counts_of_a_local_config_are_transformers_own(tmp_path, name):
     config = CONFIGS[name]
-    config.save_pretrained(tmp_path)
+    shape = counted(tmp_path, config)
     with torch.device("meta"):
         real = AutoModelForCausalLM.from_config(config)
-    shape = shape_of(str(tmp_path))
     assert shape.causal_parameters == real.num_parameters()
     if name != "gemma3_text":  # has no token classifier
         with torch.device("meta"):
@@ -234,16 +263,21 @@ def test_other_families_are_counted_by_transformers(tmp_path, config):
     assert (shape.hidden, shape.layers) == (16, config.get_text_config().num_hidden_layers)
 
 
-def test_what_a_token_does_not_pass_of_experts():
+def test_what_a_token_does_not_pass_of_experts(tmp_path):
     """Mixtral-8x7B, by its makers 46.7 and 12.9 billion parameters; and by hand."""
     mixtral = KNOWN_MODELS["mixtral-8x7b"]
     assert mixtral.causal_parameters == 46_702_792_704
     assert mixtral.causal_parameters - mixtral.idle_parameters == pytest.approx(12.9e9, rel=0.005)
+    sizes = SMALL_SIZES | {"intermediate_size": 6, "head_dim": 2, "moe_intermediate_size": 10}
+    experts = {"num_experts": 5, "num_experts_per_tok": 2, "mlp_only_layers": [1]}
+    small = counted(tmp_path, Qwen3MoeConfig(**sizes, **experts))
     # Three of five experts of three 4 x 10 matrices idle in each of three blocks, of which one has a single MLP.
-    small = dataclasses.replace(SMALL, experts=5, experts_used=2, dense_blocks=1, dense_width=6)
     assert small.idle_parameters == 2 * 3 * 120
-    # 120 more for each of four experts and 20 for the router; the third block has 3 x 4 x 6 = 72 for all of them.
-    assert small.backbone_parameters == SMALL.backbone_parameters + 2 * 500 - (120 - 72)
+    # 120 more for each of four experts, 20 for the router, two norms of 2 for queries and keys: the largest block.
+    assert small.layer_parameters == SMALL.layer_parameters + 4 * 120 + 20 + 4
+    # The block in between has 3 x 4 x 6 = 72 for all of them.
+    assert small.backbone_parameters == SMALL.backbone_parameters + 2 * 500 + 3 * 4 - (120 - 72)
+    assert (small.intermediate, small.experts_used, small.qk_norm) == (10, 2, True)
 
 
 def test_unknown_model_asks_for_its_config(tmp_path, monkeypatch):
@@ -362,8 +396,7 @@ def test_activations_are_what_autograd_keeps(tmp_path, family, checkpointing):
     model.config.use_cache = False
     if checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.config.save_pretrained(tmp_path)
-    shape = shape_of(str(tmp_path))
+    shape = counted(tmp_path, model.config)
     ours = memory.activations(shape, 2, 64, checkpointing)
     if checkpointing:
         # The one block that is recomputed comes later, in the backward pass.
@@ -608,7 +641,8 @@ def test_a_plan_says_what_the_reviser_costs_and_when_it_ends():
 
 def test_steps_by_hand():
     # 22,410 records in batches of 16 x 8: 175.08, so 176 an epoch
-    assert plan.optimizer_steps(22_410, per_device=16, accumulation=1, ranks=8, epochs=2) == 352
+    assert hours.work_of(recipe(), 112_052)["step1"] == hours.Work(records=22_410, batch=128, epochs=2)
+    assert hours.Work(22_410, 128, 2).steps == 352
 
 
 def test_disk_by_hand():

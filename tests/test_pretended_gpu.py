@@ -54,6 +54,12 @@ RUNS = {  # name: program, options, ranks
         "--reward sequence:{made}/rm random@0.1 tlcr_fixed@0.3 tlcr_positive_only@0.1 tlcr_released_code@0.1",
         1,
     ),
+    "field": (
+        STEP3,
+        PPO + "--dtype bf16 --eval_interval 1 --eval_prompts 2 --normalise_rewards whiten --rlmec_judge {made}/rm "
+        "--reward rlmec:{tiny}/model@0.5..1 abc:{made}/rm uniform:{made}/rm segments:{made}/disc tlcr_redistributed",
+        1,
+    ),
     "hybrid": (STEP3, PPO + "--dtype bf16 --rollout hybrid --whiten_advantages --ppo_epochs 2 --penalty full_kl", 1),
 }
 EVERY_DAY = ("recipe", "offload", "fp16", "hybrid")
@@ -179,6 +185,7 @@ def test_evaluation_answers_and_judges_on_several_gpus(tiny, made, tmp_path):
             *("evaluation/reward_scores.py", "--models", f"a={tiny / 'model'}", "--prompts", prompts),
             *("--discriminator", made / "disc", "--sequence_reward", made / "rm", "--max_answer_seq_len", 6),
             *("--generation_batch_size", 2, "--num_processes", processes, "--out", tmp_path / str(processes)),
+            fresh=True,
         )
         results.append(json.loads((tmp_path / str(processes) / "reward_scores" / "results.json").read_text()))
     assert results[0] == results[1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, patience, shared
+from conftest import ROOT, launch, patience, shared
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from evaluation.qa_feedback import rate_with_error
@@ -31,17 +31,6 @@ TINY = {
     "MORE_METHODS": "ppo_seq",
     "SEQUENCE_EPOCHS": 1,
 }
-
-FORKS = """
-import json, sys
-from pathlib import Path
-from testbed.study import forked
-forked.warm_up()
-for program, *arguments in json.loads(sys.argv[1]):
-    status = forked.run(program, arguments, Path(sys.argv[2]))
-    if status:
-        sys.exit(f"{program} ended with {status}")
-"""
 
 
 def planned(output: Path, data: Path) -> list[list[str]]:
@@ -64,17 +53,15 @@ def planned(output: Path, data: Path) -> list[list[str]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """The folder of a run on 40 of the records; its stages are forks of one process, which pays the imports once."""
+    """The folder of a run on 40 of the records."""
     source = shared("qa_feedback_dev.jsonl.gz")
     folder = tmp_path_factory.mktemp("qa")
     data = folder / "records.jsonl"
     with gzip.open(source, "rt", encoding="utf-8") as file:
         data.write_text("".join(itertools.islice(file, 40)), encoding="utf-8")
     commands = planned(folder / "run", data)
-    environment = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
-    forks = [sys.executable, "-c", FORKS, json.dumps(commands), str(folder / "log")]
-    done = subprocess.run(forks, env=environment, cwd=ROOT, timeout=patience(300), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr + (folder / "log").read_text()[-3000:]
+    for program, *arguments in commands:
+        launch(program, *arguments)
     stages = [program.split("/")[0] for program, *_ in commands]
     assert stages == [
         *("labeling", "evaluation", "labeling", "step1_sft", "step1_sft"),

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -221,6 +222,15 @@ def test_a_switch_is_on_or_off():
     assert "--offload" in run("step1.sh", PLAN=1, SFT_OFFLOAD=1).stdout
 
 
+@pytest.mark.parametrize(
+    ("script", "name"), [("run_tiny.sh", "MODEL"), ("run_tiny.sh", "DATA"), ("run_qa_feedback.sh", "EVAL_REVISIONS")]
+)
+def test_a_variable_that_a_script_would_overwrite_is_refused(script, name):
+    done = run(script, PLAN=1, **{name: "mine"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {name}=mine: this script makes its own")
+
+
 def test_what_the_user_brings_is_not_made_again():
     planned = run("run_7b.sh", PLAN=1, REVISIONS="mine.jsonl", SFT_MODEL="my/sft").stdout
     assert list(commands(planned)) == ["step2_discriminator", "step3_ppo_tlcr"]
@@ -292,7 +302,7 @@ def test_a_stage_by_itself_is_looked_at_before_its_start(launcher, tmp_path):
 def test_a_host_must_be_a_name(tmp_path):
     """ssh takes a name that begins with a dash for an option, which may be a command to run."""
     hosts = tmp_path / "hosts"
-    for line, words in (("-oProxyCommand=touch${IFS}x slots=1", "is no name of a host"), ("a slots=1", "named twice")):
+    for line, words in (("-oProxyCommand=touch${IFS}x slots=1", "is not a host name"), ("a slots=1", "named twice")):
         hosts.write_text(f"a slots=1\n{line}\n")
         done = run("step1.sh", PLAN=0, PREFLIGHT=1, HOSTFILE=hosts, OUTPUT=tmp_path / "out", DATA=tmp_path / "no.jsonl")
         assert (done.returncode, words in done.stderr) == (2, True), done.stderr
@@ -504,10 +514,10 @@ def test_preflight_lists_everything_at_once(tmp_path):
     assert done.returncode == 2
     found = problems(done)
     for expected in (
-        "no GPU was found, NUM_GPUS=8",
+        "no GPU was found, but NUM_GPUS=8",
         "MASTER_PORT=",
-        "GENERATION_BATCH_SIZE=16 is no multiple of PPO_BATCH_SIZE=3",
-        "DECODE_BATCH_SIZE=24 is no multiple of GENERATION_BATCH_SIZE=16",
+        "GENERATION_BATCH_SIZE=16 is not a multiple of PPO_BATCH_SIZE=3",
+        "DECODE_BATCH_SIZE=24 is not a multiple of GENERATION_BATCH_SIZE=16",
         "MY_KEY, the variable with the API key",
         "no-model",
         "absent.jsonl",
@@ -630,7 +640,7 @@ def test_preflight_of_each_input(preflight, tiny, tmp_path, monkeypatch):
         "has no EOS token",
         "the SFT part of the data (1 of 7 records at 2,4,4) does not fill one batch of 2",
         "DTYPE=fp16",
-        "is no folder that can be written",
+        "is not a writable folder",
         "no C++ compiler (no-such-compiler)",
     )
     for text in expected:
@@ -689,6 +699,7 @@ def test_background_server_ends_with_its_script(tmp_path, how):
     environment = os.environ | {
         "OUTPUT": str(tmp_path),
         "LABEL_MODEL": "oracle-reviser",
+        "TESTBED_WORLD": "2",
         "PATH": f"{own}{os.pathsep}{os.environ['PATH']}",
     }
     process = subprocess.Popen(["bash", script], env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -740,6 +751,25 @@ def test_sigterm_ends_the_stage_with_its_script(tmp_path):
     assert "the same command continues" in (tmp_path / "out" / "labeling" / "training.log").read_text()
 
 
+def test_sigterm_at_the_very_start_leaves_nothing_behind(tmp_path):
+    """As the first process starts, and as that starts others in its turn; what the script does at its end is done."""
+    script, ended = tmp_path / "script.sh", tmp_path / "ended"
+    body = "while :; do sleep 30 & sleep 0.01; done"  # a launcher that goes on starting processes
+    script.write_text(
+        f"source {SCRIPTS}/recipe.sh\ntrap 'touch {ended}' EXIT\necho starting; attended bash -c {shlex.quote(body)}\n"
+    )
+    for delay in (0, 0, 0, 0.002, 0.01, 0.05, 0.3):
+        to = {"stdout": subprocess.PIPE, "text": True, "cwd": ROOT, "start_new_session": True}
+        process = subprocess.Popen(["bash", script], **to)
+        assert process.stdout.readline() == "starting\n"
+        time.sleep(delay)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=patience(30)) == -signal.SIGTERM
+        process.communicate(timeout=patience(20))  # the pipe ends when nothing that the script started is left
+        assert ended.is_file()
+        ended.unlink()
+
+
 # ---- the whole of it -------------------------------------------------------------------------------------------------
 
 
@@ -749,13 +779,14 @@ def test_run_tiny_end_to_end(tmp_path):
     What the policy learns in one update is not the matter here.
     """
     output = tmp_path / "run"
-    sizes = {"TESTBED_PAIRS": 320, "TESTBED_PROMPTS": 8, "TESTBED_DOCUMENTS": 160}
+    sizes = {"TESTBED_PAIRS": 320, "TESTBED_EVAL_PAIRS": 64, "TESTBED_PROMPTS": 8, "TESTBED_DOCUMENTS": 160}
+    sizes |= {"MAX_ANSWER_LEN": 24, "NUM_GPUS": 1}
     done = run("run_tiny.sh", output, SEED=3, timeout=600, **sizes)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((output / "results.json").read_text())
     for policy in ("sft", "tlcr", "sft_best", "tlcr_best"):
         assert 1 <= results[policy]["true_score"] <= 10
-        assert 0 < results[policy]["response_length"] <= 96
+        assert 0 < results[policy]["response_length"] <= 24
         assert 0 <= results[policy]["repeats"] <= 1
     assert results["tlcr"]["kl"] != 0
     for policy in ("sft", "tlcr"):
@@ -786,7 +817,6 @@ def test_run_tiny_end_to_end(tmp_path):
     assert all(record["model"] == "oracle-reviser" for record in revised)
     assert not (output / "reviser.port").exists()
 
-    again = run("run_tiny.sh", output, SEED=3, **sizes)
+    again = run("run_tiny.sh", output, SEED=3, PREFLIGHT=0, **sizes)
     assert again.returncode == 0, again.stderr
-    skipped = [f"{output}/{stage}: complete, skipped" for stage in stages]
-    assert [line for line in again.stdout.splitlines() if not line.startswith("preflight")] == skipped
+    assert again.stdout.splitlines() == [f"{output}/{stage}: complete, skipped" for stage in stages]

@@ -5,14 +5,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, bytes_of_tensors, patience
+import warm
+from conftest import ROOT, bytes_of_tensors, launch, patience
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -148,6 +147,15 @@ def test_a_finished_stage_is_left_alone(stage, tmp_path, capsys):
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns > written
 
 
+def test_a_warm_up_longer_than_the_run_is_said(stage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("step1_sft.sft.load_causal_lm", lambda *args: pytest.fail("a model is loaded"))
+    for warmup, said in ((5, False), (6, True)):
+        with pytest.raises(pytest.fail.Exception):
+            stage("sft", tmp_path, "--num_warmup_steps", warmup)
+        words = "--num_warmup_steps 6: this run has 6 optimiser steps, so the learning rate never reaches its peak"
+        assert (words in capsys.readouterr().out) == said
+
+
 def test_a_model_of_somebody_elses_is_left_alone(stage, tiny, tmp_path):
     folder = shutil.copytree(tiny / "model", tmp_path / "theirs")
     with pytest.raises(InputError, match=r"config\.json in it is not of this program"):
@@ -230,10 +238,8 @@ def test_two_killed_ranks_end_where_the_uninterrupted_ones_end(tiny, tmp_path):
     for stage in own:
         runs += [described(stage, "whole"), described(stage, "half", kill_after=5), described(stage, "half")]
     runs.insert(2, described("step1_sft", "half", ranks=1))
-    command = [sys.executable, ROOT / "tests" / "two_ranks.py", json.dumps(runs), tmp_path / "log.txt"]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = launch("tests/two_ranks.py", json.dumps(runs), tmp_path / "log.txt")
     log = (tmp_path / "log.txt").read_text()
-    assert done.returncode == 0, done.stderr[-2000:] + log[-3000:]
     killed = [-signal.SIGKILL] * 2
     assert json.loads(done.stdout.splitlines()[-1]) == [[0, 0], killed, [2], [0, 0], [0, 0], killed, [0, 0]], log[
         -3000:
@@ -280,17 +286,16 @@ def test_sigterm_saves_and_says_how_to_go_on(stage, tmp_path, monkeypatch, capsy
 def test_sigterm_ends_the_program_with_status_0(tiny, tmp_path):
     arguments = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--dtype", "fp32")
     arguments = (*arguments, "--per_device_train_batch_size", 4, "--num_train_epochs", 10_000, "--output_dir", tmp_path)
-    command = [sys.executable, ROOT / "step1_sft" / "main.py", *arguments]
-    with (tmp_path / "log.txt").open("w") as log:
-        running = subprocess.Popen([*map(str, command)], stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": ROOT})
-        deadline = time.monotonic() + patience(240)
-        while not read_metrics(tmp_path / "metrics.jsonl"):
-            assert running.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-        running.send_signal(signal.SIGTERM)
-        assert running.wait(timeout=patience(60)) == 0
-    assert "resume with the same command" in (tmp_path / "log.txt").read_text()
+    running = warm.Program(ROOT / "step1_sft" / "main.py", arguments)
+    deadline = time.monotonic() + patience(240)
+    while not read_metrics(tmp_path / "metrics.jsonl"):
+        assert running.poll() is None, running.communicate()[0][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    running.send_signal(signal.SIGTERM)
+    said = running.communicate(timeout=patience(60))[0]
+    assert running.returncode == 0, said[-3000:]
+    assert "resume with the same command" in said
     assert newest_checkpoint(tmp_path) is not None
 
 

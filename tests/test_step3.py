@@ -185,9 +185,10 @@ def test_the_critic_without_its_lora_layers_scores_with_the_rewards_own_head(run
     shutil.copytree(world / kind, tmp_path / "copy")
     name = {"disc": "tlcr", "rm": "sequence"}[kind]
     more = (*more, *LORA, "--only_optimize_lora", "--critic_learning_rate", 1e-2, "--critic_lora_learning_rate", 1e-2)
-    one = run("one", *more, "--reward", name, f"{name}@0.5", critic=kind)
+    # Weights whose sum is 1: the head of a critic that starts as the reward model stays as it is.
+    one = run("one", *more, "--reward", f"{name}@0.75", f"{name}@0.25", critic=kind)
     assert "own head on the critic without its LoRA layers" in capsys.readouterr().out
-    two = run("two", *more, "--reward", f"{name}:{tmp_path / 'copy'}", f"{name}:{tmp_path / 'copy'}@0.5", critic=kind)
+    two = run("two", *more, "--reward", *(f"{name}:{tmp_path / 'copy'}@{w}" for w in (0.75, 0.25)), critic=kind)
     assert "own head" not in capsys.readouterr().out
     assert without_clock(one) == without_clock(two)
     first, second = weights(tmp_path / "one" / "critic"), weights(tmp_path / "two" / "critic")
@@ -220,6 +221,24 @@ def test_two_rewards_are_summed_as_token_by_token_arithmetic_sums_them(run, worl
             score = rm(text[None]).logits[0, -1, 0]
         totals.append(sum(2 * float(prob) - 1 for prob in probs) + 0.2 * min(max(float(score), -5), 5))
     assert line["reward/per_sequence"] == pytest.approx(sum(totals) / len(totals), abs=1e-4)
+
+
+def test_a_critic_that_starts_as_the_reward_model_speaks_in_units_of_reward(run, world, tmp_path):
+    """A score weighs 3, or 2 + 1, in the reward: V is 3 times the model's own. Rewards divided by their spread: so is
+    V. A critic that is not the reward model is in units of reward already, and stays as it is."""
+
+    def first(name: str, *terms: str, more: tuple = ()) -> dict:
+        return run(name, "--reward", *terms, *more, "--test_stop_step", 1, critic="rm")[0]
+
+    plain = first("plain", "sequence")
+    assert plain["value/mean"] != 0
+    for name, terms in (("three", ["sequence@3"]), ("sum", ["sequence@2", f"sequence:{world}/./rm@1"])):
+        assert first(name, *terms)["value/mean"] == pytest.approx(3 * plain["value/mean"], rel=1e-4)
+    divided = first("divided", "sequence", more=("--scale_rewards",))
+    assert divided["reward/scale"] != pytest.approx(1.0, rel=0.01)
+    assert divided["value/mean"] == pytest.approx(plain["value/mean"] / divided["reward/scale"], rel=1e-4)
+    shutil.copytree(world / "rm", tmp_path / "copy")
+    assert first("other", f"sequence:{tmp_path / 'copy'}@3")["value/mean"] == pytest.approx(plain["value/mean"])
 
 
 # Rollouts
@@ -402,7 +421,7 @@ def test_a_full_disk_ends_with_one_message_and_a_whole_checkpoint(run, tmp_path,
         signal.signal(signal.SIGXFSZ, previous)
     assert ended.value.code == 1
     (message,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert "checkpoint of step 2" in message
+    assert "step-2 could not be written" in message
     assert "step-1 is whole" in message
     monkeypatch.undo()
 
@@ -480,40 +499,39 @@ TRAINED = {  # ZeRO stage and options; how many of the actor's parameters train
 }
 
 
-def continued(run, tmp_path, monkeypatch, options, lean: bool = True) -> int:
-    """A run stopped after its first step, by SIGTERM, and continued: it must end where the uninterrupted one ends.
+OLDER = ("fp32", "bf16", "LoRA", "LoRA, ZeRO-2, average", "LoRA, ZeRO-3")
+"""Of these, checkpoints of an older version, with everything in them, are loaded too."""
 
-    Returns how many bytes of tensors the actor's checkpoint holds. Without ``lean``, an older version wrote it.
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_checkpoint_holds_what_cannot_be_made_again(run, tmp_path, monkeypatch, name):
+    """Weight, momentum and variance in fp32: 12 bytes of a parameter that trains, none of one that does not.
+
+    A run stopped after its first step, by SIGTERM, and continued must end where the uninterrupted one ends.
     """
-    stage, dtype, *more = options
+    (stage, dtype, *more), trained = TRAINED[name]
     more = ("--dtype", dtype, "--actor_zero_stage", stage, "--critic_zero_stage", stage, "--save_total_limit", 9, *more)
     whole = run("whole", *more, "--reward", own_reward(tmp_path, monkeypatch, "return plain"))
-    monkeypatch.delitem(sys.modules, f"reward_of_{tmp_path.name}")
-    with monkeypatch.context() as patch:
-        if not lean:
-            patch.setattr(engines, "lean_checkpoints", lambda engine: None)
-        stopped(run, "half", tmp_path, monkeypatch, *more)
-    files = (tmp_path / "half" / "checkpoints" / "step-1" / "actor").glob("*.pt")
-    kept = sum(bytes_of_tensors(torch.load(file, weights_only=False)) for file in files)
-    resumed = run("half", *more, "--reward", f"python:reward_of_{tmp_path.name}:reward")
-    assert without_clock(resumed) == without_clock(whole)
-    for model in ("actor", "critic", *(["actor_ema"] if "--enable_ema" in options else [])):
-        one, other = weights(tmp_path / "whole" / model), weights(tmp_path / "half" / model)
-        assert all(torch.equal(one[name], other[name]) for name in one)
-    return kept
 
+    def kept_by(half: str, lean: bool) -> int:
+        """Bytes of tensors in the actor's checkpoint."""
+        monkeypatch.delitem(sys.modules, f"reward_of_{tmp_path.name}")
+        with monkeypatch.context() as patch:
+            if not lean:
+                patch.setattr(engines, "lean_checkpoints", lambda engine: None)
+            stopped(run, half, tmp_path, monkeypatch, *more)
+        files = (tmp_path / half / "checkpoints" / "step-1" / "actor").glob("*.pt")
+        kept = sum(bytes_of_tensors(torch.load(file, weights_only=False)) for file in files)
+        resumed = run(half, *more, "--reward", f"python:reward_of_{tmp_path.name}:reward")
+        assert without_clock(resumed) == without_clock(whole)
+        for model in ("actor", "critic", *(["actor_ema"] if "--enable_ema" in more else [])):
+            one, other = weights(tmp_path / "whole" / model), weights(tmp_path / half / model)
+            assert all(torch.equal(one[name], other[name]) for name in one)
+        return kept
 
-@pytest.mark.parametrize(("options", "trained"), TRAINED.values(), ids=TRAINED)
-def test_a_checkpoint_holds_what_cannot_be_made_again(run, tmp_path, monkeypatch, options, trained):
-    """Weight, momentum and variance in fp32: 12 bytes of a parameter that trains, none of one that does not."""
-    assert continued(run, tmp_path, monkeypatch, options) == pytest.approx(12 * trained, rel=0.01)
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16", "LoRA", "LoRA, ZeRO-2, average", "LoRA, ZeRO-3"])
-def test_checkpoints_with_everything_in_them_load_too(run, tmp_path, monkeypatch, name):
-    options, trained = TRAINED[name]
-    kept = continued(run, tmp_path, monkeypatch, options, lean=False)
-    assert kept > 12 * trained + 40_000 * ("LoRA" in name or "bf16" in name)
+    assert kept_by("half", lean=True) == pytest.approx(12 * trained, rel=0.01)
+    if name in OLDER:
+        assert kept_by("older", lean=False) > 12 * trained + 40_000 * ("LoRA" in name or "bf16" in name)
 
 
 def test_frozen_weights_of_another_model_are_refused(run, tiny, tmp_path, monkeypatch, capsys):
@@ -586,7 +604,7 @@ def test_other_data_than_before_is_said(run, tiny, tmp_path, monkeypatch, capsys
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join((tiny / "data.jsonl").read_text().splitlines(keepends=True)[:50]))
     run("other", "--reward", f"python:reward_of_{tmp_path.name}:reward", "--data_path", fewer)
-    assert "the data is not what this run began with" in capsys.readouterr().out
+    assert "the data has changed since this run began" in capsys.readouterr().out
 
 
 def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeypatch, capsys):
@@ -608,7 +626,7 @@ def test_a_disk_that_is_full_for_the_models_costs_no_step(run, tmp_path, monkeyp
         with pytest.raises(SystemExit) as ended:
             run("models")
     assert (ended.value.code, calls) == (1, [0])
-    assert "model could not be written" in capsys.readouterr().err
+    assert "could not be written" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "models" / "checkpoints").iterdir()] == ["step-3"]
     assert not (tmp_path / "models" / "results.json").exists()
     lines = run("models")
@@ -767,9 +785,22 @@ def test_rewards_by_the_flags_of_the_fork(more, terms):
 def test_a_fixed_reward_of_one_sign_only():
     """In the fork the two flags are one after the other: +-1 first, then one sign of it."""
     parse = ["--actor_model_name_or_path", "A", "--reward_model_name_or_path", "C", "--fixed_reward"]
-    assert step3.parse_args([*parse, "--use_negative_reward_only"]).fixed_values == {"positive": 0, "negative": -1}
-    assert step3.parse_args([*parse, "--use_positive_reward_only"]).fixed_values == {"positive": 1, "negative": 0}
-    assert step3.parse_args([*parse, "--fixed_positive_reward", "3"]).fixed_values == {"positive": 3, "negative": -1}
+    assert step3.parse_args([*parse, "--use_negative_reward_only"]).fixed_values == {
+        "threshold": 0.6,
+        "positive": 0,
+        "negative": -1,
+    }
+    assert step3.parse_args([*parse, "--use_positive_reward_only"]).fixed_values == {
+        "threshold": 0.6,
+        "positive": 1,
+        "negative": 0,
+    }
+    assert step3.parse_args([*parse, "--fixed_threshold", "0.8"]).fixed_values["threshold"] == 0.8
+    assert step3.parse_args([*parse, "--fixed_positive_reward", "3"]).fixed_values == {
+        "threshold": 0.6,
+        "positive": 3,
+        "negative": -1,
+    }
 
 
 def test_training_batches_are_no_larger_than_what_is_generated():

@@ -1,4 +1,4 @@
-"""Steps 1-3 through their real entry points: tiny, on CPU, alone and under the DeepSpeed launcher."""
+"""Steps 1-3 through their real entry points: tiny, on CPU, alone, on two ranks, and under the DeepSpeed launcher."""
 
 import json
 import os
@@ -127,6 +127,7 @@ def test_rewards_by_name_are_summed_with_weights(tiny, trained, tmp_path, monkey
         "tlcr_positive_only": 1.0,
         "tlcr_negative_only": 1.0,
         "tlcr_released_code": 2.0,
+        "tlcr_sum": 0.5,
         "python": 4.0,
     }
     paths = {"sequence": f":{trained / 'rm'}", "sequence_2": f":{trained / 'rm'}", "python": ":own_reward:per_token"}
@@ -137,6 +138,7 @@ def test_rewards_by_name_are_summed_with_weights(tiny, trained, tmp_path, monkey
     assert line["reward/per_sequence"] == pytest.approx(total, rel=1e-4)
     assert line["reward/sequence_2"] == line["reward/sequence"]
     assert line["reward/python"] == pytest.approx(0.25 * line["rollout/response_length"])
+    assert line["reward/tlcr_sum"] == pytest.approx(line["reward/tlcr"], abs=1e-5)
     assert line["reward/tlcr"] == pytest.approx(
         line["reward/tlcr_positive_only"] + line["reward/tlcr_negative_only"], abs=1e-5
     )
@@ -212,7 +214,7 @@ def test_all_steps_on_two_ranks(tiny, trained, tmp_path, stage, dtype):
     zero = ("--zero_stage", stage, "--per_device_train_batch_size", 2, "--dtype", dtype, "--deepspeed")
     zero = (*zero, "--gradient_checkpointing") if stage == 3 else zero
     zero = (*zero, "--tokens_per_micro_batch", 64)  # not so on one rank: the losses are the same
-    step1(tiny, tmp_path / "sft", *zero, ranks=2)
+    step1(tiny, tmp_path / "sft", *zero, ranks=2, launcher=stage == 2)
     step2(tiny, tmp_path / "disc", *zero, "--num_train_epochs", 4, ranks=2)
     actor = ("--actor_zero_stage", stage, "--critic_zero_stage", stage, "--dtype", dtype, "--deepspeed")
     batch = ("--per_device_generation_batch_size", 4, "--per_device_training_batch_size", 2)
@@ -353,6 +355,7 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
     lacking = write_jsonl(tmp_path / "lacking.jsonl", [{k: v for k, v in first.items() if k != "modified"}])
     mistyped = write_jsonl(tmp_path / "mistyped.jsonl", [first, first | {"modified": 3}])
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    unedited = write_jsonl(tmp_path / "unedited.jsonl", [first | {"modified": first["rejected"]}] * 9)
     good = ("--model_name_or_path", tiny / "model", "--data_path", tiny / "data.jsonl", "--output_dir", tmp_path / "a")
     good = (*good, "--revisions", tiny / "revisions.jsonl")
     no_lora = ("--per_device_train_batch_size", 4, "--lora_dim", 2, "--lora_module_name")
@@ -361,6 +364,7 @@ def test_bad_input_of_step_2(tiny, tmp_path, capsys):
         (("--revisions", lacking), f"{lacking}:1: no 'modified'"),
         (("--revisions", mistyped), f"{mistyped}:2: 'modified' is of type int"),
         (("--revisions", empty), "no revisions in it"),
+        (("--revisions", unedited), "none of its 9 revisions edits anything"),
         (("--revisions", tmp_path / "none.jsonl"), "no such file"),
         (("--objective", "token", "--revisions"), "--revisions is missing"),
         (("--objective", "sequence"), "--pairs modified"),
@@ -397,6 +401,7 @@ def test_bad_input_of_step_3(tiny, trained, tmp_path, capsys):
             "--gradient_accumulation_steps 3",
         ),
         (("--max_prompt_seq_len", 3), "do not fill one set of rollouts"),
+        (("--max_answer_seq_len", 257), "was trained for 256 positions, prompt included"),
         ((critic, other, "--reward", "random"), "differ"),
         (("--reward", f"tlcr:{foreign}"), f"({foreign})"),
         ((critic, trained / "sft"), "neither a discriminator nor a reward model"),

@@ -1,4 +1,4 @@
-"""The study: artefacts and their order, what is computed from runs, and a whole small one on a foreign world."""
+"""The study: artefacts and their order, what is registered, what is computed from runs, and a whole small one."""
 
 import functools
 import gzip
@@ -7,39 +7,32 @@ import math
 import os
 import signal
 import subprocess
-import sys
+import tarfile
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import external_world
-import numpy as np
 import pytest
-from conftest import ROOT, patience
+import torch
+import warm
+from conftest import ROOT, launch, patience
 
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.locking import lock
+from step3_ppo_tlcr.experience import Rollout
 from testbed.study import parts, schedule
-from testbed.study.analysis import band, best_of_curve, interval, paired_difference, score_at_tokens, win_rate
 from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags, in_order
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
-from testbed.study.methods import (
-    METHODS,
-    Artefacts,
-    Condition,
-    Scale,
-    Setting,
-    World,
-    beyond,
-    learning_rates,
-    penalties,
-)
-from testbed.study.options import PAPER, SENSITIVITY, Options, chosen_world, known_steps
-from testbed.study.pages import at_edge, verdicts, write_study_page
-from testbed.study.results import DECODINGS, chosen_settings, comparisons, sensitivity, table, with_equal_tokens
-from testbed.study.truth import checked
+from testbed.study.methods import Artefacts, World
+from testbed.study.options import Options, chosen_world, known_steps
+from testbed.study.pages import verdicts, write_study_page
+from testbed.study.registration import REGISTRATION, Scale, Setting, read
+from testbed.study.results import at_equal_tokens, collapses, decide, gaps, with_gaps
+from testbed.study.sharpen import fitted, loss
+from testbed.study.truth import checked, true_reward
 
 # ---- artefacts -------------------------------------------------------------------------------------------------------
 
@@ -81,9 +74,9 @@ def in_a_process_of_its_own(test):
     def run(*args, **kwargs):
         if "FORKING" in os.environ:
             return test(*args, **kwargs)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::{test.__name__}"]
-        done = subprocess.run(command, env=os.environ | {"FORKING": "1"}, capture_output=True, text=True, cwd=ROOT)
-        assert done.returncode == 0, done.stdout
+        os.environ["FORKING"] = "1"
+        program = Path(pytest.__file__).with_name("__main__.py")
+        launch(program, "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"{__file__}::{test.__name__}")
 
     return run
 
@@ -139,115 +132,218 @@ def test_sigterm_ends_the_running_steps_and_the_next_start_makes_them_anew(tmp_p
     assert not store.is_done(slow)
 
 
+REGISTERED = read()
+
+
+def every_policy(made: Artefacts) -> dict[str, Output]:
+    return {name: made.policy(method, Setting()) for name, method in REGISTERED.methods.items()}
+
+
+def flags_of(step: Step) -> dict[str, object]:
+    words = step.arguments
+    return {words[at]: words[at + 1] for at in range(len(words) - 1) if str(words[at]).startswith("--")}
+
+
 def test_methods_share_what_they_can_and_see_no_truth():
-    made = Artefacts(World(), Scale(), seed=1)
-    policies = {name: method(made, Setting()) for name, method in METHODS.items()}
+    """But for the one that learns from it, by whose name it is known."""
+    policies = every_policy(Artefacts(World(), Scale(), seed=1))
+    del policies["ppo_true"]
     by_name: dict[str, set[Step]] = {}
     for step in in_order(policy.step for policy in policies.values()):
         by_name.setdefault(step.name, set()).add(step)
-        words = step.arguments
-        if step.program == "testbed/study/measure.py":
-            assert words[words.index("--scorer") + 1] == "none"
-        else:
-            assert "--scorer" not in words
-    assert all(len(steps) == 1 for name, steps in by_name.items() if name != "measured-sft")
-    # The one thing that is measured before training is over: the spread of a reward model on SFT's answers.
-    for name in ("ppo_seq", "remax", "ppo_synthetic"):
-        term = next(argument for argument in policies[name].step.arguments if isinstance(argument, Joined))
-        assert [part.name for part in term.parts if isinstance(part, Inverse)] == ["sequence_reward_sd"]
+        assert "--scorer" not in step.arguments
+        assert not step.variables
+        assert "truth" not in " ".join(map(str, step.arguments))
+    for name in ("data", "parts", "base", "sft", "reward_model", "synthetic_reward_model"):
+        assert len(by_name[name]) == 1, name
 
 
-def test_what_knows_the_truth_is_the_world_and_its_reviser_alone():
-    """The seed of the testbed's facts, a foreign scorer, a foreign world's files: nothing that trains has them."""
+def test_what_knows_the_truth_is_the_world_its_reviser_and_who_is_to_know_it():
+    """The seed of the testbed's facts, a foreign scorer, a foreign world's files: nothing else that trains has them."""
     foreign = World(preferences="/w/pairs.jsonl", revisions="/w/revisions.jsonl", scorer="python:secret:score")
     for world, makers in (
         (World(), {"testbed/main.py", "testbed/study/label.py"}),
         (foreign, {"testbed/study/parts.py", "testbed/study/label.py"}),
     ):
-        made = Artefacts(world, Scale(), seed=1)
-        steps = in_order(method(made, Setting()).step for method in METHODS.values())
+        policies = every_policy(Artefacts(world, Scale(), seed=1))
+        del policies["ppo_true"], policies["iterated"]  # whose own answers a foreign world has no reviser for
+        steps = in_order(policy.step for policy in policies.values())
         words = {step: " ".join(map(str, step.arguments)) for step in steps}
         own = {step: " ".join(word for word in step.arguments if isinstance(word, str)) for step in steps}
         assert {step.program for step in steps if "world_seed" in own[step] or "/w/" in own[step]} == makers
         assert not any("secret" in text for text in words.values())
+    truth = every_policy(Artefacts(World(), Scale(), seed=7))["ppo_true"].step
+    assert dict(truth.variables)["TESTBED_WORLD_SEED"] == "7"
 
 
-def test_every_rl_method_gets_the_same_prompts_answers_and_updates():
-    made = Artefacts(World(), Scale(updates=10, rl_batch=8), seed=1)
-    for name in set(METHODS) - {"sft", "dpo", "figa"}:
-        words = METHODS[name](made, Setting()).step.arguments
-        of = {words[at]: words[at + 1] for at in range(len(words) - 1) if str(words[at]).startswith("--")}
-        half = name == "remax"  # two answers to each of half the prompts
-        assert of["--per_device_generation_batch_size"] == ("4" if half else "8")
-        assert of["--data_path"].path == ("rl_half" if half else "rl")
-        assert of["--num_train_epochs"] == "1"
+def test_every_method_learns_from_as_many_answers_in_as_many_steps():
+    """4096 pairs of the reward part in batches of 32 are 128 steps on 8192 answers; 4096 prompts of the RL part, twice,
+    in batches of 64, too; ReMax writes two answers to each of half the prompts. All critics start alike."""
+    scale = REGISTERED.scale
+    made = Artefacts(World(), scale, seed=1)
+    policies = every_policy(made)
+    assert scale.pairs * 4 // 10 == 4096
+    for name, policy in policies.items():
+        method, of = REGISTERED.methods[name], flags_of(policy.step)
+        if method.algo in ("ppo", "remax"):
+            half = method.algo == "remax"
+            assert of["--data_path"].path == ("rl_half" if half else "rl")
+            batch, epochs = int(of["--per_device_generation_batch_size"]), int(of["--num_train_epochs"])
+            assert 4096 // (2 if half else 1) // batch * epochs == 128 * method.epochs
+            assert batch * (2 if half else 1) == 64
+            assert of["--critic_model_name_or_path"] == made.sft()
+        elif method.algo in ("dpo", "figa"):
+            assert 4096 // int(of["--per_device_train_batch_size"]) * int(of["--num_train_epochs"]) == 128
 
 
-def test_another_condition_changes_what_depends_on_it_and_nothing_else():
-    plain, noisy = Artefacts(World(), Scale(), 1), Artefacts(World(), Scale(), 1, Condition(noise=0.25))
-    assert plain.discriminator().step.key != noisy.discriminator().step.key
-    assert plain.sft().step.key == noisy.sft().step.key
-    assert plain.reward_model().step.key == noisy.reward_model().step.key
+def test_every_reward_has_a_unit_of_its_own_and_noise_is_told_in_it():
+    made = Artefacts(World(), Scale(), seed=1)
+    for name, policy in every_policy(made).items():
+        method = REGISTERED.methods[name]
+        if method.algo not in ("ppo", "remax"):
+            continue
+        terms = [argument for argument in policy.step.arguments if isinstance(argument, Joined)]
+        units = [part for term in terms for part in term.parts if isinstance(part, Inverse)]
+        assert [unit.factor for unit in units] == [1.0, *([method.noise] if method.noise else [])]
+        asked = flags_of(units[0].step)
+        assert asked["--reward"] == (method.reward or "truth")
+        assert asked.get("--fixed_threshold") == (str(t) if (t := method.options.get("fixed_threshold")) else None)
 
 
-# ---- choices ---------------------------------------------------------------------------------------------------------
+def test_own_answers_are_revised_and_learnt_from_beside_the_first_labels():
+    step = every_policy(Artefacts(World(), Scale(), seed=1))["iterated"].step
+    judge = next(one for one in in_order([step]) if one.name == "discriminator" and len(one.needs) > 3)
+    learnt = [one for one in judge.needs if one.name == "revisions"]
+    assert len(learnt) == 2
+    assert [need.name for need in in_order(learnt) if need.name == "own_answers"] == ["own_answers"]
 
 
-def test_the_grid_is_the_same_for_every_method():
-    rates, best = [1e-4, 1e-3], Setting(learning_rate=1e-3)
-    assert learning_rates("tlcr", rates, PAPER) == learning_rates("ppo_seq", rates, PAPER)
-    assert [(s.learning_rate, s.kl, s.reward_scale) for s in learning_rates("tlcr", rates, PAPER)] == [
-        (1e-4, 0.1, 1.0),
-        (1e-3, 0.1, 1.0),
-    ]
-    assert [(s.learning_rate, s.kl, s.reward_scale) for s in penalties("tlcr", [0.01, 0.3], [2.0], best)] == [
-        (1e-3, 0.01, 1.0),
-        (1e-3, 0.3, 1.0),
-        (1e-3, 0.1, 2.0),
-    ]
-    assert len(penalties("dpo", [0.3], [2.0], best)) == 1
-    assert penalties("figa", [0.3], [2.0], best) == []
-    assert learning_rates("sft", rates, PAPER) == [PAPER]
+def test_another_sharpness_changes_what_depends_on_it_and_nothing_else():
+    made, methods = Artefacts(World(), Scale(), 1), REGISTERED.methods
+    plain, soft, fit = (made.discriminator(methods[name]).step for name in ("tlcr", "tempered", "calibrated"))
+    assert (plain.name, soft.name, fit.name) == ("discriminator", "sharpened", "sharpened")
+    assert plain in soft.needs
+    assert flags_of(soft)["--factor"] == "0.5"
+    assert "--factor" not in flags_of(fit)
 
 
-def test_settings_are_chosen_by_validation_score_once_at_the_papers_kl_and_once_of_all():
-    def trial(rate, kl, score):
-        return {
-            "method": "tlcr",
-            "setting": {"learning_rate": rate, "kl": kl, "reward_scale": 1.0},
-            "true_score": score,
-        }
-
-    found = chosen_settings([trial(1e-4, 0.1, 4.0), trial(1e-3, 0.1, 5.0), trial(1e-4, 0.3, 6.0)], PAPER)["tlcr"]
-    assert found["paper"]["learning_rate"] == 1e-3
-    assert found["best"]["kl"] == 0.3
+def test_the_factor_that_calibrates_by_hand():
+    """Half of the tokens have logit 2 and are positive in 3 of 4: log 3 fits them, so a factor of log(3) / 2."""
+    logits, targets = torch.tensor([2.0, 2, 2, 2, -2, -2, -2, -2]).numpy(), [1, 1, 1, 0, 0, 0, 0, 1]
+    assert fitted(logits, torch.tensor(targets).numpy()) == pytest.approx(math.log(3) / 2, rel=1e-3)
+    assert loss(1.0, logits[:1], torch.tensor([0.5]).numpy()) == pytest.approx(math.log(1 + math.exp(2)) - 1)
 
 
-def test_ablations_without_a_grid_of_their_own_take_tlcr_s_settings(tmp_path):
-    options = Options(output_dir=str(tmp_path), learning_rates=[1e-4, 1e-3, 3e-3], kls=[0.3])
-    study = Study(options, World(), Scale(), ["random", "tlcr", "ppo_seq"], [1], Store(tmp_path))
-    scores = iter((5.0, 6.0, 4.0, 7.0, 6.5))
-    known = study.store.known
-    for _ in range(2):  # the second round's trials are there once the first's are known
-        for method, _, measured in study.trials():
-            if method == "tlcr" and measured.key not in known:
-                results = {"true_score": next(scores), "response_length": 20.0, "kl": 3.0}
-                known[measured.key] = {"seconds": 1.0, "results": results}
-    found = study.settings()
-    assert found["tlcr"] == {"paper": Setting(learning_rate=1e-3), "best": Setting(learning_rate=1e-3, kl=0.3)}
-    assert found["random"] == {"paper": Setting(learning_rate=1e-3)}
-    assert found["ppo_seq"] == {"paper": PAPER}
+def test_the_true_score_as_reward_stands_on_the_last_action(monkeypatch):
+    """A tokenizer of letters; the score is the response's length, less ten where it was cut off."""
+
+    class Letters:
+        eos_token_id, eos_token, all_special_ids = 0, "", [0]
+
+        def decode(self, ids, **_):
+            return "".join("?abcdefg"[i] for i in ids if i)
+
+    monkeypatch.setenv("TLCR_STUDY_SCORER", "python:test_study:length_of")
+    monkeypatch.setattr("testbed.study.truth.end_ids", lambda tokenizer: (0,))
+    ids = torch.tensor([[1, 2, 3, 0], [1, 2, 3, 4]])
+    rollout = Rollout(ids, torch.ones_like(ids), torch.tensor([[1, 1, 0], [1, 1, 1]]))
+    assert true_reward(rollout, Letters()).tolist() == [[0, 2 - 10, 0], [0, 0, 3 - 10]]
+    ended = replace(rollout, action_mask=torch.ones(2, 3, dtype=torch.long))
+    assert true_reward(ended, Letters()).tolist() == [[0, 0, 2], [0, 0, 3 - 10]]
+
+
+def length_of(prompt: str, response: str, ended: bool) -> float:
+    assert prompt == "a"
+    return len(response) - 10 * (not ended)
+
+
+# ---- what is registered ----------------------------------------------------------------------------------------------
+
+
+def registered(tmp_path: Path, **changes: object) -> Path:
+    told = json.loads(REGISTRATION.read_text())
+    for path, value in changes.items():
+        *way, last = path.split("__")
+        place = told
+        for name in way:
+            place = place[name]
+        place[last] = value
+    file = tmp_path / "registration.json"
+    file.write_text(json.dumps(told))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods__tlcr__algo": "grpo"}, r"methods.tlcr.algo: 'grpo'; known are sft, dpo, figa, ppo, remax"),
+        ({"methods__tlcr__lr": 1}, "methods.tlcr: got an unexpected keyword argument 'lr'"),
+        ({"methods__tlcr": {"title": "x"}}, "methods.tlcr: missing 1 required keyword-only argument: 'algo'"),
+        ({"scale__pears": 3}, "scale: got an unexpected keyword argument 'pears'"),
+        ({"seeds__results": [101, 2]}, r"no result: \{101\}"),
+        ({"seeds__results": [2, 2]}, "twice the same"),
+        ({"stages__main__methods": ["grpo"]}, "no method is called grpo"),
+        ({"methods__random__like": "noisy"}, "random is like a method that has no settings of its own"),
+        ({"rules": None, "seeds": None}, "not a registration"),
+    ],
+)
+def test_a_registration_that_is_wrong_is_named(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        read(registered(tmp_path, **changes))
+
+
+def study_of(tmp_path: Path, registration: Path = REGISTRATION) -> Study:
+    return Study(read(registration), World(), Store(tmp_path / "artefacts"), tmp_path)
+
+
+def known(study: Study, steps: list[Step], **results: object) -> None:
+    for step in steps:
+        study.store.known.setdefault(step.key, {"seconds": 1.0, "results": results})
+
+
+def test_the_grid_grows_as_it_is_known_and_its_choice_is_frozen(tmp_path):
+    """Two rates, one more coefficient, one finalist on three worlds. The best reward model is the second; of the rates
+    the larger; of the coefficients the new one. A registration that changes afterwards is refused."""
+    grid = {"learning_rates": [1e-4, 1e-3], "kls": [0.3], "finalists": 1}
+    study = study_of(tmp_path, registered(tmp_path, grid=grid))
+    for at, (_, steps) in enumerate(study.reward_model_trials()):
+        assert study.chosen_reward_model() is None
+        known(study, steps, **{"eval/pair_accuracy": 0.9 if at == 1 else 0.8})
+    model = study.chosen_reward_model()
+    assert model == study.registration.reward_models[1]
+
+    def settings(name: str) -> list[tuple[float, float, int]]:
+        return [(s.learning_rate, s.kl, len(steps)) for s, steps in study.method_trials(name, model)[0].items()]
+
+    assert settings("tlcr") == [(1e-4, 0.1, 1), (1e-3, 0.1, 1)]
+    assert len(study.grid_steps()) == 3 * 5 + 2 * len(study.registration.tuned)
+    while left := [step for step in study.grid_steps() if not study.store.is_known(step)]:
+        study.freeze()
+        assert not study.frozen_file.exists()
+        for name in study.registration.tuned:
+            for setting, steps in study.method_trials(name, model)[0].items():
+                score = setting.learning_rate * 1000 + setting.kl
+                known(study, [step for step in steps if step in left], validation={"1": 0.0, "0.5": score})
+    assert settings("tlcr") == [(1e-4, 0.1, 1), (1e-3, 0.1, 1), (1e-3, 0.3, 3)]
+    assert settings("figa") == [(1e-4, 0.1, 1), (1e-3, 0.1, 3)], "it has no penalty"
+    study.freeze()
+    assert study.frozen["settings"]["tlcr"] == {"learning_rate": 1e-3, "kl": 0.3}
+    assert study.setting("fixed_08") == Setting(learning_rate=1e-3, kl=0.3), "like TLCR"
+    assert flags_of(study.measured("tlcr_long", 11)[0])["--num_train_epochs"] == "8"
+    assert flags_of(study.measured("long_kl", 11)[0])["--kl_ctl"] == "0.9"
+    study.store.known.clear()
+    before = study.frozen_file.read_text()
+    study.freeze()
+    assert study.frozen_file.read_text() == before, "once, whatever is known later"
+    changed = study_of(tmp_path, registered(tmp_path, grid=grid, rules__alpha=0.1))
+    with pytest.raises(InputError, match="settings were frozen for another registration"):
+        _ = changed.frozen
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"methods": ["tlcr", "ppo"]}, "--methods ppo: unknown; known are sft, dpo"),
-        ({"seeds": [1, 1]}, "each once"),
-        ({"seeds": [0, 1]}, "must not be reported on it"),
-        ({"scale": ["pears=3"]}, "--scale pears=3: unknown; known are pairs"),
-        ({"scale": ["pairs=many"]}, "'many' is not a number"),
-        ({"scale": ["updates=0"]}, "must be above 0"),
+        ({"registration": "absent.json"}, "absent.json: cannot be read"),
         ({"preferences": "pairs.jsonl"}, "also needs --revisions, --scorer"),
         ({"scorer": "python:no_such_module:score"}, "No module named 'no_such_module'"),
         ({"scorer": "score"}, "expected python:package.module:function"),
@@ -260,7 +356,7 @@ def test_ablations_without_a_grid_of_their_own_take_tlcr_s_settings(tmp_path):
     ],
 )
 def test_bad_choices_are_named(options, message, capsys):
-    arguments = [word for name, value in options.items() for word in (f"--{name}", *map(str, np.atleast_1d(value)))]
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
     with pytest.raises(SystemExit) as stop:
         main(["--output_dir", "out", *arguments])
     assert stop.value.code == 2
@@ -275,48 +371,30 @@ def test_another_world_is_read_before_anything_is_trained(tmp_path):
     pairs, revisions = external_world.write(tmp_path, 20)
     given = {"preferences": str(pairs), "revisions": str(revisions), "scorer": "python:external_world:score"}
     options = Options(output_dir=str(tmp_path / "out"), **given)
-    world = chosen_world(options)
+    world = chosen_world(options, 2)
     assert replace(world, files="", truth="") == World(**given)
     assert world.files
     assert world.truth
     with pytest.raises(InputError, match=r"--scorer python:test_study:fails, prompt .*: KeyError: "):
-        chosen_world(replace(options, scorer="python:test_study:fails"))
+        chosen_world(replace(options, scorer="python:test_study:fails"), 2)
     for path, key in ((revisions, "modified"), (pairs, "chosen")):
         lines = path.read_text().splitlines()
         path.write_text("\n".join([*lines[:2], lines[2].replace(f'"{key}"', '"other"'), *lines[3:]]))
         with pytest.raises(InputError, match=rf"{path.name}:3: no '{key}'"):
-            chosen_world(options)
+            chosen_world(options, 2)
         path.write_text("\n".join(lines))
-
-
-def test_sensitivity_varies_one_thing_at_a_time(tmp_path):
-    options = Options(output_dir=str(tmp_path), seeds=[1])
-    study = Study(options, World(), Scale(), ["tlcr", "tlcr_fixed"], [1], Store(tmp_path))
-    standard = {"setting": PAPER, "condition": Condition()}
-    runs = study.sensitivity_runs()
-    for run in runs:
-        changed = [
-            f"{part}.{field}"
-            for part, value in standard.items()
-            for field in vars(value)
-            if getattr(getattr(run, part), field) != getattr(value, field)
-        ]
-        assert len(changed) <= 1, (run.variant, changed)
-    # Each question's standard level is the study's own run, which is not made twice.
-    own = study.runs()[0].policy.step
-    assert sum(run.policy.step == own for run in runs) == len(SENSITIVITY)
 
 
 def test_an_edited_file_is_another_world(tmp_path):
     pairs, revisions = external_world.write(tmp_path, 20)
     given = {"preferences": str(pairs), "revisions": str(revisions), "scorer": "python:external_world:score"}
     options = Options(output_dir=str(tmp_path / "out"), **given)
-    before = Artefacts(chosen_world(options), Scale(), seed=1)
-    assert Artefacts(chosen_world(options), Scale(), seed=1).discriminator() == before.discriminator()
+    before = Artefacts(chosen_world(options, 2), Scale(), seed=1)
+    assert Artefacts(chosen_world(options, 2), Scale(), seed=1).discriminator() == before.discriminator()
     pairs.write_text(pairs.read_text().replace("lovely", "lively"))
-    after = Artefacts(chosen_world(options), Scale(), seed=1)
+    after = Artefacts(chosen_world(options, 2), Scale(), seed=1)
     assert after.sft().step.key != before.sft().step.key
-    scorer = replace(chosen_world(options), truth="another")
+    scorer = replace(chosen_world(options, 2), truth="another")
     assert Artefacts(scorer, Scale(), seed=1).sft().step.key == after.sft().step.key
     assert Artefacts(scorer, Scale(), seed=1).measured(after.sft()).key != after.measured(after.sft()).key
 
@@ -353,9 +431,12 @@ def test_a_score_that_is_no_number_is_named_and_nothing_is_marked_done(capsys):
 def test_a_killed_study_leaves_no_step_running_and_two_do_not_share_a_folder(tmp_path):
     """The parent of a sleeping step is killed outright; a second study in a folder that is taken says so."""
     slow, store = Step("slow", "study_steps.py", flags(sleep=60)), Store(tmp_path)
-    code = "import sys; sys.path[:0] = sys.argv[1:3]; from testbed.study import schedule; import test_study as t; "
-    code += "t.schedule.run(t.Store(sys.argv[3]), [t.Step('slow', 'study_steps.py', t.flags(sleep=60))], 1, 'test')"
-    study = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests"), str(tmp_path)])
+    script = tmp_path / "sleeping_study.py"
+    code = "import sys; import test_study as t; "
+    code += "t.schedule.run(t.Store(sys.argv[1]), [t.Step('slow', 'study_steps.py', t.flags(sleep=60))], 1, 'test')"
+    script.write_text(code)
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    study = warm.Program(script, [tmp_path], environment)
     note = ran(store, slow)
     deadline = time.monotonic() + patience(120)
     while not (note.exists() and note.read_text()) and time.monotonic() < deadline:
@@ -369,7 +450,7 @@ def test_a_killed_study_leaves_no_step_running_and_two_do_not_share_a_folder(tmp
 
     taken = lock(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        main(["--output_dir", str(tmp_path), "--quick", "--stage", "report"])
+        main(["--output_dir", str(tmp_path), "--report"])
     assert ended.value.code == 2
     taken.close()
 
@@ -377,211 +458,172 @@ def test_a_killed_study_leaves_no_step_running_and_two_do_not_share_a_folder(tmp
 # ---- what the runs say -----------------------------------------------------------------------------------------------
 
 
-def test_differences_and_their_intervals_by_hand():
-    """Means 1 and 3 over seeds: 2 ± t(1) * sqrt(2) / sqrt(2) = 2 ± 12.706."""
-    found = paired_difference({1: [2.0, 2.0], 2: [3.0, 5.0]}, {1: [1.0, 1.0], 2: [1.0, 1.0], 9: [0.0]})
-    assert found["difference"] == 2
-    assert (found["unit"], found["count"]) == ("seed", 2)
-    assert found["low"] == pytest.approx(2 - 12.706, abs=1e-3)
-    assert found["high"] == pytest.approx(2 + 12.706, abs=1e-3)
-    one_seed = paired_difference({1: [2.0, 3.0, 4.0]}, {1: [1.0, 1.0, 1.0]})
-    assert (one_seed["difference"], one_seed["unit"]) == (2, "prompt")
-    assert one_seed["low"] == pytest.approx(2 - 4.3027 / math.sqrt(3), abs=1e-3)
-    assert paired_difference({1: [1.0]}, {2: [1.0]}) is None
-    assert interval([1.0]) is None
-    assert interval([1.0, 1.0]) == (1.0, 1.0)
+def row(score: float, kl: float, entropy: float, scores: list[float] | None = None) -> dict:
+    told = {"true_score": score, "kl": kl, "entropy": entropy, "scores": scores or [score, score]}
+    return told | {"response_length": 9.0, "repeats": 0.25, "by_kind": {"prompts": score, "facts": score - 1}}
 
 
-def test_the_rate_beyond_the_end_that_the_best_is_at():
-    rates = [1e-4, 3e-4, 1e-3]
-    assert [beyond(rates, best) for best in rates] == [3e-5, None, 3e-3]
-    assert beyond([3e-5, 1e-4], 3e-5) == 1e-5
-    assert beyond([1e-3, 3e-3], 3e-3) == 1e-2
-    assert beyond([2e-4, 5e-4], 5e-4) == 1e-3
-    assert beyond([1e-4], 1e-4) is None
+def run_of(method: str, seed: int, score: float, **more: object) -> dict:
+    """One finished run as a measured step tells it: T = 1 and its best, 0.5, at KL 1 and entropy 2."""
+    curve = {"true_score": [1.0, score], "generated_tokens": [100, 200]}
+    decodings = {"1": row(score - 2, 0.5, 3.0), "0.5": row(score, 1.0, 2.0)}
+    run = {"method": method, "stage": "main", "seed": seed, "seconds": 20.0, "best": "0.5", "artefact": "x"}
+    return run | {"decodings": decodings, "curve": curve} | more
 
 
-def test_a_grid_grows_until_a_method_s_best_rate_lies_inside(tmp_path):
-    """The smaller the rate the better, down to 1e-5: three rates more are tried, then penalties at the best two."""
-    options = Options(output_dir=str(tmp_path), learning_rates=[1e-4, 1e-3], kls=[0.3])
-    study = Study(options, World(), Scale(), ["tlcr"], [1], Store(tmp_path))
-    tried = []
-    while fresh := [trial for trial in study.trials() if not study.store.is_known(trial[2])]:
-        for _, setting, measured in fresh:
-            tried.append((setting.learning_rate, setting.kl))
-            score = -abs(math.log10(setting.learning_rate) + 5)
-            results = {"true_score": score, "response_length": 1.0, "kl": 0.0}
-            study.store.known[measured.key] = {"seconds": 1.0, "results": results}
-    assert tried == [(1e-4, 0.1), (1e-3, 0.1), (3e-5, 0.1), (1e-5, 0.1), (3e-6, 0.1), (1e-5, 0.3), (3e-5, 0.3)]
-    assert study.settings()["tlcr"]["paper"].learning_rate == 1e-5
+def sft_of(seed: int) -> dict:
+    """Scores 3 at KL 0 and entropy 4, 5 at KL 2 and entropy 0."""
+    decodings = {"1": row(3.0, 0.0, 4.0), "0": row(5.0, 2.0, 0.0)}
+    best_of = {"truth": [{"n": 1, "kl": 0.0, "true_score": 3.0}, {"n": 2, "kl": 0.2, "true_score": 6.0}]}
+    return run_of("sft", seed, 5.0, decodings=decodings, best="0", best_of=best_of, curve={})
 
 
-def test_settings_at_the_edge_of_what_was_tried():
-    tried = [{"learning_rate": rate, "kl": 0.1, "reward_scale": 1.0} for rate in (1e-4, 3e-4, 1e-3)]
-    tried.append({"learning_rate": 3e-4, "kl": 0.3, "reward_scale": 1.0})
-    assert at_edge(tried[0], tried) == "learning rate: smallest, KL coefficient: smallest"
-    assert at_edge(tried[1] | {"kl": 0.2}, tried) == ""
-    assert at_edge(tried[3], tried) == "KL coefficient: largest"
-    assert at_edge(tried[0], []) == ""
+def test_gaps_over_the_frontier_by_hand():
+    """At KL 1 SFT reaches 4; at entropy 2, half of what it gives up at most, 4 too; at KL 0 it has 3."""
+    swept = list(sft_of(1)["decodings"].values())
+    assert gaps(row(6.0, 1.0, 2.0), swept) == {"over_kl": 2.0, "over_entropy": 2.0}
+    assert gaps(row(6.0, 0.0, 0.0), swept) == {"over_kl": 3.0, "over_entropy": 1.0}
 
 
-def test_win_rates_bands_and_best_of_curve_by_hand():
-    assert win_rate({1: [1, 2], 2: [5, 5]}, {1: [0, 3], 2: [5, 4]}) == (1 + 0 + 0.5 + 1) / 4
-    assert win_rate({1: [1]}, {2: [1]}) is None
-    means, lows, highs = band([[1.0, None, 3.0], [3.0, 5.0]])
-    assert means == [2.0, 5.0, 3.0]
-    assert lows == pytest.approx([2 - math.sqrt(2), 5, 3])
-    assert highs == pytest.approx([2 + math.sqrt(2), 5, 3])
-    assert best_of_curve([0.0, 1.0, 5.0, 3.0, 0.0], window=2) == 4.0
-    assert best_of_curve([2.0], window=5) == 2.0
+def test_what_is_decided_and_what_is_not(tmp_path):
+    """Gaps of 2 ± .1 on three seeds help; of 0 ± .1 do not; where the sign turns at equal KL, nothing is decided."""
+    families = {
+        "helps": {"rule": "helps", "methods": ["tlcr", "dpo", "remax"]},
+        "pairs": {"rule": "differences", "pairs": [["tlcr", "dpo"], ["ppo_seq", "dpo"], ["tlcr", "remax"]]},
+    }
+    registration = read(registered(tmp_path, families=families))
+    runs = [sft_of(seed) for seed in (1, 2, 3)]
+    for seed, noise in ((1, -0.1), (2, 0.0), (3, 0.1)):
+        runs += [run_of("tlcr", seed, 6.0 + noise), run_of("dpo", seed, 4.0 - noise)]
+        costly = {"1": row(4.5, 0.0, 4.0), "0.5": row(4.6 - noise / 2, 2.0, 0.0)}
+        runs.append(run_of("ppo_seq", seed, 4.0, decodings=costly))
+    found = decide(registration, with_gaps(runs))
+    helps = {one["of"]: one for one in found["helps"]}
+    assert helps["tlcr"]["over_kl"]["mean"] == pytest.approx(2.0)
+    assert helps["tlcr"]["verdict"] == "helps"
+    assert helps["tlcr"]["p_corrected"] == pytest.approx(2 * helps["tlcr"]["p"]), "of the two that are known"
+    assert helps["dpo"]["verdict"] == "undecided"
+    assert helps["remax"]["p"] is None
+    pairs = {one["of"]: one for one in found["pairs"]}
+    assert pairs["tlcr - dpo"]["verdict"] == "higher"
+    assert pairs["tlcr - dpo"]["score"]["mean"] == pytest.approx(2.0)
+    assert pairs["ppo_seq - dpo"]["score"]["low"] > 0 > pairs["ppo_seq - dpo"]["over_kl"]["high"]
+    assert pairs["ppo_seq - dpo"]["verdict"] == "undecided"
 
 
-def test_scores_at_equal_tokens_by_hand():
-    assert score_at_tokens([1.0, 2.0, 4.0], [10, 10, 10], budget=25, window=1) == 2.0
-    assert score_at_tokens([1.0, 2.0, 4.0], [10, 10, 10], budget=30, window=2) == 3.0
-    assert score_at_tokens([1.0], [10], budget=9) is None
-
-    def run(method: str, tokens: list[int], scores: list[float]) -> dict:
-        curve = {"generated_tokens": tokens, "true_score": scores}
-        return {"method": method, "variant": "paper", "seed": 1, "generated_tokens": sum(tokens), "curve": curve}
-
-    sft = {"method": "sft", "variant": "paper", "seed": 1}
-    runs = [
-        sft,
-        run("tlcr", [20, 20, 20], [1.0, 2.0, 9.0]),
-        run("ppo_seq", [10, 10, 20], [1.0, 1.0, 1.0]),
-        run("tlcr_negative_only", [1, 1, 1], [3.0, 3.0, 3.0]),
-    ]
-    # ppo_seq generates 40 tokens, which TLCR has after two updates; negative-only's 3 do not count.
-    assert [one.get("true_score_at_equal_tokens") for one in with_equal_tokens(runs)] == [None, 1.5, 1.0, 3.0]
+def test_scores_at_equal_tokens_and_collapses_by_hand():
+    curve = {"generated_tokens": [20, 20, 20], "true_score": [1.0, 2.0, 9.0]}
+    thrifty = {"generated_tokens": [10, 10, 20], "true_score": [1.0, 1.0, 1.0]}
+    runs = [sft_of(1), run_of("tlcr", 1, 9.0, curve=curve), run_of("ppo_seq", 1, 1.0, curve=thrifty)]
+    assert at_equal_tokens(runs) == {"tlcr": {1: 1.5}, "ppo_seq": {1: 1.0}}  # 40 tokens: two updates of TLCR
+    # Means of five less 1: 4, then 3.2, 2.4, 1.6, which is below half of 4.
+    assert collapses({"curve": {"true_score": [5.0] * 5 + [1.0] * 5}}) == 8
+    assert collapses({"curve": {"true_score": [5.0] * 9}}) is None
 
 
-def test_learning_curve_takes_the_sampled_answers_of_remax(tmp_path):
-    """Two scored sets an update, the greedy ones second."""
-    lines = [{"step": step, "rollout/response_length": 5.0} for step in (1, 2)]
+def test_learning_curve_from_the_answers_that_were_kept(tmp_path):
+    """Two updates of two answers; ReMax's greedy answers are counted as long as the sampled ones."""
+    lines = [{"step": step, "rollout/response_length": 3.0, "reward/greedy_per_sequence": 0.0} for step in (1, 2)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    texts = [[{"prompt": "", "response": text, "ended": True}] for text in ("a", "aaaa", "aa", "aaaa")]
-    calls = [{"tokens": 3, "texts": text} for text in texts]
-    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(call) + "\n" for call in calls))
-    curve = learning_curve(tmp_path, lambda prompt, response, ended: float(len(response)))
-    assert curve["true_score"] == [1.0, 2.0]
-    assert curve["generated_tokens"] == [6, 6]
-    assert curve["response_length"] == [5.0, 5.0]
-
-
-def test_sensitivity_is_paired_with_the_standard_level_by_hand():
-    """Differences 1 and 3 over seeds: 2 ± 12.706; a level of one seed has no interval over seeds."""
-
-    def varied(level: str, seed: int, score: float) -> dict:
-        return run_of("tlcr", seed, score) | {"variant": f"noise: {level}"}
-
-    runs = [varied("3%", 1, 4.0), varied("3%", 2, 5.0), varied("25%", 1, 5.0), varied("25%", 2, 8.0)]
-    found = sensitivity(runs, "noise", {"3%": "tlcr", "25%": "tlcr", "99%": "tlcr"}, "3%")
-    assert found["3%"]["difference"]["difference"] == 0
-    assert found["25%"]["difference"]["difference"] == 2
-    assert found["25%"]["difference"]["high"] == pytest.approx(2 + 12.706, abs=1e-3)
-    assert found["25%"]["true_score T=1"]["mean"] == 6.5
-    assert found["99%"] is None
+    texts = [(1, "a</s>"), (1, "aaa"), (2, "aa</s>"), (2, "aaaa</s>")]
+    answers = [{"step": step, "prompt": "<s>p", "answer": text, "reward": 0.0} for step, text in texts]
+    (tmp_path / "answers-0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    curve = learning_curve(tmp_path, lambda prompt, response, ended: len(response) - (not ended), "</s>")
+    assert curve["true_score"] == [1.5, 3.0]
+    assert curve["generated_tokens"] == [12, 12]
+    assert curve["response_length"] == [3.0, 3.0]
 
 
 # ---- the page ----
 
 
-def run_of(method: str, seed: int, score: float) -> dict:
-    """One finished run as it stands in results.json, two test prompts and two updates."""
-    decodings = {name: {"true_score": score, "scores": [score, score]} for name in DECODINGS}
-    curve = {"true_score": [1.0, score], "response_length": [9.0, 8.0], "kl": [0.0, 1.0], "perplexity": [2.0, 2.0]}
-    told = {"response_length": 8.0, "eos_rate": 1.0, "kl": 1.5, "seconds": 20.0, "generated_tokens": 41234}
-    told |= {"best_true_score_in_training": 6.5, "last_true_score_in_training": 6.25}
-    return {"method": method, "variant": "paper", "seed": seed, "decodings": decodings, "curve": curve, **told}
-
-
 def test_the_page_shows_what_was_measured_and_names_what_was_not(tmp_path):
-    methods = ["sft", "ppo_seq", "tlcr", "tlcr_positive_only", "dpo"]
-    runs = [run_of(method, seed, 3.0 + at + seed) for at, method in enumerate(methods[:4]) for seed in (1, 2)]
-    paired = {"difference": -1.25, "low": -2.0, "high": -0.5, "unit": "seed", "count": 2}
-    levels = {"1/4": None, "all": table(runs, ["tlcr"], "paper")["tlcr"] | {"difference": paired}}
-    results = {
-        "world": {"scorer": "python:a:b", "seeds": [1, 2]},
-        "scale": {"pairs": 100},
-        "settings": {method: {"paper": vars(PAPER)} for method in methods},
-        "grid": {"seed": 0, "of": 7, "trials": []},
-        "judges": [],
-        "tables": {"paper": table(runs, methods, "paper")},
-        "comparisons": {"paper": comparisons(runs, methods, "paper")},
-        "sensitivity": {"labelled pairs": levels, "neutral weight": levels | {"1/4": levels["all"]}},
-        "runs": runs,
-    }
-    gaps = {"greedy": {"difference": -0.5, "low": -0.8, "high": -0.2, "unit": "seed"}}
-    gaps["T=1"] = {"difference": 1.0, "low": 0.5, "high": 1.5, "unit": "seed"}
-    text = write_study_page(tmp_path / "study.html", results).read_text().replace("\N{NO-BREAK SPACE}", " ")
-    for part in ("5.50 ± 0.71", "6.50 ± 0.00", "6.25 ± 0.00", "41,234 ± 0", "+1.00 [+1.00, +1.00]"):
-        assert f"<td>{part}</td>" in text  # score of PPO_seq, best, last, tokens, TLCR - PPO_seq
-    for title in ("Table 1: KL to SFT", "Figure 7: response length", "Figure 6: sequence reward", "against KL to SFT"):
-        assert title in text
-    assert "Figure 7, not run: negative only." in text
-    assert "Controls: " not in text
-    assert "Controls, not run: released code, random reward." in text
-    assert "No finished run: DPO." in text
-    assert "Not run (--stage sensitivity): labelled pairs." in text
-    assert "Neutral weight" in text
-    assert "How this was made" in text
-    sentence = verdicts({"paper": {name: {"differences": {"tlcr - sft": gap}} for name, gap in gaps.items()}})
-    assert sentence[0].endswith(
-        "greedy TLCR measures lower than SFT in true score. TLCR − SFT: −0.50 [−0.80, −0.20] greedy; "
-        "+1.00 [+0.50, +1.50] T=1 (95 % intervals over seeds).</p>"
-    )
-    assert ">neutral weight: 1/4</th><td>6.50 ± 0.71</td><td>−1.25 [−2.00, −0.50]</td>" in text
+    study = study_of(tmp_path)
+    empty = study.results()
+    text = write_study_page(tmp_path / "study.html", empty).read_text()
+    for part in ("No run has finished", "Nothing is decided yet", "None is trained yet", "Not finished, so nothing"):
+        assert part in text
+    runs = [sft_of(seed) for seed in (1, 2, 3)]
+    runs += [run_of("tlcr", seed, 6.0 + seed / 10) for seed in (1, 2, 3)]
+    runs = with_gaps(runs)
+    found = empty | {"runs": runs, "families": decide(study.registration, runs), "frozen": {"settings": {}}}
+    found["judges"] = [{"judge": "reward_model", "seed": 1, "pair_accuracy": 0.789, "pair_accuracy_ceiling": 0.831}]
+    text = write_study_page(tmp_path / "study.html", found).read_text().replace("\N{NO-BREAK SPACE}", " ")
+    for part in ("6.20 ± 0.10", "2.20 ± 0.10", "0.789", "0.831", "best of n by the truth", "At equal tokens".lower()):
+        assert part in text, part
+    assert "No finished run: DPO, FIGA" in text
+    assert "TLCR: helps" in verdicts(found)[0]
+    assert "not run on two seeds" in text
 
 
 # ---- a whole one -----------------------------------------------------------------------------------------------------
 
 
-def test_two_methods_on_a_world_that_the_project_does_not_know(tmp_path):
-    """Pairs, revisions and a scorer from outside: base model, SFT, discriminator, PPO, measures, page; then nothing
-    is left to do."""
+def test_a_study_of_a_world_that_the_project_does_not_know(tmp_path, monkeypatch):
+    """Pairs, revisions, a scorer from outside, and a registration: the grid, its freeze, results, page; in parts, and
+    then nothing is left to do."""
     pairs, revisions = external_world.write(tmp_path, 160)
-    sizes = {"sft_epochs": 1, "judge_epochs": 1, "rl_batch": 8, "updates": 2, "max_answer": 24, "hidden_size": 32}
-    sizes |= {"layers": 1, "validation": 3, "test": 5, "sft_batch": 8, "judge_batch": 8}
+    told = json.loads(REGISTRATION.read_text())
+    sizes = {"sft_epochs": 1, "judge_epochs": 1, "rl_batch": 32, "rl_epochs": 1, "max_answer": 24, "hidden_size": 32}
+    sizes |= {"layers": 1, "validation": 3, "test": 5, "answers": 2, "sft_batch": 8, "judge_batch": 8}
+    methods = {name: told["methods"][name] for name in ("sft", "tlcr", "ppo_true", "calibrated")}
+    told |= {"seeds": {"grid": [0], "results": [1, 2]}, "scale": sizes, "methods": methods}
+    told |= {"reward_models": [{"epochs": 1}], "grid": {"learning_rates": [1e-3], "kls": [], "finalists": 1}}
+    told["stages"] = {
+        "main": {"methods": ["sft", "tlcr"], "seeds": 2},
+        "controls": {"methods": ["calibrated"], "seeds": 1},
+    }
+    told["families"] = {"helps": {"rule": "helps", "methods": ["tlcr"]}}
+    registration = tmp_path / "registration.json"
+    registration.write_text(json.dumps(told))
     command = [
-        *(sys.executable, str(ROOT / "testbed/study/main.py"), "--output_dir", str(tmp_path / "out")),
-        *("--methods", "sft", "tlcr", "--seeds", "1", "--preferences", str(pairs), "--revisions", str(revisions)),
-        *("--scorer", "python:external_world:score", "--scale", *(f"{name}={size}" for name, size in sizes.items())),
+        *("--output_dir", str(tmp_path / "out"), "--until"),
+        *("controls", "--registration", str(registration), "--preferences", str(pairs), "--revisions", str(revisions)),
+        *("--scorer", "python:external_world:score"),
     ]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(300))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*more: str) -> subprocess.CompletedProcess:
+        return launch("testbed/study/main.py", *command, *more, check=False)
+
+    part = run("--hours", "1e-9")
+    assert part.returncode == 3, part.stdout + part.stderr[-3000:]
+    assert "its time is over; the same command continues" in part.stdout
+    done = run()
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    rows = found["tables"]["paper"]
-    assert set(rows) == {"sft", "tlcr"}
-    runs = {run["method"]: run for run in found["runs"] if run["variant"] == "paper"}
-    for run in runs.values():
-        scores = run["decodings"]["T=1"]["scores"]
-        assert len(scores) == 5
-        assert all(score == int(score) for score in scores), "the scorer's own whole numbers"
-        assert rows[run["method"]]["true_score T=1"]["mean"] == pytest.approx(sum(scores) / 5)
-    assert len(runs["tlcr"]["curve"]["true_score"]) == 2
-    assert runs["sft"]["kl"] == 0
-    assert found["comparisons"]["paper"]["T=1"]["differences"]["tlcr - sft"]["unit"] == "prompt"
-    assert "reviser noise" not in found["sensitivity"], "its revisions are given"
-    assert "reviser_noise" not in found["world"]
+    runs = {(one["method"], one["seed"]): one for one in found["runs"]}
+    assert set(runs) == {("sft", 1), ("sft", 2), ("tlcr", 1), ("tlcr", 2), ("calibrated", 1)}
+    for one in runs.values():
+        assert set(one["decodings"]) >= {"1", one["best"]}
+        assert one["validation"][one["best"]] == max(one["validation"].values())
+        for decoding in one["decodings"].values():
+            assert all(2 * score == int(2 * score) for score in decoding["scores"]), "two answers, whole numbers"
+    sft = runs["sft", 1]
+    assert len(sft["decodings"]) == 9
+    assert [one["n"] for one in sft["best_of"]["reward_model"]] == [1, 2, 4, 8, 16]
+    assert [one["true_score"] for one in sft["best_of"]["truth"]] == sorted(
+        one["true_score"] for one in sft["best_of"]["truth"]
+    )
+    assert len(runs["tlcr", 1]["curve"]["true_score"]) == 2  # 160 pairs, two fifths of them for RL
+    assert found["families"]["helps"][0]["over_kl"]["count"] == 2
+    assert found["frozen"]["settings"]["tlcr"] == {"learning_rate": 1e-3, "kl": 0.1}
     assert "<html" in (tmp_path / "out" / "study.html").read_text()[:200]
-
-    plan = subprocess.run([*command, "--plan"], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert {line.split()[0] for line in plan.stdout.splitlines()} == {"done"}
+    with tarfile.open(tmp_path / "out" / "answers.tar") as kept:
+        assert "tlcr-1.jsonl.xz" in kept.getnames()
+    assert {line.split()[0] for line in run("--plan").stdout.splitlines()} == {"done"}
 
     # Elsewhere, with nothing but what is known of it: nothing is to be made, and the same comes out.
     command[command.index("--output_dir") + 1] = str(tmp_path / "there")
     packed = tmp_path / "known.json.gz"
     packed.write_bytes(gzip.compress((tmp_path / "out" / "known.json").read_bytes()))
-    command += ["--known", str(packed)]
-    again = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(60))
+    again = run("--report", "--known", str(packed))
     assert again.returncode == 0, again.stderr[-3000:]
     assert json.loads((tmp_path / "there" / "results.json").read_text()) == found
     assert not list((tmp_path / "there").glob("artefacts/*"))
-    command[-1] = str(pairs)
-    wrong = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=patience(60))
+    wrong = run("--known", str(pairs))
     assert "not a known.json" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     packed.write_bytes(packed.read_bytes()[:99])

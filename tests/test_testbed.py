@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from types import SimpleNamespace
@@ -15,7 +14,8 @@ from types import SimpleNamespace
 import openai
 import pytest
 import torch
-from conftest import ROOT, patience, write_jsonl
+import warm
+from conftest import ROOT, launch, patience
 from transformers import AutoModelForCausalLM
 
 from deepspeed_chat_tlcr.data.formats import ChatRecords
@@ -32,10 +32,10 @@ from testbed.base import raw_text
 from testbed.reviser import edit_probability, propose_edits, revise
 from testbed.serve import serve_in_thread
 from testbed.vocabulary import EARLIER_TURNS
-from testbed.world import World, distinct_prompts, parse_prompt, repeats_a_fact, true_score
+from testbed.world import REPEATED, World, World1, distinct_prompts, parse_prompt, repeats_a_fact, true_score
 from testbed.world import parse_answer as parse_text
 
-WORLD = World(seed=0)
+WORLD = World1(seed=0)
 PROMPT = "\n\nHuman: I want two formal facts about the rose.\n\nAssistant:"
 GRADES = (1.0, 0.6, 0.25, 0.0, -0.5, -1.0)
 
@@ -47,6 +47,12 @@ def thing(relation: str, grade: float, topic: str = "rose") -> str:
 
 NEEDS, FEARS, CURES = (f"{verb} {thing(verb, 1.0)}" for verb in ("needs", "fears", "cures"))
 PERFECT = f" Indeed. First the rose notably {NEEDS}. Second the rose generally {FEARS}. - Regards."
+
+
+# World 2 says which facts; its score is the same but for facts that were not asked for.
+ASKED = "\n\nHuman: I want formal facts about the rose: what it needs and fears.\n\nAssistant:"
+NEEDED, FEARED = (next(x for x, g in World().objects("rose", verb).items() if g == 1.0) for verb in ("needs", "fears"))
+ANSWER = f" Indeed. First the rose notably needs {NEEDED}. Second the rose generally fears {FEARED}. - Regards."
 
 
 def changed(old: str, new: str, text: str = PERFECT) -> str:
@@ -82,7 +88,8 @@ def test_logprobs_at_a_temperature():
 
 def test_a_perfect_answer_scores_ten():
     assert WORLD.score(PROMPT, PERFECT) == 10.0
-    assert true_score(PROMPT, PERFECT, True) == 10.0
+    assert World().score(ASKED, ANSWER) == 10.0
+    assert true_score(ASKED, ANSWER, True) == 10.0
 
 
 @pytest.mark.parametrize(
@@ -170,13 +177,15 @@ def test_only_the_last_human_turn_asks():
 # The world
 
 
-def test_every_object_has_every_grade_once_so_that_no_object_pays_by_itself():
+@pytest.mark.parametrize("kind", [World, World1])
+def test_every_object_has_every_grade_equally_often_so_that_no_object_pays_by_itself(kind):
     for seed in range(3):
-        facts = World(seed=seed).facts
-        for relation, objects in words.RELATIONS.items():
+        facts, times = kind(seed=seed).facts, len(kind.topics) // 8
+        for relation, objects in kind.relations.items():
             for x in objects:
-                assert Counter(facts[topic, relation, x] for topic in words.TOPICS) == Counter(words.FACT_GRADES)
-            for topic in words.TOPICS:
+                grades = Counter(facts[topic, relation, x] for topic in kind.topics)
+                assert grades == Counter(words.FACT_GRADES * times)
+            for topic in kind.topics:
                 assert Counter(facts[topic, relation, x] for x in objects) == Counter(words.FACT_GRADES)
 
 
@@ -186,14 +195,102 @@ def test_no_register_pays_by_itself():
 
 
 def test_a_seed_is_a_world_of_its_own():
-    assert World(seed=3).facts == World(seed=3).facts
-    agreement = [World(seed=3).facts[fact] == grade for fact, grade in World(seed=4).facts.items()]
+    assert World1(seed=3).facts == World1(seed=3).facts
+    agreement = [World1(seed=3).facts[fact] == grade for fact, grade in World1(seed=4).facts.items()]
     assert sum(agreement) / len(agreement) < 0.5
 
 
 def test_the_scorer_by_name_takes_its_world_from_the_environment(monkeypatch):
     monkeypatch.setenv("TESTBED_WORLD_SEED", "5")
-    assert true_score(PROMPT, PERFECT, True) == World(seed=5).score(PROMPT, PERFECT) < 10
+    assert true_score(ASKED, ANSWER, True) == World(seed=5).score(ASKED, ANSWER) < 10
+    monkeypatch.setenv("TESTBED_WORLD", "1")
+    assert true_score(PROMPT, PERFECT, True) == World1(seed=5).score(PROMPT, PERFECT) < 10
+
+
+# World 2: what is usual is not always right
+
+
+def test_what_was_not_asked_or_is_said_again_is_worth_as_little_as_the_worst_fact():
+    """A fact weighs 4 / 2; grade -1 costs twice that, whatever fact stands in its place."""
+    for other in (
+        f"needs {NEEDED}",
+        "tames pride",
+        f"needs {next(x for x in words.RELATIONS['needs'] if x != NEEDED)}",
+    ):
+        assert World().score(ASKED, ANSWER.replace(f"fears {FEARED}", other)) == pytest.approx(6.0)
+    swapped = f" Indeed. First the rose notably fears {FEARED}. Second the rose generally needs {NEEDED}. - Regards."
+    assert World().score(ASKED, swapped) == 10.0
+
+
+def test_a_prompt_tells_which_facts_it_wants():
+    assert parse_prompt(ASKED).aspects == ("needs", "fears")
+    assert parse_prompt(ASKED).count == 2
+    with pytest.raises(InputError, match="0 manners"):
+        parse_prompt(ASKED.replace("formal ", ""))
+
+
+def test_a_stated_share_of_facts_and_manners_has_a_wrong_habit():
+    for seed in range(3):
+        world = World(seed=seed)
+        facts = [world.facts[(*key, x)] for key, x in world.usual.items() if len(key) == 2]
+        assert Counter(facts) == {1.0: 115, -0.5: 77}  # of 16 x 12, 40 %
+        manners = [words.MANNER_GRADES[key[0]][x] for key, x in world.usual.items() if len(key) == 1]
+        assert Counter(manners) == {1.0: 2, -0.5: 2}
+
+
+def test_the_usual_choice_is_the_likeliest_whether_right_or_wrong():
+    """Goodness 0: the usual one has weight e^2.5 = 12.18 beside seven of weight 1, so a share of .635."""
+    world, rng = World(), random.Random(0)
+    grades = {"a": 1.0, "b": -0.5, **{str(n): 0.0 for n in range(6)}}
+    for usual in ("a", "b"):
+        drawn = Counter(world.chosen(grades, usual, 0.0, rng) for _ in range(4000))
+        assert drawn[usual] / 4000 == pytest.approx(0.635, abs=0.03)
+
+
+def test_a_repeat_is_no_likelier_than_another_fact_that_was_not_asked_for():
+    """Of the ten relations that may be digressed to, each takes as many digressions as any other."""
+    world, rng, request = World(digression_rate=1.0), random.Random(0), parse_prompt(ASKED)
+    drawn = Counter(r for _ in range(3000) for r in world.relations_of_answer(request, 2, rng))
+    allowed = {r for r in world.relations if ("rose", r) not in world.held_out or r in request.aspects}
+    assert set(drawn) == allowed
+    assert max(drawn.values()) - min(drawn.values()) < 0.2 * 6000 / len(allowed)
+
+
+def test_facts_phrasings_and_prompts_are_held_out_apart():
+    world, rng = World(), random.Random(0)
+    asked = {kind: [world.sample_prompt(rng, kind) for _ in range(400)] for kind in world.kinds}
+    facts = {k: {(parse_prompt(p).topic, a) for p in ps for a in parse_prompt(p).aspects} for k, ps in asked.items()}
+    assert facts["facts"] == world.held_out
+    assert not (facts["prompts"] | facts["phrasings"]) & world.held_out
+    old, new = (
+        [re.escape(ask).replace(r"\{", "{").replace(r"\}", "}") for ask in asks]
+        for asks in (words.ASKS, words.UNSEEN_ASKS)
+    )
+    for asks, kinds in ((old, ("prompts", "facts")), (new, ("phrasings",))):
+        pattern = "|".join(ask.format(topic=".*", manner=".*", aspects=".*") for ask in asks)
+        assert all(re.search(pattern, prompt) for kind in kinds for prompt in asked[kind])
+    texts = "".join(raw_text(world, 300, 0))
+    for topic, relation in world.held_out:
+        assert not re.search(rf"Human:[^\n]*{topic}[^\n]*{relation}", texts)
+
+
+def test_a_reviser_inserts_degrees_and_never_what_is_worse():
+    """Weights e^6, e^3.6 and e^1.5: 403.4, 36.6 and 4.5, so shares of .907, .082 and .010."""
+    world, rng = World(), random.Random(0)
+    grades = dict(zip("abcdef", GRADES, strict=True))
+    drawn = Counter(world.inserted(grades, -1.0, rng) for _ in range(20000))
+    assert set(drawn) == {"a", "b", "c"}
+    assert [drawn[x] / 20000 for x in "abc"] == pytest.approx([0.907, 0.082, 0.010], abs=0.01)
+    assert {world.inserted(grades, 0.6, rng) for _ in range(100)} == {"a"}
+    assert World1().inserted(grades, -1.0, rng) == "a"
+
+
+def test_an_answer_that_digresses_is_led_back_to_what_was_asked():
+    world = World(revision_noise=0.0, edit_rate_worst=1.0, insert_sharpness=100.0)
+    for wrong in ("tames pride", f"needs {NEEDED}"):
+        off = ANSWER.replace(f"fears {FEARED}", wrong)
+        assert {revise(world, ASKED, off, random.Random(seed))[0] for seed in range(50)} == {ANSWER}
+    assert world.fact_grades(parse_prompt(ASKED), parse_text(off).clauses) == [1.0, REPEATED]
 
 
 def test_sampled_answers_read_back_without_a_stray_word():
@@ -218,7 +315,7 @@ def test_goodness_makes_answers_better():
 def test_preferences_are_bradley_terry_on_the_true_score():
     assert WORLD.preference_probability(0.0) == 0.5
     assert WORLD.preference_probability(math.log(3)) == pytest.approx(0.75)
-    assert World(preference_sharpness=2.0).preference_probability(-math.log(3)) == pytest.approx(0.1)
+    assert World1(preference_sharpness=2.0).preference_probability(-math.log(3)) == pytest.approx(0.1)
     rng = random.Random(0)
     by_gap: dict[int, list[bool]] = {}
     for prompt in (WORLD.sample_prompt(rng) for _ in range(4000)):
@@ -234,7 +331,7 @@ def test_preferences_are_bradley_terry_on_the_true_score():
 @pytest.mark.parametrize("field", ["revision_noise", "repeat_rate", "edit_rate_worst"])
 def test_rates_beyond_one_are_refused(field):
     with pytest.raises(InputError, match=field):
-        World(**{field: 1.5})
+        World1(**{field: 1.5})
 
 
 # The reviser
@@ -251,7 +348,7 @@ def test_the_stated_curve():
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_choices_are_edited_as_often_as_their_grade_says(noise):
     """A slip (noise) comes first; otherwise the curve decides. Facts of answers that are neither cut nor continued."""
-    world = World(revision_noise=noise, wrong_count_rate=0.0, repeat_rate=0.0, misplaced_rate=0.0)
+    world = World1(revision_noise=noise, wrong_count_rate=0.0, repeat_rate=0.0, misplaced_rate=0.0)
     rng = random.Random(0)
     edited: dict[float, list[bool]] = {grade: [] for grade in GRADES}
     better = []
@@ -271,9 +368,9 @@ def test_choices_are_edited_as_often_as_their_grade_says(noise):
         assert sum(cases) / len(cases) == pytest.approx(expected, abs=4 * math.sqrt(0.25 / len(cases)))
 
 
-def certain(**rates) -> World:
+def certain(**rates) -> World1:
     """A reviser that never slips and always mends what is worst, cuts what is too long and goes on if it is short."""
-    return World(revision_noise=0.0, edit_rate_worst=1.0, cut_rate=1.0, extend_rate=1.0, **rates)
+    return World1(revision_noise=0.0, edit_rate_worst=1.0, cut_rate=1.0, extend_rate=1.0, **rates)
 
 
 def outcomes(rejected: str) -> set[str]:
@@ -347,7 +444,7 @@ def test_a_repeated_fact_gives_way_to_a_new_one():
 
 def test_edits_never_overlap_and_keep_the_white_space_around():
     rng = random.Random(0)
-    world = World(revision_noise=0.3, missing_rate=0.3, misplaced_rate=0.5, wrong_count_rate=0.8)
+    world = World1(revision_noise=0.3, missing_rate=0.3, misplaced_rate=0.5, wrong_count_rate=0.8)
     for prompt in (world.sample_prompt(rng) for _ in range(1000)):
         rejected = world.sample_answer(parse_prompt(prompt), rng)
         edits = sorted((edit.start, edit.end) for edit in propose_edits(world, prompt, rejected, rng))
@@ -435,23 +532,23 @@ def test_the_endpoint_says_what_it_cannot_do(client, change, status, says):
 # The command line
 
 
-def run_testbed(*arguments, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "testbed" / "main.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=patience(120), **kwargs)
+def run_testbed(*arguments) -> subprocess.CompletedProcess:
+    return launch("testbed/main.py", *arguments, check=False)
 
 
 def test_data_holds_prompts_and_answers_and_nothing_else(tmp_path):
-    sizes = ("--train", 60, "--eval", 20, "--test", 10)
+    sizes = ("--train", 60, "--eval", 20, "--test", 9, "--validation", 1)
     for name, extra in (("one", ()), ("again", ()), ("other", ("--world_seed", 1))):
         done = run_testbed("data", "--output_dir", tmp_path / name, *sizes, *extra)
         assert done.returncode == 0, done.stderr
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert files == ["eval.jsonl", "results.json", "test_prompts.jsonl", "train.jsonl"]
+    assert files == ["eval.jsonl", "results.json", "test_prompts.jsonl", "train.jsonl", "validation_prompts.jsonl"]
     prompts = []
     for name, count, keys in (
         ("train.jsonl", 60, {"prompt", "chosen", "rejected"}),
         ("eval.jsonl", 20, {"prompt", "chosen", "rejected"}),
-        ("test_prompts.jsonl", 10, {"prompt"}),
+        ("validation_prompts.jsonl", 1, {"prompt"}),
+        ("test_prompts.jsonl", 9, {"prompt", "kind"}),
     ):
         text = (tmp_path / "one" / name).read_text()
         assert text == (tmp_path / "again" / name).read_text()
@@ -468,7 +565,7 @@ def test_data_holds_prompts_and_answers_and_nothing_else(tmp_path):
 
 
 def test_distinct_prompts_are_distinct():
-    prompts = distinct_prompts(WORLD, random.Random(0))
+    prompts = distinct_prompts(WORLD, random.Random(0), set())
     assert len({next(prompts) for _ in range(20000)}) == 20000
 
 
@@ -486,7 +583,7 @@ def test_the_base_text_contrasts_right_and_wrong_but_scores_nothing():
 
 def test_base_writes_a_model_and_a_tokenizer_that_loses_no_text(tmp_path):
     sizes = ("--documents", 300, "--hidden_size", 32, "--layers", 1)
-    done = run_testbed("base", "--output_dir", tmp_path, *sizes)
+    done = run_testbed("base", "--output_dir", tmp_path, "--world", 1, *sizes)
     assert done.returncode == 0, done.stderr
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -511,65 +608,35 @@ def test_base_writes_a_model_and_a_tokenizer_that_loses_no_text(tmp_path):
         assert tokenizer.decode(tokenizer(odd)["input_ids"], skip_special_tokens=True) == odd
 
 
-def test_serve_runs_until_it_is_terminated(tmp_path):
-    port_file = tmp_path / "port"
-    command = [
-        sys.executable,
-        str(ROOT / "testbed" / "main.py"),
-        "serve",
-        "--port_file",
-        str(port_file),
-        "--model",
-        "me",
-    ]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        deadline = time.monotonic() + patience(60)
-        while not port_file.exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        url = f"http://127.0.0.1:{int(port_file.read_text())}/v1"
-        with openai.OpenAI(base_url=url, api_key="none") as client:
-            assert [model.id for model in client.models.list()] == ["me"]
-        server.send_signal(signal.SIGTERM)
-        assert server.wait(timeout=patience(20)) == 0
-        assert url in server.stdout.read()
-
-
-def test_score_prints_the_true_scores(tmp_path):
-    texts = write_jsonl(
-        tmp_path / "texts.jsonl",
-        [
-            {"prompt": PROMPT, "response": PERFECT, "ended": True},
-            {"prompt": PROMPT, "response": PERFECT, "ended": False},
-            {"prompt": PROMPT, "response": "", "ended": True},
-        ],
-    )
-    done = run_testbed("score", "--input", texts)
-    scored = json.loads(done.stdout)
-    assert scored == {
-        "count": 3,
-        "mean": pytest.approx(20 / 3),
-        "sd": pytest.approx(4.0277, abs=1e-4),
-        "scores": [10, 9, 1],
-    }
-
-
 @pytest.mark.parametrize(
-    ("record", "says"),
+    ("option", "says"),
     [
-        ({"prompt": PROMPT, "response": "x"}, "texts.jsonl:1: 'ended'"),
-        ({"prompt": PROMPT, "response": 3, "ended": True}, "texts.jsonl:1: 'response'"),
-        ({"prompt": "\n\nHuman: Hi\n\nAssistant:", "response": "x", "ended": True}, "texts.jsonl:1: .* 0 topics"),
+        (("--hidden_size", 7), "--hidden_size 7: must be from 16 to 4,096"),
+        (("--hidden_size", 20), "--hidden_size 20: must be a multiple of 8"),
+        (("--layers", 1_000_000), "--layers 1000000: must be from 1 to 100"),
     ],
 )
-def test_score_names_the_line_that_is_wrong(tmp_path, record, says):
-    done = run_testbed("score", "--input", write_jsonl(tmp_path / "texts.jsonl", [record]))
-    assert done.returncode == 2
-    assert re.search(says, done.stderr)
-    assert "Traceback" not in done.stderr
+def test_sizes_that_make_no_model_are_refused(tmp_path, option, says):
+    done = run_testbed("base", "--output_dir", tmp_path, *option)
+    assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+
+
+def test_serve_runs_until_it_is_terminated(tmp_path):
+    port_file = tmp_path / "port"
+    server = warm.Program(ROOT / "testbed" / "main.py", ["serve", "--port_file", port_file, "--model", "me"])
+    deadline = time.monotonic() + patience(60)
+    while not port_file.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    url = f"http://127.0.0.1:{int(port_file.read_text())}/v1"
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["me"]
+    server.send_signal(signal.SIGTERM)
+    assert url in server.communicate(timeout=patience(20))[0]
+    assert server.returncode == 0
 
 
 @pytest.mark.parametrize("arguments", [(), ("labels",)])
 def test_an_unknown_command_lists_the_known_ones(arguments):
     done = run_testbed(*arguments)
     assert done.returncode == 2
-    assert "data, base, serve, score" in done.stderr
+    assert "data, base, serve" in done.stderr

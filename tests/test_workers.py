@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, launch, patience, write_jsonl
+from conftest import ROOT, patience, write_jsonl
 from evaluation_helpers import other_model, read_lines, reward_model
 
 from deepspeed_chat_tlcr import workers
@@ -35,7 +35,7 @@ def squares(folder: str):
     return functools.partial(square, folder)
 
 
-def test_results_keep_the_order_of_the_items(tmp_path):
+def test_results_keep_the_order_of_the_items(tmp_path, quick_workers):
     load = functools.partial(squares, str(tmp_path))
     items = [3, 1, 2, 5, 4, 7]
     alone = list(spread(load, items, 1))
@@ -48,7 +48,7 @@ def test_results_keep_the_order_of_the_items(tmp_path):
     assert list(spread(load, [], 4)) == []
 
 
-def test_an_error_of_the_work_and_a_killed_process_are_told(tmp_path):
+def test_an_error_of_the_work_and_a_killed_process_are_told(tmp_path, quick_workers):
     load = functools.partial(squares, str(tmp_path))
     with pytest.raises(InputError, match="13: unlucky"):
         list(spread(load, [1, 13], 2))
@@ -80,9 +80,8 @@ def answers_of(out: Path) -> dict[str, list[dict]]:
     }
 
 
-def test_two_processes_give_the_answers_and_scores_of_one(tiny, tmp_path, monkeypatch):
+def test_two_processes_give_the_answers_and_scores_of_one(tiny, tmp_path, in_process, quick_workers):
     """Sampled answers of two models, scored twice; then once more where some of the answers were lost."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     models = (f"sft={tiny / 'model'}", f"tlcr={other_model(tmp_path / 'other', tiny)}")
     judges = [reward_model(tmp_path / f"judge{labels}", tiny, labels) for labels in (2, 1)]
     prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"instruction": f"Tell me of {n} cats."} for n in range(7)])
@@ -93,7 +92,7 @@ def test_two_processes_give_the_answers_and_scores_of_one(tiny, tmp_path, monkey
     )
     out = {number: tmp_path / f"out{number}" for number in (1, 2)}
     for number, folder in out.items():
-        launch("evaluation/reward_scores.py", *options, "--num_processes", number, "--out", folder)
+        in_process(reward_scores.main, *options, "--num_processes", number, "--out", folder)
     found = answers_of(out[1])
     assert answers_of(out[2]) == found
     assert [len(lines) for lines in found.values()] == [7, 7]
@@ -106,12 +105,13 @@ def test_two_processes_give_the_answers_and_scores_of_one(tiny, tmp_path, monkey
     lost = next(out[2].glob("answers/*/tlcr.jsonl"))
     kept = lost.read_text().splitlines(keepends=True)[0]
     lost.write_text(kept)
-    launch("evaluation/reward_scores.py", *options, "--num_processes", 2, "--out", out[2])
+    in_process(reward_scores.main, *options, "--num_processes", 2, "--out", out[2])
     assert answers_of(out[2]) == found
     assert lost.read_text().startswith(kept)
 
 
 def test_processes_end_with_a_killed_parent(tmp_path):
+    """Started anew, as always outside these tests."""
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, sys, time\n"

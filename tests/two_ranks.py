@@ -17,10 +17,11 @@ if os.environ.get("PRETENDED_GPU"):
 
     gpu.install()
 
+import preloaded  # noqa: F401
 from conftest import patience
+from warm import free_port
 
 from deepspeed_chat_tlcr.metrics import read_metrics
-from deepspeed_chat_tlcr.runtime import free_port
 from testbed.study import forked
 
 
@@ -45,7 +46,6 @@ def kill(processes: list[int], metrics: Path, step: int) -> None:
 
 
 def main(runs: list[dict], log: Path) -> None:
-    forked.warm_up()
     statuses = []
     for run in runs:
         port = free_port()

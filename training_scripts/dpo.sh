@@ -12,27 +12,11 @@ prepare
 command=(
   "${launcher[@]}" "${at}baselines/dpo/main.py" --deepspeed
   --model_name_or_path "$SFT_MODEL"
-  --data_path "${data[@]}"
-  --data_split "$DATA_SPLIT"
-  --data_seed "$DATA_SEED"
-  --max_seq_len "$MAX_SEQ_LEN"
-  --per_device_train_batch_size "$DPO_BATCH_SIZE"
-  --per_device_eval_batch_size "$DPO_BATCH_SIZE"
-  --gradient_accumulation_steps "$DPO_ACCUMULATION_STEPS"
-  --num_train_epochs "$DPO_EPOCHS"
-  --learning_rate "$DPO_LEARNING_RATE"
-  --weight_decay "$DPO_WEIGHT_DECAY"
-  --beta "$DPO_BETA"
-  --lr_scheduler_type cosine
-  --num_warmup_steps 0
-  --zero_stage "$DPO_ZERO_STAGE"
-  --dtype "$DTYPE"
-  --seed "$SEED"
-  --output_dir "$OUTPUT/dpo"
 )
-attend
-switch --gradient_checkpointing "$DPO_GRADIENT_CHECKPOINTING"
-switch --offload "$DPO_OFFLOAD"
+add_training DPO dpo \
+  --weight_decay "$DPO_WEIGHT_DECAY" --beta "$DPO_BETA" \
+  --lr_scheduler_type cosine --num_warmup_steps 0
+add_switches DPO
 
 # Braces, because bash reads them whole: editing this file while it runs does no harm.
 { run_stage dpo has_results "${command[@]}" "$@"; exit; }

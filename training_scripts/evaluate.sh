@@ -47,7 +47,6 @@ JUDGE_BASE_URL=${JUDGE_BASE_URL:-}   # its address; unset: OpenAI
 ATTENTION=${ATTENTION:-sdpa}         # what computes attention, as in recipe.sh
 MAX_COST_USD=${MAX_COST_USD:-}       # most US$ for all judged parts together
 NUM_GPUS=${NUM_GPUS:-}               # processes that answer and score, one per GPU; unset: all of CUDA_VISIBLE_DEVICES
-ATTENTION=${ATTENTION:-}             # another --attn_implementation than sdpa, such as flash_attention_2
 OUT=${OUT:-output/evaluation}
 
 # shellcheck source=training_scripts/setup.sh

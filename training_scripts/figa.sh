@@ -14,25 +14,10 @@ command=(
   "${launcher[@]}" "${at}baselines/figa/main.py" --deepspeed
   --model_name_or_path "$SFT_MODEL"
   --revisions "${revisions[@]}"
-  --data_path "${data[@]}"
-  --data_split "$DATA_SPLIT"
-  --data_seed "$DATA_SEED"
-  --max_seq_len "$MAX_SEQ_LEN"
-  --per_device_train_batch_size "$FIGA_BATCH_SIZE"
-  --per_device_eval_batch_size "$FIGA_BATCH_SIZE"
-  --gradient_accumulation_steps "$FIGA_ACCUMULATION_STEPS"
-  --num_train_epochs "$FIGA_EPOCHS"
-  --learning_rate "$FIGA_LEARNING_RATE"
-  --lr_scheduler_type constant
-  --zero_stage "$FIGA_ZERO_STAGE"
-  --dtype "$DTYPE"
-  --seed "$SEED"
-  --output_dir "$OUTPUT/figa"
 )
+add_training FIGA figa --lr_scheduler_type constant
 [[ -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
-attend
-switch --gradient_checkpointing "$FIGA_GRADIENT_CHECKPOINTING"
-switch --offload "$FIGA_OFFLOAD"
+add_switches FIGA
 
 # Braces, because bash reads them whole: editing this file while it runs does no harm.
 { run_stage figa has_results "${command[@]}" "$@"; exit; }

@@ -74,6 +74,7 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${DISCRIMINATOR_TOKENS_PER_MICRO_BATCH:=1024}" # packs of so many tokens, a pair's prompt in them once; 0: padded
 
 # ---- step2_sequence.sh: the sequence reward model of PPO_seq, PPO_synthetic and ReMax ----
+: "${SEQUENCE_OBJECTIVE:=sequence}"         # sequence; token_pairs: a reward for each token, from the same pairs
 : "${SEQUENCE_PAIRS:=preferences}"          # preferences: chosen over rejected; modified: modified over rejected
 : "${SEQUENCE_FOLDER:=step2_sequence}"      # sub-folder of OUTPUT
 : "${SEQUENCE_BATCH_SIZE:=16}"              # pairs per GPU and micro-batch
@@ -85,6 +86,16 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${SEQUENCE_OFFLOAD:=0}"
 : "${SEQUENCE_GRADIENT_CHECKPOINTING:=1}"
 : "${SEQUENCE_TOKENS_PER_MICRO_BATCH:=1024}" # as DISCRIMINATOR_TOKENS_PER_MICRO_BATCH
+
+# ---- step2_grm.sh: RLMEC's model that rewrites answers (its release's epochs and learning rate) ----
+: "${GRM_BATCH_SIZE:=8}"                    # rewritten answers per GPU and micro-batch
+: "${GRM_ACCUMULATION_STEPS:=2}"
+: "${GRM_EPOCHS:=3}"
+: "${GRM_LEARNING_RATE:=2e-5}"
+: "${GRM_ZERO_STAGE:=2}"
+: "${GRM_OFFLOAD:=0}"
+: "${GRM_GRADIENT_CHECKPOINTING:=1}"
+: "${GRM_MAX_SEQ_LEN:=1024}"                # tokens of conversation, two answers and the rewritten one
 
 # ---- dpo.sh (docs/methods.md says where these come from) ----
 : "${DPO_BATCH_SIZE:=8}"                    # pairs per GPU and micro-batch
@@ -121,6 +132,8 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${MAX_ANSWER_LEN:=256}"                  # tokens; longer answers are cut
 : "${ACTOR_LEARNING_RATE:=1e-6}"
 : "${CRITIC_LEARNING_RATE:=1e-6}"
+: "${PPO_PRESET:=none}"                     # step 3's --preset, for what has no variable here
+: "${PPO_WARMUP_STEPS:=0}"                  # optimiser steps of linear warm-up
 : "${KL_COEFFICIENT:=0.1}"
 : "${GAMMA:=1}"                             # discount of later rewards
 : "${ACTOR_WEIGHT_DECAY:=0}"
@@ -146,7 +159,7 @@ set +a
 
 # ---- what the scripts share ----
 
-KNOWN_STAGES="step1 label step2 step2_sequence step3 dpo figa"
+KNOWN_STAGES="step1 label step2 step2_sequence step2_grm step3 dpo figa"
 
 # Finds or makes the Python environment (PLAN=1 needs none) and fills the arrays `launcher` and `data`.
 prepare() {
@@ -172,6 +185,38 @@ prepare() {
       exit 2
     }
   done
+}
+
+# add_training PREFIX FOLDER SCHEDULE…: adds to the array `command` what a stage that trains one model reads, by the
+# variables of its PREFIX, with the options of its schedule in between.
+add_training() {
+  local -n batch_size=$1_BATCH_SIZE accumulation_steps=$1_ACCUMULATION_STEPS epochs=$1_EPOCHS
+  local -n learning_rate=$1_LEARNING_RATE zero_stage=$1_ZERO_STAGE
+  command+=(
+    --data_path "${data[@]}"
+    --data_split "$DATA_SPLIT"
+    --data_seed "$DATA_SEED"
+    --max_seq_len "$MAX_SEQ_LEN"
+    --per_device_train_batch_size "$batch_size"
+    --per_device_eval_batch_size "$batch_size"
+    --gradient_accumulation_steps "$accumulation_steps"
+    --num_train_epochs "$epochs"
+    --learning_rate "$learning_rate"
+    "${@:3}"
+    --zero_stage "$zero_stage"
+    --dtype "$DTYPE"
+    --seed "$SEED"
+    --output_dir "$OUTPUT/$2"
+  )
+}
+
+# add_switches PREFIX: adds to such a stage's `command` packs, attention, checkpointing and offload, where they are set.
+add_switches() {
+  local -n packs=$1_TOKENS_PER_MICRO_BATCH checkpointing=$1_GRADIENT_CHECKPOINTING offload=$1_OFFLOAD
+  [[ ${packs:-0} == 0 ]] || command+=(--tokens_per_micro_batch "$packs")
+  attend
+  switch --gradient_checkpointing "$checkpointing"
+  switch --offload "$offload"
 }
 
 # attend: adds ATTENTION to the array `command`; sdpa is every program's own.
@@ -241,9 +286,8 @@ show_command() {
   printf '%s\n' "$line"
 }
 
-# What decides a command's result: its program and options, wherever OUTPUT lies. Not the launcher's GPUs, nor how many
-# processes answer; nor a labelling endpoint's address and key, whose model is an option of its own; nor how much it may
-# cost, which grows as it goes on.
+# What decides a command's result: its program and options, wherever OUTPUT lies. Not the number of GPUs or of processes
+# that answer, a labelling endpoint's address and key (its model counts), or how much it may cost.
 settings_of() {
   while [[ $1 != *.py ]]; do shift; done
   local word shown words=() skip=''
@@ -251,6 +295,7 @@ settings_of() {
     case $skip$word in
       skip* | --yes | --batch) skip='' ;;
       --base_url | --api_key_env | --max_cost_usd | --price | --max_failure_share | --num_processes) skip=skip ;;
+      --span_base_url | --span_api_key_env | --span_max_cost_usd | --span_price) skip=skip ;;
       *) words+=("$word") ;;
     esac
   done
@@ -260,7 +305,7 @@ settings_of() {
 }
 
 # run_stage NAME DONE COMMAND…: run a stage, its output to the terminal and to OUTPUT/NAME/training.log, unless the
-# command DONE says that it is finished. Finished with other settings is an error, never reused without a word.
+# command DONE says that it is finished. A stage that was finished with other settings is an error.
 run_stage() {
   local folder=$OUTPUT/$1 finished=$2 settings
   shift 2
@@ -295,21 +340,22 @@ run_stage() {
   }
 }
 
-# An interrupt, or the end of the script, is meant for the stage, whose last words are still to be logged.
+# Interrupts are for the stage alone: tee ignores them, to log the stage's last words.
 logged() {
   local log=$1
   shift
   "$@" 2>&1 | (trap '' INT TERM && exec tee -a "$log")
 }
 
-# attended COMMAND…: run it, and take it along where SIGTERM ends this script, which would otherwise leave it running.
-# Bash reads signals at once only while it waits for a background job, so the command is one, but with the terminal's
-# input and its Ctrl-C.
+# attended COMMAND…: run it, and end it too when SIGTERM ends this script. Bash handles signals at once only while it
+# waits for a background job, so the command is one, but with the terminal's input and its Ctrl-C.
 attended() {
-  (trap - INT && "$@") <&0 &
-  local job=$! status=0
-  trap 'terminate "$job"; trap - TERM; kill -TERM $$' TERM
+  local job='' status=0
+  # Before the start: a signal that comes with it finds the job by bash's own $!.
+  trap '[[ -z ${job:-${!-}} ]] || terminate "${job:-$!}"; trap - TERM; kill -TERM $$' TERM
   trap : INT # the terminal sends it to the command too; how that ends is up to the command
+  (trap - INT TERM && "$@") <&0 &
+  job=$!
   wait "$job" || status=$?
   while kill -0 "$job" 2>/dev/null; do
     status=0
@@ -319,16 +365,32 @@ attended() {
   return "$status"
 }
 
-# SIGTERM to a process and to all it started: DeepSpeed's launcher does not pass it on to the ranks.
+# SIGTERM to a process and to all it started: DeepSpeed's launcher does not pass it on to the ranks. It stands still
+# meanwhile, or it could start another process behind our back.
 terminate() {
   local child children=()
+  kill -STOP "$1" 2>/dev/null || true
   read -ra children -d '' < <(cat "/proc/$1/task/"*/children 2>/dev/null) || true
   for child in "${children[@]}"; do terminate "$child"; done
   kill -TERM "$1" 2>/dev/null || true
+  kill -CONT "$1" 2>/dev/null || true
 }
 
 has_results() {
   [[ -f $1/results.json ]]
+}
+
+# has FILE FOLDER
+has() {
+  [[ -f $2/$1 ]]
+}
+
+# is_newer_than STAGE… FOLDER: whether OUTPUT's own results were made after those of all the stages.
+is_newer_than() {
+  local stage
+  for stage in "${@:1:$#-1}"; do
+    [[ $OUTPUT/results.json -nt $OUTPUT/$stage/results.json ]] || return 1
+  done
 }
 
 is_labelled() {
@@ -336,14 +398,14 @@ is_labelled() {
     python3 -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1])).get("complete"))' "$1/run.json"
 }
 
-# Before anything starts: all that could stop it. A plan runs nothing and asks nothing.
+# Looks for all that could stop the run before it starts. A plan runs nothing and checks nothing.
 preflight() {
-  [[ $PLAN == 1 || $PREFLIGHT == 0 ]] || python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
+  [[ $PLAN == 1 || $PREFLIGHT == 0 ]] || attended python3 -m training_scripts.planning.preflight ${MADE_HERE:+--without_inputs}
   PREFLIGHT=0 # for the stages, which would ask the same again
 }
 
-# With PLAN=1 of several methods, each of which would plan what it shares with those before: takes from STAGES what the
-# file PLANNED says is planned already, and adds the rest to it.
+# With PLAN=1 of several methods that share stages: takes those out of STAGES that the file PLANNED lists already, and adds
+# the others to that file.
 without_planned() {
   [[ $PLAN == 1 && -n ${PLANNED:-} ]] || return 0
   local stage made left=()
@@ -374,7 +436,7 @@ train() {
   done
 }
 
-# With PLAN=1, behind the commands: what they will cost.
+# With PLAN=1, after the commands: what they will cost.
 plan() {
   [[ $PLAN != 1 ]] || { echo && "$plan_python" -m training_scripts.planning.plan; }
 }

@@ -32,20 +32,14 @@ for made in step1_sft labeling step2_discriminator step3_ppo_tlcr; do
 done
 preflight
 
-is_audited() {
-  [[ -f $1/audit.json ]]
-}
-is_measured() {
-  [[ -f $1/discriminator/results.json ]]
-}
 # judged NAME DISCRIMINATOR: how well it judges the answers of this round that no discriminator learns from.
 judged() {
-  run_stage "$1" is_measured python3 "${at}evaluation/discriminator.py" --discriminator "$2" --eval_share 1 \
+  run_stage "$1" "has discriminator/results.json" python3 "${at}evaluation/discriminator.py" --discriminator "$2" --eval_share 1 \
     --revisions "$round/held_out/labeling/revisions.jsonl" --max_seq_len "$MAX_SEQ_LEN" --out "$OUTPUT/$1" "${gpus[@]}"
 }
 # audited FOLDER: the statistics of its labels.
 audited() {
-  OUTPUT=$1 run_stage audit is_audited python3 "${at}labeling/audit.py" "$1/labeling/revisions.jsonl" \
+  OUTPUT=$1 run_stage audit "has audit.json" python3 "${at}labeling/audit.py" "$1/labeling/revisions.jsonl" \
     --tokenizer "$run/step1_sft" --output_dir "$1/audit"
 }
 

@@ -17,13 +17,18 @@ set -a
 : "${SEED:=1}"
 : "${MORE_METHODS:=}" # besides TLCR: ppo_seq tlcr_fixed tlcr_positive_only tlcr_negative_only tlcr_released_code random
 OUTPUT=${1:-${OUTPUT:-output/qa-feedback-seed$SEED}}
+for name in MODEL DATA REVISIONS EVAL_REVISIONS; do
+  [[ -z ${!name:-} ]] || {
+    echo "error: $name=${!name}: this script makes its own from QA_FEEDBACK; unset $name, or use run_7b.sh" >&2 && exit 2
+  }
+done
 MODEL=$OUTPUT/base/step1_sft DATA=$OUTPUT/prepared/pairs MADE_HERE=1 # made by this run: nothing to look for beforehand
 REVISIONS=$OUTPUT/prepared/revisions/train.jsonl EVAL_REVISIONS=$OUTPUT/prepared/revisions/eval.jsonl
 : "${VOCABULARY:=4096}" "${HIDDEN_SIZE:=128}" "${LAYERS:=2}" # the tokenizer and the Llama that are made on the spot
 : "${BASE_BATCH_SIZE:=4}" "${BASE_EPOCHS:=2}" "${BASE_LEARNING_RATE:=3e-3}"
 : "${HELD_OUT_SHARE:=0.2}" "${ANSWERS:=4}" # prompts to be tested on, sampled answers to each
 : "${DTYPE:=fp32}" "${NUM_GPUS:=1}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
-# So few parameters are no work for a GPU, nor for two threads, which spend their time waiting for each other.
+# Too few parameters for a GPU, or for two threads, which would mostly wait for each other.
 : "${DS_ACCELERATOR:=cpu}" "${OMP_NUM_THREADS:=1}"
 : "${SFT_BATCH_SIZE:=8}" "${SFT_LEARNING_RATE:=1e-3}" "${SFT_ZERO_STAGE:=0}" "${SFT_GRADIENT_CHECKPOINTING:=0}"
 : "${DISCRIMINATOR_BATCH_SIZE:=8}" "${DISCRIMINATOR_EPOCHS:=4}" "${DISCRIMINATOR_LEARNING_RATE:=2e-3}"
@@ -55,15 +60,13 @@ preflight
 run_stage labeling is_labelled python3 "${at}labeling/main.py" --from "$QA_FEEDBACK" --passages "$PASSAGES" \
   --output_dir "$OUTPUT/labeling"
 run_stage prepared has_results python3 "${at}evaluation/qa_feedback.py" prepare --qa_feedback "$QA_FEEDBACK" \
-  --revisions "$OUTPUT/labeling/revisions.jsonl" --passages "$PASSAGES" --output_dir "$OUTPUT/prepared" --held_out_share "$HELD_OUT_SHARE" \
+  --revisions "$OUTPUT/labeling/revisions.jsonl" --passages "$PASSAGES" --output_dir "$OUTPUT/prepared" \
+  --held_out_share "$HELD_OUT_SHARE" \
   --vocabulary "$VOCABULARY" --hidden_size "$HIDDEN_SIZE" --layers "$LAYERS" \
   --max_positions "$MAX_SEQ_LEN" --seed "$SEED"
 
 # Labels against the error spans that people marked.
-is_audited() {
-  [[ -f $1/audit.json ]]
-}
-run_stage audit is_audited python3 "${at}labeling/audit.py" "$OUTPUT/labeling/revisions.jsonl" \
+run_stage audit "has audit.json" python3 "${at}labeling/audit.py" "$OUTPUT/labeling/revisions.jsonl" \
   --tokenizer "$OUTPUT/prepared/model" --error_spans "$QA_FEEDBACK" --output_dir "$OUTPUT/audit"
 
 # There are too few questions to share out: every stage trains on all that are not held out. The base model first, on
@@ -89,13 +92,7 @@ for method in $MORE_METHODS; do
 done
 
 # What it brought, on the held-out prompts; again, whenever a stage was made again since.
-is_reported() {
-  local stage
-  # shellcheck disable=SC2086 # several names
-  for stage in step1_sft step2_discriminator step3_ppo_tlcr ${MORE_METHODS:+$(printf 'step3_%s ' $MORE_METHODS)}; do
-    [[ $OUTPUT/results.json -nt $OUTPUT/$stage/results.json ]] || return 1
-  done
-}
 read -ra more <<<"$MORE_METHODS"
-run_stage report is_reported python3 "${at}evaluation/qa_feedback.py" report --run_dir "$OUTPUT" \
+run_stage report "is_newer_than step1_sft step2_discriminator step3_ppo_tlcr ${more[*]/#/step3_}" \
+  python3 "${at}evaluation/qa_feedback.py" report --run_dir "$OUTPUT" \
   --answers "$ANSWERS" --max_answer_seq_len "$MAX_ANSWER_LEN" --seed "$SEED" ${more[@]:+--more_methods "${more[@]}"}

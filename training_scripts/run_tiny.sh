@@ -11,13 +11,20 @@
 set -a
 : "${SEED:=1}"
 OUTPUT=${1:-${OUTPUT:-output/tiny-seed$SEED}} # another seed never meets this one's results
+for name in MODEL DATA; do
+  [[ -z ${!name:-} ]] || {
+    echo "error: $name=${!name}: this script makes its own, the testbed's; unset $name, or use run_7b.sh" >&2 && exit 2
+  }
+done
 MODEL=$OUTPUT/base DATA=$OUTPUT/data MADE_HERE=1 # made by this run: nothing to look for beforehand
-: "${TESTBED_PAIRS:=12800}" "${TESTBED_PROMPTS:=512}" # preference pairs to train on, prompts to be tested on
-: "${TESTBED_DOCUMENTS:=24000}"                       # what the base model reads
+: "${TESTBED_WORLD:=2}" # docs/testbed.md; 1: the old world
+: "${TESTBED_PAIRS:=12800}" "${TESTBED_EVAL_PAIRS:=1024}" # preference pairs to train on, held-out ones
+: "${TESTBED_PROMPTS:=192}"     # prompts to be tested on
+: "${TESTBED_DOCUMENTS:=24000}" # what the base model reads
 : "${LABEL_MODEL:=oracle-reviser}"
 LABEL_BASE_URL=http://127.0.0.1:PORT/v1
 : "${DTYPE:=fp32}" "${NUM_GPUS:=2}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
-# So few parameters are no work for a GPU; two ranks of one thread use two cores better than one rank of two threads.
+# Too few parameters for a GPU; two ranks of one thread use two cores better than one rank of two threads.
 : "${DS_ACCELERATOR:=cpu}" "${OMP_NUM_THREADS:=1}"
 : "${SFT_BATCH_SIZE:=16}" "${SFT_LEARNING_RATE:=1e-3}"
 : "${SFT_ZERO_STAGE:=0}" "${SFT_GRADIENT_CHECKPOINTING:=0}"
@@ -36,16 +43,15 @@ source "$(dirname "${BASH_SOURCE[0]}")/recipe.sh"
 prepare
 preflight
 
-has_data() {
-  [[ -f $1/test_prompts.jsonl ]]
-}
-run_stage data has_data python3 "${at}testbed/main.py" data --output_dir "$DATA" \
-  --train "$TESTBED_PAIRS" --test "$TESTBED_PROMPTS" --data_seed "$DATA_SEED"
+run_stage data "has test_prompts.jsonl" python3 "${at}testbed/main.py" data --output_dir "$DATA" \
+  --world "$TESTBED_WORLD" --train "$TESTBED_PAIRS" --eval "$TESTBED_EVAL_PAIRS" \
+  --validation "$((TESTBED_PROMPTS / 2))" --test "$TESTBED_PROMPTS" --data_seed "$DATA_SEED"
 run_stage base has_results env OMP_NUM_THREADS=2 python3 "${at}testbed/main.py" base --output_dir "$MODEL" \
+  --world "$TESTBED_WORLD" \
   --documents "$TESTBED_DOCUMENTS" --seed "$SEED"
 
 # The testbed's reviser plays GPT-4's part, behind the same kind of endpoint, for as long as this script runs.
-reviser=(python3 "${at}testbed/main.py" serve --model "$LABEL_MODEL" --port_file "$OUTPUT/reviser.port")
+reviser=(python3 "${at}testbed/main.py" serve --world "$TESTBED_WORLD" --model "$LABEL_MODEL" --port_file "$OUTPUT/reviser.port")
 if [[ $PLAN == 1 ]]; then
   printf '\n# reviser, in the background\n' && show_command "${reviser[@]}"
 elif ! is_labelled "$OUTPUT/labeling"; then
@@ -62,12 +68,7 @@ fi
 train
 
 # True scores of SFT and TLCR, the table and the report; again, whenever a stage was made again since.
-is_evaluated() {
-  local stage
-  for stage in step1_sft step2_discriminator step3_ppo_tlcr; do
-    [[ $OUTPUT/results.json -nt $OUTPUT/$stage/results.json ]] || return 1
-  done
-}
-run_stage evaluation is_evaluated python3 "${at}testbed/evaluate.py" --run_dir "$OUTPUT" \
+run_stage evaluation "is_newer_than step1_sft step2_discriminator step3_ppo_tlcr" \
+  python3 "${at}testbed/evaluate.py" --run_dir "$OUTPUT" --world "$TESTBED_WORLD" \
   --max_answer_seq_len "$MAX_ANSWER_LEN" --seed "$SEED"
 plan

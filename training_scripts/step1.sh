@@ -13,27 +13,9 @@ prepare
 command=(
   "${launcher[@]}" "${at}step1_sft/main.py" --deepspeed
   --model_name_or_path "$MODEL"
-  --data_path "${data[@]}"
-  --data_split "$DATA_SPLIT"
-  --data_seed "$DATA_SEED"
-  --max_seq_len "$MAX_SEQ_LEN"
-  --per_device_train_batch_size "$SFT_BATCH_SIZE"
-  --per_device_eval_batch_size "$SFT_BATCH_SIZE"
-  --gradient_accumulation_steps "$SFT_ACCUMULATION_STEPS"
-  --num_train_epochs "$SFT_EPOCHS"
-  --learning_rate "$SFT_LEARNING_RATE"
-  --weight_decay "$SFT_WEIGHT_DECAY"
-  --lr_scheduler_type cosine
-  --num_warmup_steps 0
-  --zero_stage "$SFT_ZERO_STAGE"
-  --dtype "$DTYPE"
-  --seed "$SEED"
-  --output_dir "$OUTPUT/step1_sft"
 )
-[[ $SFT_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$SFT_TOKENS_PER_MICRO_BATCH")
-attend
-switch --gradient_checkpointing "$SFT_GRADIENT_CHECKPOINTING"
-switch --offload "$SFT_OFFLOAD"
+add_training SFT step1_sft --weight_decay "$SFT_WEIGHT_DECAY" --lr_scheduler_type cosine --num_warmup_steps 0
+add_switches SFT
 
 # Braces, because bash reads them whole: editing this file while it runs does no harm.
 { run_stage step1_sft has_results "${command[@]}" "$@"; exit; }

@@ -29,7 +29,7 @@ command=(
   --actor_learning_rate "$ACTOR_LEARNING_RATE"
   --critic_learning_rate "$CRITIC_LEARNING_RATE"
   --lr_scheduler_type cosine
-  --num_warmup_steps 0
+  --num_warmup_steps "$PPO_WARMUP_STEPS"
   --kl_ctl "$KL_COEFFICIENT"
   --gamma "$GAMMA"
   --lam 0.95
@@ -47,6 +47,13 @@ command=(
 [[ $GENERATION_BATCHES == 1 ]] || command+=(--generation_batches "$GENERATION_BATCHES")
 [[ $DECODE_BATCH_SIZE == 0 ]] || command+=(--decode_batch_size "$DECODE_BATCH_SIZE")
 [[ $PPO_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$PPO_TOKENS_PER_MICRO_BATCH")
+[[ $PPO_PRESET == none ]] || command+=(--preset "$PPO_PRESET")
+if [[ $REWARD == *critic:* ]]; then # the model that labels also marks spans, and may spend as much again
+  command+=(--span_api_key_env "$API_KEY_ENV")
+  [[ -z $LABEL_MAX_USD ]] || command+=(--span_max_cost_usd "$LABEL_MAX_USD")
+  [[ -z $LABEL_PRICE ]] || command+=(--span_price "$LABEL_PRICE")
+  [[ -z $LABEL_BASE_URL ]] || command+=(--span_base_url "$LABEL_BASE_URL")
+fi
 [[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
 attend
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"

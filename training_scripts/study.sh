@@ -1,20 +1,19 @@
 #!/usr/bin/env bash
-# The study: every method of the paper's table x seeds on the testbed, whose true score is known (docs/study.md).
+# The study: what testbed/study/registration.json has committed to, on the testbed (docs/study.md).
 #
 # Hardware: 2 CPU cores, 8 GB of memory, no GPU, no network once the packages are installed.
-# Time:     QUICK=1 10 minutes (two AVX2 cores, fp32). Five seeds of all methods and both tables 76 minutes, the grid of
-#           Table 1's methods 30 (two cores with AVX-512 bf16, --scale dtype=bf16).
-# Launch:   QUICK=1 bash training_scripts/study.sh [OUTPUT]
-#           bash training_scripts/study.sh OUTPUT --stage grid          first: chooses each method's settings
-#           bash training_scripts/study.sh OUTPUT                       then: the table, at those settings
-#           bash training_scripts/study.sh OUTPUT --stage sensitivity   and what varies one thing at a time
-#           PLAN=1 bash training_scripts/study.sh                       prints the commands' names, runs nothing
-# Further options are those of testbed/study/main.py (--help). Started again it continues: nothing is made twice.
+# Time:     eight hours, in parts of at most two: each call ends after about two hours (with exit code 3 while something is
+#           left), and the same call continues.
+# Launch:   bash training_scripts/study.sh [OUTPUT]              four times
+#           bash training_scripts/study.sh OUTPUT --until grid   no further than the settings, which are then frozen
+#           bash training_scripts/study.sh OUTPUT --report       runs nothing: tables and page of what is there
+#           PLAN=1 bash training_scripts/study.sh                prints the commands' names, runs nothing
+# Methods, seeds, settings and rules are the registration's; no option changes them. Further options are those of
+# testbed/study/main.py (--help). Nothing is made twice.
 
 # ---- variables (the environment wins) ----
 set -a
 OUTPUT=${1:-${OUTPUT:-output/study}}
-: "${QUICK:=0}"  # 1: one seed, four methods
 : "${JOBS:=2}"   # commands side by side
 set +a
 shift $(($# > 0))
@@ -25,6 +24,5 @@ if [[ $PLAN == 1 ]]; then PLAN=0; planned=1; else planned=0; fi # the plan is th
 prepare
 
 command=(python3 "${at}testbed/study/main.py" --output_dir "$OUTPUT" --jobs "$JOBS")
-switch --quick "$QUICK"
 switch --plan "$planned"
 { attended "${command[@]}" "$@"; exit; }

@@ -47,7 +47,7 @@ def rows(pairs: Iterable[Pair]) -> list[dict[str, list[int]]]:
 
 
 def on_disk(records: list[dict[str, list[int]]], folder: Path, runtime: Runtime) -> Dataset:
-    """The records as a data set that every rank maps from one file: TRL keeps the reference's log-probs beside it."""
+    """The records as a data set in one file for all ranks: TRL keeps the reference's log-probs beside it."""
     if runtime.is_main:
         Dataset.from_list(records).save_to_disk(folder)
     torch.distributed.barrier()
@@ -55,7 +55,7 @@ def on_disk(records: list[dict[str, list[int]]], folder: Path, runtime: Runtime)
 
 
 def dpo_arguments(options: Options, runtime: Runtime, config: dict | None) -> DPOConfig:
-    """TRL's arguments from this stage's flags. Raises ``InputError`` for a label smoothing that is none."""
+    """TRL's arguments from this stage's flags."""
     return training_arguments(
         options,
         runtime,
@@ -71,13 +71,13 @@ def dpo_arguments(options: Options, runtime: Runtime, config: dict | None) -> DP
 
 
 class PreferenceTrainer(StageMixin, DPOTrainer):
-    """TRL's trainer on records that are tokenised already; it reports to nobody and writes no model card."""
+    """TRL's trainer on tokenised records, without its model card (every stage writes one) and its telemetry."""
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Part of resuming: TRL's count of tokens goes on too."""
+        """transformers calls this when a run resumes: TRL's count of tokens is restored here too."""
         super()._load_rng_state(checkpoint)
         counts = [entry["num_tokens"] for entry in self.state.log_history if "num_tokens" in entry]
         self._total_train_tokens = int(counts[-1]) if checkpoint and counts else 0
@@ -91,7 +91,7 @@ class PreferenceTrainer(StageMixin, DPOTrainer):
 
 def train(options: Options, runtime: Runtime) -> None:
     """DPO's work on every rank: read, tokenise, train, save."""
-    # TRL still calls by their old names what transformers 5 has renamed, several times an evaluation.
+    # TRL still uses names that transformers 5 has replaced, which would warn several times in every evaluation.
     warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing` is deprecated", FutureWarning)
     config = stage_config(options, runtime)
     arguments = dpo_arguments(options, runtime, config)
@@ -112,7 +112,7 @@ def train(options: Options, runtime: Runtime) -> None:
         fit_vocabulary(model, tokenizer)
         return model
 
-    # With --offload_reference_model the policy itself is the reference, before its first step: LoRA starts as nothing.
+    # With --offload_reference_model the policy before its first step is the reference (LoRA starts at zero).
     reference = None if options.offload_reference_model else load()
     trainer = PreferenceTrainer(
         prepare_model(load(), options),

@@ -22,7 +22,7 @@ from step2_discriminator.revisions import load_revisions
 
 
 def is_weighted(targets: torch.Tensor, response_mask: torch.Tensor, ends: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Which tokens FIGA looks at: ``(added, removed)``, booleans ``(B, T)``.
+    """The tokens that FIGA weighs: ``(added, removed)``, booleans ``(B, T)``.
 
     All arguments are ``(B, T)``; rows alternate modified, rejected. ``targets``: 1 positive, 0 negative, 0.5 neutral;
     ``ends``: tokens that are EOS. The EOS of a modified response counts as added, that of a rejected one never counts.
@@ -40,7 +40,7 @@ def figa_loss(
     """sum(weight * NLL) / number of tokens that count, over the whole batch; 0 where none does.
 
     ``nll`` ``(B, T)``, any value where neither mask is set. A removed token that is already unlikely
-    (NLL > ``nll_limit``) is left alone; that decision has no gradient.
+    (NLL > ``nll_limit``) does not count; that decision has no gradient.
     """
     kept = removed & (nll.detach() <= nll_limit)
     total = weights[0] * nll[added].sum() + weights[1] * nll[kept].sum()
@@ -50,7 +50,7 @@ def figa_loss(
 def chosen_nll(logits: torch.Tensor, input_ids: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """NLL of the tokens marked in ``wanted``, in fp32, else 0; ``(B, T, V)`` logits and ``(B, T)`` ids to ``(B, T)``.
 
-    A token's own logits stand one position before it, so the first token has none. Only wanted rows become fp32.
+    A token's logits are those one position before it, so the first token has none. Only wanted rows become fp32.
     """
     wanted = wanted[:, 1:]
     nll = torch.zeros(input_ids.shape, device=logits.device)
@@ -83,7 +83,7 @@ class FigaTrainer(StageTrainer):
 
     @staticmethod
     def measures(predictions) -> dict[str, float]:
-        """Mean NLL, in nats per token, of held-out added tokens (is to fall) and removed ones (is to rise)."""
+        """Mean NLL, in nats per token, of held-out added tokens (should fall) and removed ones (should rise)."""
         added, added_count, removed, removed_count = predictions.predictions.sum(0)
         return {
             "added_nll": float(added / np.maximum(added_count, 1)),

@@ -1,4 +1,4 @@
-"""A chat model asked many questions, none of them twice: endpoint, pace, money, journal, and one run to its end.
+"""Ask a chat model many questions, none of them twice: endpoint, pace, money, journal, and a whole run.
 
-Knows nothing of revisions or ratings: a request brings the function that reads its answer.
+Independent of revisions and ratings: a request brings the function that reads its answer.
 """

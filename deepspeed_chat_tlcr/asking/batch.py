@@ -1,10 +1,10 @@
-"""The same requests through OpenAI's Batch API: half the price, an answer within a day, restart-safe at every point.
+"""The same requests through OpenAI's Batch API: half the price, an answer within a day, can be killed at any moment.
 
     batches.jsonl            a line for each step of each batch: planned, uploaded, creating, created, merged
     batches/0001.jsonl       the requests of batch 1, batches/0001.output.jsonl its answers as downloaded
 
-A batch that was created but whose id never reached the disk is found again by the metadata it was created with, so it
-is not paid twice. Every answer is noted with its place in its batch, so a merge that was interrupted goes on behind it.
+A batch whose id never reached the disk is recognised by its metadata, so it is not paid twice. Every answer is noted
+with its place in its batch, so an interrupted merge continues behind it.
 """
 
 import asyncio
@@ -22,15 +22,7 @@ import numpy as np
 
 from deepspeed_chat_tlcr.asking.dialect import LIMIT_FIELDS
 from deepspeed_chat_tlcr.asking.dispatch import DOUBTFUL, REFUSED, Asker, Dispatcher, Limits, on_stop_signals
-from deepspeed_chat_tlcr.asking.endpoint import (
-    ChatAnswer,
-    ChatRequest,
-    Endpoint,
-    EndpointRefused,
-    Fault,
-    Outage,
-    RequestRefused,
-)
+from deepspeed_chat_tlcr.asking.endpoint import ChatRequest, Endpoint, EndpointRefused, Fault, Outage, RequestRefused
 from deepspeed_chat_tlcr.asking.journal import ACCEPTED, RunFolder, State, replace_file, write_synced
 from deepspeed_chat_tlcr.asking.money import Account
 from deepspeed_chat_tlcr.asking.pace import back_off
@@ -43,7 +35,7 @@ FAILED_IN_A_ROW = 5
 OVER = ("completed", "expired", "cancelled", "failed")
 ON_ITS_WAY = ("validating", "in_progress", "finalizing", "cancelling")
 EXPIRED = "batch_expired"
-NOTHING = "nothing"  # a batch that is over and brought no outcome: the next one can wait
+NOTHING = "nothing"  # a finished batch that settled no request: the next one can wait
 
 
 @dataclass
@@ -58,9 +50,8 @@ class Chunk:
     alone: bool = False  # no other batch was on its way when this one was created
     ids: list[str] = field(default_factory=list)  # of its requests, in order
     done: set[str] = field(default_factory=set)  # custom ids whose answers are written down
-    settled: set[str] = field(default_factory=set)  # its ids that have their outcome
-    limits: dict[str, int] | None = None  # tokens of output by custom id, once its file was read for them
-    body: dict | None = None  # of its first request, likewise
+    settled: set[str] = field(default_factory=set)  # its ids that an earlier run has settled
+    fields: dict[str, dict] | None = None  # by custom id: the request without its messages, once the file was read
 
     @cached_property
     def members(self) -> set[str]:
@@ -76,8 +67,8 @@ class BatchRunner(Asker):
         self.size = limits.batch_size
         self.failed_in_a_row = 0
         self.most_live = math.inf  # batches on their way at a time; fewer once the endpoint enqueues no more
-        self.ended: Exception | None = None  # what a line of a batch says of the whole run: no credit, no such model
-        self.learning = False  # does the first batch ask alone
+        self.ended: Exception | None = None  # an error in a batch that ends the run: no credit, no such model
+        self.learning = False  # whether the first batch has one request only
         self.retries: Counter = Counter()
         self.waiting: dict[str, list[ChatRequest]] = {}  # requests of this wave without an outcome, by id
 
@@ -101,9 +92,9 @@ class BatchRunner(Asker):
         return self.stop_reason
 
     async def _learn(self, source: Iterator[ChatRequest]) -> bool:
-        """Ask plainly until one request is answered: a field that is not taken would cost a whole file of them.
+        """Send single calls until one is answered: with a field that is not taken, a whole file would be refused.
 
-        Whether to go on. Azure's deployments for batches answer no plain calls: there the first batch has one request.
+        Returns whether to go on. Azure's batch deployments take no single calls: there the first batch has one request.
         """
         if self.endpoint.azure_api_version:
             self.size = self.most_live = 1
@@ -147,18 +138,15 @@ class BatchRunner(Asker):
         by_number = {chunk.number: chunk for chunk in live}
         for chunk in live:
             chunk.ids = [_id(line["custom_id"]) for _, line in read_jsonl(self._input(chunk))]
-            chunk.settled = self._settled_before(chunk.ids)
+            ids = np.array(chunk.ids, "S")
+            settled = np.isin(ids, self.state.results) | np.isin(ids, self.state.failures)
+            chunk.settled = {id.decode() for id in ids[settled]}
             self.account.held += chunk.usd
         if live:
             for _, line in read_jsonl(self.folder.calls) if self.folder.calls.exists() else ():
                 if line.get("batch") in by_number:
                     by_number[line["batch"]].done.add(line["custom_id"])
         return run_id, live
-
-    def _settled_before(self, ids: list[str]) -> set[str]:
-        found = np.array(ids, "S")
-        settled = np.isin(found, self.state.results) | np.isin(found, self.state.failures)
-        return {id.decode() for id in found[settled]}
 
     def _note(self, chunk: Chunk, step: str, **more):
         chunk.step = step
@@ -170,9 +158,9 @@ class BatchRunner(Asker):
     # ---- one wave ----
 
     def _ours(self) -> list[Chunk]:
-        """The batches on their way that can be merged: all their requests are in this wave, or settled already.
+        """The batches that can be merged: all their requests are in this wave, or settled already.
 
-        Others can be there after a run with another --limit; their turn comes with their requests.
+        After a run with another --limit there can be others; they wait for their requests.
         """
         return [chunk for chunk in self.live if chunk.members <= self.waiting.keys() | chunk.settled]
 
@@ -192,7 +180,7 @@ class BatchRunner(Asker):
                 await self._pause(self.limits.batch_poll)
 
     def _plan(self):
-        """New batches for the requests that are in none."""
+        """Make batches of the requests that are in none."""
         in_batches = Counter(id for chunk in self.live for id in chunk.ids)
         todo = [
             request
@@ -235,33 +223,24 @@ class BatchRunner(Asker):
             self._note(chunk, "uploaded", file=chunk.file)
         batches = self.endpoint.client.batches
 
+        metadata = {"tlcr_run": self.run_id, "chunk": str(chunk.number)}
+        wanted = {"endpoint": self.endpoint.batch_url, "completion_window": "24h", "metadata": metadata}
+
         async def create():
-            # Of an earlier try it is not known whether it reached the endpoint: look before paying again.
-            known = await self._find(chunk) if chunk.step == "creating" else None
-            if chunk.step != "creating":
+            if chunk.step == "creating":  # an earlier try may have reached the endpoint: look before paying again
+                async for batch in batches.list(limit=100):
+                    if metadata.items() <= (batch.metadata or {}).items():
+                        return batch
+            else:
                 self._note(chunk, "creating")
-            return known or await described(
-                batches.create(
-                    input_file_id=chunk.file,
-                    endpoint=self.endpoint.batch_url,
-                    completion_window="24h",
-                    metadata={"tlcr_run": self.run_id, "chunk": str(chunk.number)},
-                )
-            )
+            return await described(batches.create(input_file_id=chunk.file, **wanted))
 
         chunk.alone = len(self.live) == 1
         chunk.batch = (await self._call(create)).id
         self._note(chunk, "created", batch=chunk.batch)
 
-    async def _find(self, chunk: Chunk):
-        async for batch in self.endpoint.client.batches.list(limit=100):
-            metadata = batch.metadata or {}
-            if metadata.get("tlcr_run") == self.run_id and metadata.get("chunk") == str(chunk.number):
-                return batch
-        return None
-
     async def _look_at(self, chunk: Chunk) -> str | None:
-        """Merge a batch that is over; its status, or None where it is on its way."""
+        """Merge a batch that is over and return its status; None while it is on its way."""
         batch = await self._call(lambda: with_status(self.endpoint.client.batches.retrieve(chunk.batch)))
         if batch.status not in OVER:
             return None
@@ -286,27 +265,21 @@ class BatchRunner(Asker):
         return batch.status if brought else NOTHING
 
     async def _take_missing(self, chunk: Chunk, paid: bool):
-        """Requests of a batch that is over of which no file says anything: sent again, but not without end.
-
-        ``paid``: each may have been billed like an answer.
-        """
+        """Send requests again that no file of their finished batch mentions. ``paid``: they may have been billed."""
         for _, line in read_jsonl(self._input(chunk)):
             custom_id = line["custom_id"]
             waiting = self.waiting.get(_id(custom_id))
             if custom_id not in chunk.done and waiting:
-                lost = self._most_of(chunk, waiting[-1], custom_id) if paid else 0.0
+                lost = self.account.most(waiting[-1].messages, self._limit_of(chunk, custom_id)) if paid else 0.0
                 await self._no_answer(chunk, waiting[-1], custom_id, "missing_in_batch", "", lost)
 
-    def _most_of(self, chunk: Chunk, request: ChatRequest, custom_id: str) -> float:
-        return self.account.most(request.messages, self._limit_of(chunk, custom_id))
-
     def _on_failed(self, chunk: Chunk, batch):
-        """A batch the endpoint did not even start. Raises where trying again would not help."""
+        """Handle a batch that the endpoint did not even start. Raises if trying again would not help."""
         errors = getattr(batch.errors, "data", None)
         errors = errors if isinstance(errors, list) else []
         codes, texts = ([getattr(error, name, None) for error in errors] for name in ("code", "message"))
-        code = self.endpoint.told(str(next(filter(None, codes), "unknown")))
-        text = self.endpoint.told(str(next(filter(None, texts), "no reason given")))
+        code = self.endpoint.cleaned(str(next(filter(None, codes), "unknown")))
+        text = self.endpoint.cleaned(str(next(filter(None, texts), "no reason given")))
         self.state.faults[f"batch_{code}"] += 1
         self.failed_in_a_row += 1
         if code == "token_limit_exceeded":
@@ -339,7 +312,7 @@ class BatchRunner(Asker):
     # ---- answers ----
 
     async def _merge(self, chunk: Chunk, path: Path):
-        """Write down every answer that is not yet: duplicates and those of an interrupted merge are passed over."""
+        """Write down every answer that is not on disk yet. Duplicates are skipped."""
         with path.open("rb") as lines:
             while group := list(islice(lines, 256)):
                 outcomes = await asyncio.gather(*(self._take(chunk, line) for line in group), return_exceptions=True)
@@ -357,26 +330,25 @@ class BatchRunner(Asker):
                 raise TypeError("not the line of a request")
             status = 0 if error or not response else int(response["status_code"])
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            self.state.faults["malformed_body"] += 1  # its request stays without an outcome, and is sent again
+            self.state.faults["malformed_body"] += 1  # its request will be missing, and is sent again
             return
         if custom_id in chunk.done or _id(custom_id) not in chunk.members:
             return
         waiting = self.waiting.get(_id(custom_id))
-        if not waiting:  # an interrupted merge has written its outcome down, but not what it cost
+        if not waiting:  # an interrupted merge has written the result down, but not its cost
             self._count_only(chunk, custom_id, response)
             return
         request = waiting[-1]
         where = {"batch": chunk.number, "custom_id": custom_id}
         try:
             if status != 200:
-                code, message = _error_of(line)
-                code, message = self.endpoint.told(code), self.endpoint.told(message)
+                code, message, param = map(self.endpoint.cleaned, _error_of(line))
                 if status == 0:
                     raise Fault(code or EXPIRED, message)
-                self.endpoint.raise_for(status, code, message, param=_param_of(line))
+                self.endpoint.raise_for(status, code, message, param=param)
             answer = self.endpoint.read(response["body"])
         except (KeyError, TypeError) as error:
-            lost = self._most_of(chunk, request, custom_id)
+            lost = self.account.most(request.messages, self._limit_of(chunk, custom_id))
             await self._no_answer(chunk, request, custom_id, "malformed_body", str(error), lost)
             return
         except Fault as fault:
@@ -384,15 +356,15 @@ class BatchRunner(Asker):
             await self._no_answer(chunk, request, custom_id, fault.kind, str(fault), lost)
             return
         except (Outage, EndpointRefused) as error:
-            # The run ends by it, once the batch is merged: the next run asks about this line's pair anew.
+            # It ends the run, after this batch is merged. The next run asks about this pair again.
             self.ended = self.ended or error
             chunk.done.add(custom_id)
             self.state.faults["refused"] += 1
             self.folder.note(id=request.id, outcome="refused", **where)
             return
         except RequestRefused as refused:
-            sent = self._sent(chunk)
-            if self.endpoint.learn(refused, sent) or self._differs(request, sent):
+            sent, now = self._fields(chunk, custom_id), self.endpoint.body(request).keys() - {"messages"}
+            if self.endpoint.learn(refused, sent) or now != sent.keys():
                 await self._no_answer(chunk, request, custom_id, "asked_otherwise", str(refused))
                 return
             chunk.done.add(custom_id)
@@ -412,26 +384,22 @@ class BatchRunner(Asker):
             self.state.attempts[request.id] = attempts
             self.waiting.setdefault(request.id, []).append(request)
 
-    def _sent(self, chunk: Chunk) -> dict:
-        """A body as a batch's file has them: all have the same fields."""
-        if chunk.body is None:
-            chunk.body = next(line["body"] for _, line in read_jsonl(self._input(chunk)))
-        return chunk.body
+    def _fields(self, chunk: Chunk, custom_id: str) -> dict:
+        """A request as the batch's file has it, without its messages."""
+        if chunk.fields is None:
+            chunk.fields = {}
+            for _, line in read_jsonl(self._input(chunk)):
+                line["body"].pop("messages")
+                chunk.fields[line["custom_id"]] = line["body"]
+        return chunk.fields.get(custom_id, {})
 
     def _limit_of(self, chunk: Chunk, custom_id: str) -> int:
         """The most tokens that a request of a batch asked for."""
-        if chunk.limits is None:
-            chunk.limits = {
-                line["custom_id"]: next((line["body"][name] for name in LIMIT_FIELDS if name in line["body"]), 0)
-                for _, line in read_jsonl(self._input(chunk))
-            }
-        return chunk.limits.get(custom_id) or self.endpoint.sampling.max_tokens
-
-    def _differs(self, request: ChatRequest, sent: dict) -> bool:
-        """Whether the fields that are sent by now are others than a batch's were."""
-        return self.endpoint.body(request).keys() != sent.keys()
+        sent = self._fields(chunk, custom_id)
+        return next((sent[name] for name in LIMIT_FIELDS if name in sent), self.endpoint.sampling.max_tokens)
 
     def _count_only(self, chunk: Chunk, custom_id: str, response: dict | None):
+        """Count the cost of an answer that is written down already."""
         chunk.done.add(custom_id)
         try:
             answer = self.endpoint.read(response["body"])
@@ -439,7 +407,8 @@ class BatchRunner(Asker):
             return
         sent = next(line["body"] for _, line in read_jsonl(self._input(chunk)) if line["custom_id"] == custom_id)
         messages, limit = sent["messages"], self._limit_of(chunk, custom_id)
-        usage, usd, book = self._count(ChatRequest(_id(custom_id), messages, _never), answer, limit)
+        request = ChatRequest(_id(custom_id), messages, accept=lambda answer, usage: "")
+        usage, usd, book = self._count(request, answer, limit)
         self.account.settle(0.0, spent=usd)
         where = {"batch": chunk.number, "custom_id": custom_id, **book}
         self.folder.note(id=_id(custom_id), outcome=ACCEPTED, usage=usage.as_dict(), usd=usd, **where)
@@ -447,7 +416,7 @@ class BatchRunner(Asker):
     async def _no_answer(
         self, chunk: Chunk, request: ChatRequest, custom_id: str, kind: str, detail: str, lost: float = 0.0
     ):
-        """Sent again with the next batch, unless that was tried too often. ``lost``: US$ it may have cost at most."""
+        """Send a request again in the next batch, unless tried too often. ``lost``: the most it may have cost."""
         chunk.done.add(custom_id)
         self.state.faults[kind] += 1
         self.account.settle(0.0, lost=lost)
@@ -466,10 +435,10 @@ class BatchRunner(Asker):
     # ---- calls ----
 
     async def _call(self, call):
-        """``await call()`` until it brings something. Raises ``Outage`` when retries are used up."""
+        """``await call()``, with retries. Raises ``Outage`` when they are used up."""
         for retry in range(self.limits.max_retries + 1):
             try:
-                with self.endpoint.errors_told_apart():
+                with self.endpoint.classify_errors():
                     return await call()
             except Fault as fault:
                 last = fault
@@ -483,39 +452,30 @@ class BatchRunner(Asker):
 
 
 async def described(call: Awaitable):
-    """The file or the batch that a call describes. Raises ``Fault`` where what came back describes none."""
-    found = await call
-    if not isinstance(getattr(found, "id", None), str):
-        raise Fault("malformed_body", f"no id in {str(found)[:100]!r}")
-    return found
+    """The file or batch that a call returns. Raises ``Fault`` for a reply that describes neither."""
+    reply = await call
+    if not isinstance(getattr(reply, "id", None), str):
+        raise Fault("malformed_body", f"no id in {str(reply)[:100]!r}")
+    return reply
 
 
 async def with_status(call: Awaitable):
-    """As ``described``, for a batch. Raises ``Fault`` where its status is none that a batch has."""
+    """As ``described``, for a batch. Raises ``Fault`` for an unknown status."""
     batch = await described(call)
     if batch.status not in (*OVER, *ON_ITS_WAY):
         raise Fault("malformed_body", f"a batch with the status {str(batch.status)[:40]!r}")
     return batch
 
 
-def _never(answer: ChatAnswer, usage: dict) -> str:
-    raise AssertionError("its outcome is written down already")
-
-
 def _id(custom_id: str) -> str:
     return custom_id.rpartition("-")[0]
 
 
-def _error_of(line: dict) -> tuple[str, str]:
-    """The code and the text of a batch line's error, wherever it stands."""
+def _error_of(line: dict) -> tuple[str, str, str]:
+    """Code, message and parameter of a batch line's error, wherever it stands."""
     body = (line.get("response") or {}).get("body")
-    found = line.get("error") or (body.get("error") if isinstance(body, dict) else body) or {}
-    if not isinstance(found, dict):
-        return "", str(found)
-    return str(found.get("code") or ""), str(found.get("message") or "")
-
-
-def _param_of(line: dict) -> str:
-    body = (line.get("response") or {}).get("body")
-    error = body.get("error") if isinstance(body, dict) else None
-    return str(error.get("param") or "") if isinstance(error, dict) else ""
+    error = line.get("error") or (body.get("error") if isinstance(body, dict) else body) or {}
+    if not isinstance(error, dict):
+        return "", str(error), ""
+    code, message, param = (str(error.get(key) or "") for key in ("code", "message", "param"))
+    return code, message, param

@@ -1,4 +1,4 @@
-"""Asking a chat model many questions, for whatever purpose: the options of it, its price, and one run to its end."""
+"""Asking a chat model many questions: the options, the price, and one run from start to end."""
 
 import datetime
 import os
@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.batch import BatchRunner
@@ -40,7 +40,7 @@ class EndpointOptions:
     """external model"""
 
     base_url: str | None = option(
-        None, "address of the endpoint, such as http://127.0.0.1:8000/v1; unset: OPENAI_BASE_URL, else OpenAI"
+        None, "the endpoint, such as http://127.0.0.1:8000/v1; unset: OPENAI_BASE_URL, else OpenAI"
     )
     api_key_env: str = option("OPENAI_API_KEY", "name of the environment variable that holds the key")
     azure_api_version: str | None = option(None, "such as 2024-10-21: --base_url is an Azure OpenAI resource")
@@ -56,9 +56,7 @@ class EndpointOptions:
     timeout: float = option(120.0, "seconds after which a call is given up and retried", least=0.001, most=86_400)
     max_retries: int = option(10, "retries of one call that brings no answer", least=0, most=1000)
     batch: bool = option(False, "OpenAI's Batch API: half the price, up to a day")
-    batch_size: int = option(
-        50_000, "requests per batch; fewer where the endpoint enqueues few tokens at once", most=50_000
-    )
+    batch_size: int = option(50_000, "requests per batch; fewer if the endpoint enqueues few tokens", most=50_000)
     batch_poll: float = option(60.0, "seconds between two looks at the batches", least=0.001, most=86_400)
     prices: str = option(str(PRICES), "table of models: US$ per million tokens, efforts, last days")
     price: str | None = option(None, "IN,OUT: US$ per million tokens, such as 0.1,0.5, of a model that --prices lacks")
@@ -67,12 +65,12 @@ class EndpointOptions:
 
     @property
     def address(self) -> str | None:
-        """Where to ask; None: OpenAI. ``OPENAI_BASE_URL`` counts as it does for OpenAI's own client."""
-        return self.base_url or os.environ.get("OPENAI_BASE_URL") or None
+        """The endpoint's address, without a final slash; None: OpenAI. OPENAI_BASE_URL counts as for its client."""
+        return (self.base_url or os.environ.get("OPENAI_BASE_URL") or "").rstrip("/") or None
 
 
 def check_endpoint(options: EndpointOptions) -> None:
-    """Raises ``InputError`` for the first option that cannot be right."""
+    """Raise ``InputError`` for the first impossible option."""
     for name in ("requests_per_minute", "tokens_per_minute"):
         if 0 < getattr(options, name) < 0.1:
             raise InputError(f"--{name} {getattr(options, name):g}: must be 0, for no limit, or at least 0.1")
@@ -85,46 +83,40 @@ def check_endpoint(options: EndpointOptions) -> None:
         check_base_url(options.address, "--base_url" if options.base_url else "OPENAI_BASE_URL")
 
 
-def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling, context: int | None = None) -> Endpoint:
+def make_endpoint(options: EndpointOptions, model: str, sampling: Sampling) -> Endpoint:
     known = known_model(model, options.prices)
-    address = options.address and options.address.rstrip("/")
-    efforts = (known.efforts, known.default_effort) if known else ()
-    more = (sampling, options.timeout, context, *efforts)
-    return Endpoint(model, address, options.api_key_env, options.azure_api_version, *more)
+    where = (options.address, options.api_key_env, options.azure_api_version)
+    return Endpoint(model, *where, sampling, options.timeout, known)
 
 
 def listed_price(options: EndpointOptions, model: str) -> Price | None:
-    """US$ per million tokens, by ``--price``, the table, or 0 on a machine of the user's own; None: not known."""
+    """The price by ``--price`` or the table; 0 on a machine of the user's own; None: not known."""
     return Price.parse(options.price) if options.price else price_of(model, options.address, options.prices)
 
 
 def known_price(options: EndpointOptions, model: str) -> Price:
-    """US$ per million tokens, plain, also with ``--batch``; asked for where it is not listed.
+    """The price, before any discount of ``--batch``. An unlisted price is asked for on the terminal.
 
-    Raises ``InputError`` where it is unknown and no one is there to answer: nothing is spent at an unknown price.
+    Raises ``InputError`` without a terminal: nothing is spent at an unknown price.
     """
     price = listed_price(options, model)
     if price is not None:
         return price
-    remedy = (
-        f"give it with --price IN,OUT (0,0 if it costs nothing), or add it to {options.prices} (or a copy: --prices)"
-    )
+    remedy = f"give it with --price IN,OUT (0,0: it costs nothing), or add it to {options.prices} or a copy (--prices)"
     if not sys.stdin.isatty():
         raise InputError(f"the price of {model!r} is not known, so neither is what this would cost: {remedy}")
-    print(
-        f"The price of {model} is not known. US$ per million tokens in and out, such as 0.1,0.5: ", end="", flush=True
-    )
+    print(f"The price of {model} is not known. US$ per million tokens IN,OUT, such as 0.1,0.5: ", end="", flush=True)
     return Price.parse(sys.stdin.readline().strip(), "the price")
 
 
 def discount(options: EndpointOptions, model: str) -> float:
-    """The share of the price that is charged: less than 1 with ``--batch``."""
+    """The share of the price that is charged; below 1 with ``--batch``."""
     known = known_model(model, options.prices)
     return 1.0 if not options.batch else known.batch if known else 0.5
 
 
 def expected_effort(options: EndpointOptions, model: str) -> str | None:
-    """The effort that an estimate reckons with."""
+    """The reasoning effort that estimates assume."""
     known = known_model(model, options.prices)
     if options.reasoning_effort == LOWEST:
         return (known.efforts or ("none",))[0] if known else "none"
@@ -132,49 +124,44 @@ def expected_effort(options: EndpointOptions, model: str) -> str | None:
 
 
 def resolve_model(options: EndpointOptions, model: str | None, flag: str) -> str:
-    """The model's name; the only one that a server of the user's own has, where none is named.
-
-    Raises ``InputError`` that says how to name one.
-    """
+    """The model's name. Without one, the only model that the user's own server has; else ``InputError``."""
     if model:
         return model
     if not options.address:
         raise InputError(f"{flag} is missing: the name of the model to ask, such as gpt-6-luna")
     shown = without_secrets(options.address)
-    names = list(served_models(options.address.rstrip("/"), read_key(options.api_key_env, needed=False)))
+    names = list(served_models(options.address, read_key(options.api_key_env, needed=False)))
     if len(names) != 1:
-        told = ", ".join(printable(name)[:80] for name in names[:10]) or "it lists none, or does not answer"
-        raise InputError(f"{flag} is missing: name one of the models at {shown} ({told})")
+        listed = ", ".join(printable(name)[:80] for name in names[:10]) or "it lists none, or does not answer"
+        raise InputError(f"{flag} is missing: name one of the models at {shown} ({listed})")
     return names[0]
 
 
 def warn_of_end(known: KnownModel | None, address: str | None) -> None:
-    """Say what the table knows of a model's last day; elsewhere than at OpenAI the name may mean another."""
+    """Print a model's last day, from the table. At other addresses than OpenAI's the name may mean another model."""
     if known and address is None and (end := known.end(datetime.date.today())):
         print(f"warning: {end}", file=sys.stderr, flush=True)
 
 
 def ask_about_model(options: EndpointOptions, model: str, hours: float, variable: str) -> int | None:
-    """Ask the endpoint for the model before any question; its context length, tokens, where that is told.
+    """Look the model up at the endpoint before any question. Returns its context length in tokens, if that is listed.
 
-    Raises ``InputError`` where the model is unknown there, shut down, or will be before a run of so many hours can end.
+    Raises ``InputError`` if the endpoint does not have the model, or will not have it for so many hours.
     """
-    if options.azure_api_version:  # its models are deployments, with lives of their own
+    if options.azure_api_version:  # its deployments are not listed like models
         return None
-    key = read_key(options.api_key_env, needed=options.address is None)
-    address = options.address and options.address.rstrip("/")
-    listing = ask_listing(model, address, key, min(10.0, options.timeout))
-    known = known_model(model, options.prices)
+    key, timeout = read_key(options.api_key_env, needed=options.address is None), min(10.0, options.timeout)
+    listing = ask_listing(model, options.address, key, timeout)
     hours = max(hours, BATCH_HOURS) if options.batch else hours
-    if reason := reason_not_to_start(model, listing, hours, variable, known):
+    if reason := reason_not_to_start(model, listing, hours, variable, known_model(model, options.prices)):
         raise InputError(reason)
-    if listing.context is None and address:
-        return served_models(address, key, min(10.0, options.timeout)).get(model)
+    if listing.context is None and options.address:
+        return served_models(options.address, key, timeout).get(model)
     return listing.context
 
 
 def agreed(options: EndpointOptions, expected: Estimate) -> bool:
-    """Ask before spending much, where someone is there to answer."""
+    """Whether the run may start; asks on a terminal before it costs much."""
     cheap = expected.usd is not None and expected.usd <= ASK_ABOVE_USD
     if options.yes or cheap or not sys.stdin.isatty():
         return True
@@ -191,18 +178,9 @@ async def run_all(
     requests: Iterable[ChatRequest],
     progress: Progress,
 ) -> str | None:
-    """Ask for everything, one call at a time per slot or in batches; why it stopped early, if it did."""
-    limits = Limits(
-        options.concurrency,
-        options.attempts,
-        options.max_retries,
-        options.requests_per_minute,
-        options.tokens_per_minute,
-        batch_size=options.batch_size,
-        batch_poll=options.batch_poll,
-    )
-    kind = BatchRunner if options.batch else Dispatcher
-    runner = kind(endpoint, folder, account, limits, state)
+    """Send all requests, as single calls or in batches. Returns why the run stopped early, or None."""
+    limits = Limits(**{entry.name: getattr(options, entry.name) for entry in fields(Limits)})
+    runner = (BatchRunner if options.batch else Dispatcher)(endpoint, folder, account, limits, state)
     folder.open_files()
     try:
         stopped = await runner.run(requests, progress.show)
@@ -216,7 +194,7 @@ async def run_all(
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """SIGTERM as SIGINT: outside the event loop, which handles both itself, they raise KeyboardInterrupt."""
+    """Have SIGTERM raise KeyboardInterrupt as SIGINT does. The event loop handles both itself."""
 
     def interrupt(*_):
         raise KeyboardInterrupt

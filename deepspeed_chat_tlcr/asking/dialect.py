@@ -1,12 +1,11 @@
-"""What one endpoint takes of one model, learnt from its own refusals: names differ by model, gateway and year.
+"""Which request fields an endpoint takes for a model, learnt from its refusals.
 
-Which field limits the answer, whether temperature, top_p and seed are taken, how much thinking can be asked for, how
-long prompt and answer may be: an address or a model's name cannot tell. So the first request is alone, and what its
-refusals say holds for all that follow.
+Models, gateways and years differ in the field that limits the answer, in temperature, top_p and seed, in the efforts of
+reasoning and in lengths. So the first request is sent alone, and what its refusals say holds for all that follow.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from deepspeed_chat_tlcr.asking.models import EFFORTS
 
@@ -25,7 +24,7 @@ _CONTEXT = re.compile(r"(?:maximum|max) (?:model |context )+(?:length|window|len
 _MOST_OUTPUT = re.compile(
     r"(?:at most|maximum(?: value)?(?: of| is)?|<=|less than or equal to) (\d{2,8})", re.IGNORECASE
 )
-# What concerns one request and no other, in code or message.
+# Codes and messages about the content of one request.
 OF_ONE_REQUEST = re.compile(
     r"content[_ ](management )?(filter|policy)|context[_ ]length|string_above_max_length|prompt is too long"
     r"|invalid_prompt|flagged|moderation|safety|maximum (context|model|prompt) len|too many (input )?tokens|too long",
@@ -34,7 +33,7 @@ OF_ONE_REQUEST = re.compile(
 
 
 class EffortRefused(Exception):
-    """The effort that was asked for by name does not exist; ``choices``: those that do."""
+    """The model does not have the effort that was asked for by name; it has ``choices``."""
 
     def __init__(self, choices: list[str]):
         super().__init__(", ".join(choices))
@@ -43,20 +42,20 @@ class EffortRefused(Exception):
 
 @dataclass
 class Dialect:
-    """``effort``: what ``reasoning_effort`` says; None: the field is not sent. Sizes are tokens; None: not known."""
+    """``effort``: the ``reasoning_effort`` that is sent; None: none is. Sizes are tokens; None: not known."""
 
     limit_field: str = "max_tokens"
     effort: str | None = None
-    lowest: bool = False  # the effort is the lowest there is, whichever that may be
-    left_out: list[str] = field(default_factory=list)  # fields that are not taken
+    lowest: bool = False  # whether the lowest effort of the model was asked for
+    left_out: list[str] = field(default_factory=list)  # fields that the endpoint does not take
     context: int | None = None  # of prompt and answer together
     most_output: int | None = None
-    refusals: int = 0  # requests refused to learn this
+    refusals: int = 0  # requests from whose refusal this was learnt
 
     def as_dict(self) -> dict:
-        """As run.json shows it."""
-        told = {"limit_field": self.limit_field, "reasoning_effort": self.effort, "left_out": sorted(self.left_out)}
-        return told | {"context": self.context, "refused_requests": self.refusals}
+        """The form in run.json."""
+        sent = {"limit_field": self.limit_field, "reasoning_effort": self.effort, "left_out": sorted(self.left_out)}
+        return sent | {"context": self.context, "refused_requests": self.refusals}
 
     def fields(self, limit: int, **sampling) -> dict:
         """The request's fields besides model and messages; ``sampling`` that is None or not taken is left out."""
@@ -64,21 +63,21 @@ class Dialect:
         return {name: value for name, value in wanted.items() if value is not None and name not in self.left_out}
 
     def learn(self, status: int, code: str, param: str, message: str, sent: dict) -> bool:
-        """Whether a refusal of ``sent`` says how else to ask; then this has changed and the same can be asked anew.
+        """Whether a refusal of ``sent`` says how to ask instead; then the same can be asked again, with other fields.
 
-        Raises ``EffortRefused`` where an effort asked for by name does not exist.
+        Raises ``EffortRefused`` if the model does not have the effort that was asked for by name.
         """
         if status not in (400, 422):
             return False
-        before = (self.limit_field, self.effort, tuple(self.left_out), self.context, self.most_output)
+        before = asdict(self)
         self._take_in(code, param, message, sent)
-        learnt = before != (self.limit_field, self.effort, tuple(self.left_out), self.context, self.most_output)
+        learnt = before != asdict(self)
         self.refusals += learnt
         return learnt
 
     def _take_in(self, code: str, param: str, message: str, sent: dict):
-        if found := _CONTEXT.search(message):
-            self.context = min(self.context or 10**9, int(found[1]))
+        if length := _CONTEXT.search(message):
+            self.context = min(self.context or 10**9, int(length[1]))
             return
         if OF_ONE_REQUEST.search(f"{code} {message}"):
             return
@@ -88,7 +87,7 @@ class Dialect:
             if most and int(most[1]) < sent[name]:
                 self.most_output = int(most[1])
             elif self._says_unknown(code, message):
-                # Not back and forth: the one that was refused is out, and where both are, none is sent.
+                # Once refused, a name is not tried again; where both are refused, none is sent.
                 self.left_out.append(name)
                 self.limit_field = next((other for other in LIMIT_FIELDS if other not in self.left_out), name)
         elif name == "reasoning_effort" and self._says_unknown(code, message):

@@ -1,14 +1,14 @@
 """Send many chat requests, each until it has a usable answer or is given up, and write every outcome down.
 
-Knows nothing of revisions: a request brings the function that reads its answer. Nothing that was paid for is lost:
-an answer counts once it is on disk, attempts and money survive a kill, a stop waits for the calls in flight.
+Nothing that was paid for is lost: an answer counts once it is on disk, attempts and money survive a kill, and a stop
+waits for the calls in flight.
 """
 
 import asyncio
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from deepspeed_chat_tlcr.asking.endpoint import (
@@ -31,30 +31,30 @@ TRIES_TO_CONNECT = 3  # before the first answer: a wrong address should not take
 GIVEN_UP_IN_A_ROW = 20  # requests without any answer in between: the endpoint is down, not the requests
 DOUBTFUL = 5  # requests refused alike before any was answered: the settings are wrong, not the requests
 REFUSED = "refused_by_endpoint"
-LONE_FAULTS = 3  # calls without an answer after which the first request no longer keeps the others waiting
+LONE_FAULTS = 3  # calls without an answer after which the others no longer wait for the first request
+GRACE = 20.0  # seconds that a stop waits for calls in flight
 
 
 @dataclass(frozen=True)
 class Limits:
-    """``attempts``: usable answers are asked for this often. ``max_retries``: of one call that brings no answer."""
+    """The options of these names in ``client.EndpointOptions``."""
 
     concurrency: int = 32
     attempts: int = 3
     max_retries: int = 10
     requests_per_minute: float = 0.0
     tokens_per_minute: float = 0.0
-    grace: float = 20.0  # seconds that a stop waits for calls in flight
-    batch_size: int = 50_000  # requests in one file of the Batch API
-    batch_poll: float = 60.0  # seconds between two looks at the batches
+    batch_size: int = 50_000
+    batch_poll: float = 60.0
 
 
 class Asker:
-    """What both ways of asking share, one by one and in batches: money and counts, answers written down, a stop."""
+    """What single calls and batches share: counting money and tokens, writing answers down, stopping."""
 
     def __init__(self, endpoint: Endpoint, folder: RunFolder, account: Account, limits: Limits, state: State):
         self.endpoint, self.folder, self.account, self.limits, self.state = endpoint, folder, account, limits, state
         self.accepted = self.failed = 0
-        self.answered = False  # has the endpoint answered anything in this run
+        self.answered = False  # whether the endpoint has answered anything in this run
         self.stopping = asyncio.Event()
         self.stop_reason: str | None = None
 
@@ -72,15 +72,12 @@ class Asker:
                 return
 
     async def _fail(self, request: ChatRequest, kind: str, detail: str):
-        """The request has its outcome: none."""
+        """Write down that a request is given up."""
         await self.folder.add_failure(request.id, kind, detail)
         self.failed += 1
 
     def _count(self, request: ChatRequest, answer: ChatAnswer, limit: int) -> tuple[Usage, float, dict]:
-        """Tokens and US$ of an answer, and what else the account book notes of it.
-
-        Endpoint and account take in what the answer says of how the endpoint bills.
-        """
+        """Tokens and US$ of an answer, and further entries for the account book."""
         shown = answer.text + answer.thinking
         usage = counted_usage(answer.usage, request.messages, shown, limit, self.endpoint.thinks)
         usd = self.account.usd(usage)
@@ -88,7 +85,7 @@ class Asker:
         return usage, usd, ({"overrun": round(overrun, 3)} if overrun > 1 else {})
 
     def _lost_by(self, request: ChatRequest, fault: Fault, limit: int) -> float:
-        """The most that a call without an answer may have cost, US$, by its limit or by what it reports itself."""
+        """The most that a call without an answer may have cost, US$, by its limit or its own report."""
         if not fault.maybe_billed:
             return 0.0
         usage = counted_usage(fault.usage, request.messages, "", limit)
@@ -101,9 +98,9 @@ class Asker:
     async def _record(
         self, request: ChatRequest, answer: ChatAnswer, usage: Usage, usd: float, attempts: int, limit: int, **where
     ) -> int:
-        """Write down what became of an answer: -1 where the request has its outcome, else its unusable answers so far.
+        """Write an answer down, with ``where`` in the account book.
 
-        ``where`` is noted too.
+        Returns -1 if the request is settled by it, else the number of unusable answers so far.
         """
         book = {"id": request.id, "usage": usage.as_dict(), "usd": usd, **where}
         self.state.prompt_tokens += usage.prompt_tokens
@@ -139,11 +136,17 @@ class Dispatcher(Asker):
         self.given_up_in_a_row = 0
         self.doubtful: dict[str, list[tuple[ChatRequest, str]]] = {}  # refused before any answer, by like words
         self.lone_faults = self.lone_refusals = 0
-        self.let_loose = asyncio.Event()  # the first request has told how to ask: the others may follow
+        self.let_loose = asyncio.Event()  # set once the first request has shown what the endpoint takes
         self.error: BaseException | None = None
 
-    async def run(self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None) -> str | None:
-        """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk)."""
+    async def run(
+        self, requests: Iterable[ChatRequest], on_outcome=lambda dispatcher: None, seconds: float | None = None
+    ) -> str | None:
+        """Raises ``EndpointRefused`` for what only the user can mend, and what the system raises (a full disk).
+
+        ``seconds``: when they are over, it stops ("late") and gives up the calls in flight. Then SIGINT and SIGTERM are
+        left to the caller, who waits no longer than that; without a limit they stop it.
+        """
         self.on_outcome = on_outcome
         source = iter(requests)
         loop = asyncio.get_running_loop()
@@ -151,14 +154,17 @@ class Dispatcher(Asker):
         spare = max(8, self.limits.concurrency // 4)
         count = self.limits.concurrency + spare
         workers = [loop.create_task(self._work(source, alone=number == 0)) for number in range(count)]
-        with on_stop_signals(lambda name: self._on_signal(workers, name)):
+        late = loop.call_later(seconds, self.stop, "late") if seconds is not None else None
+        with nullcontext() if late else on_stop_signals(lambda name: self._on_signal(workers, name)):
             stopped = loop.create_task(self.stopping.wait())
             everything: asyncio.Future = asyncio.gather(*workers)
             await asyncio.wait([stopped, everything], return_when=asyncio.FIRST_COMPLETED)
             if self.stopping.is_set():
-                await asyncio.wait(workers, timeout=self.limits.grace)
+                await asyncio.wait(workers, timeout=0 if late else GRACE)
                 for worker in workers:
                     worker.cancel()
+            if late:
+                late.cancel()
             stopped.cancel()
             await asyncio.gather(stopped, everything, return_exceptions=True)
         if self.error is not None:
@@ -225,7 +231,7 @@ class Dispatcher(Asker):
                 return
 
     async def _attempt(self, request: ChatRequest, attempts: int) -> int:
-        """One call and its outcome on disk: the number of unusable answers so far, or -1 where there is an outcome."""
+        """One call and its outcome on disk. Returns as ``_record`` does."""
         expected = question_size(request.messages) / BYTES_PER_TOKEN + 300
         await self.slots.acquire()
         rate_limited = answered = False
@@ -275,9 +281,10 @@ class Dispatcher(Asker):
         return True
 
     async def _refuse(self, request: ChatRequest, refused: RequestRefused):
-        """A failure of its pair; unless nothing was ever answered and all are refused alike, whatever they ask.
+        """Write a refusal down as a failure of its pair.
 
-        Then nothing is written down, so that the mended command asks about them.
+        Refusals before the first answer are kept back: if all are alike, the settings are wrong, and the mended
+        command asks again.
         """
         if self.answered or self.state.results.size or refused.is_of_one_request:
             await self._fail(request, REFUSED, str(refused))
@@ -293,8 +300,9 @@ class Dispatcher(Asker):
             self.let_loose.set()
 
     async def _settle_doubtful(self):
-        for request, message in [one for alike in self.doubtful.values() for one in alike]:
-            await self._fail(request, REFUSED, message)
+        for alike in self.doubtful.values():
+            for request, message in alike:
+                await self._fail(request, REFUSED, message)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
-"""An OpenAI-compatible chat endpoint: one call, and what each way of going wrong means for the caller.
+"""An OpenAI-compatible chat endpoint: one call, and what each kind of error means for the caller.
 
-Works with OpenAI, Azure OpenAI and local servers (vLLM, ``transformers serve``, Ollama, llama.cpp). Knows nothing of
-revisions: whatever asks a chat model many questions can use it.
+Works with OpenAI, Azure OpenAI and local servers (vLLM, ``transformers serve``, Ollama, llama.cpp).
 """
 
 import asyncio
@@ -20,7 +19,7 @@ from typing import Any, NoReturn
 import openai
 
 from deepspeed_chat_tlcr.asking.dialect import LOWEST, OF_ONE_REQUEST, Dialect, EffortRefused
-from deepspeed_chat_tlcr.asking.models import OPENAI_URL
+from deepspeed_chat_tlcr.asking.models import OPENAI_URL, KnownModel
 from deepspeed_chat_tlcr.asking.money import question_size
 from deepspeed_chat_tlcr.asking.redaction import MOST_MESSAGE, printable, read_key, redactor, without_secrets
 from deepspeed_chat_tlcr.errors import InputError
@@ -45,9 +44,9 @@ CUT_SHARE = 0.02  # of the answers: with more than that cut, all get more room, 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
-    """What came back: ``usage`` is as reported, so it may be missing or wrong; see ``money.counted_usage``.
+    """An answer. ``usage`` is as reported, so it may be missing or wrong (``money.counted_usage``).
 
-    ``text`` is without the thinking that some servers put before it; ``thinking`` is that, where it is shown.
+    ``text`` is without the thinking that some servers put in front of it, which is in ``thinking``.
     """
 
     text: str
@@ -58,7 +57,7 @@ class ChatAnswer:
 
 
 class Unusable(Exception):
-    """An answer came, but not one that can be used; ``reason`` is one word for it."""
+    """An answer that cannot be used; ``reason`` says why in one word."""
 
     def __init__(self, reason: str):
         super().__init__(reason)
@@ -86,13 +85,13 @@ class Fault(Exception):
         maybe_billed: bool = False,
         usage: dict | None = None,
     ):
-        """``usage``: as the call reports it, where it brought that and nothing else to be read."""
+        """``usage``: as reported by a call whose body was otherwise unreadable."""
         super().__init__(f"{kind}: {detail}" if detail else kind)
         self.kind, self.wait, self.maybe_billed, self.usage = kind, wait, maybe_billed, usage or {}
 
 
 class RequestRefused(Exception):
-    """The endpoint will not answer this request as it is (too long, filtered): the others may be fine."""
+    """The endpoint will not answer this request as it is (too long, filtered). Others may be fine."""
 
     def __init__(self, status: int, code: str, message: str, param: str = ""):
         super().__init__(f"http {status} {code}: {message}" if status else f"{code}: {message}")
@@ -100,7 +99,7 @@ class RequestRefused(Exception):
 
     @property
     def is_of_one_request(self) -> bool:
-        """Whether it says itself that it is about what was asked, not about how."""
+        """Whether the refusal is about this request's content, not about the settings."""
         return self.status == 413 or bool(OF_ONE_REQUEST.search(f"{self.code} {self.message}"))
 
 
@@ -109,11 +108,11 @@ class EndpointRefused(InputError):
 
 
 class Outage(Exception):
-    """Stop, to be continued: the endpoint is not there any more, or the credit is used up."""
+    """Stop for now: the endpoint is gone, or the credit is used up."""
 
 
 class ErrorInAnswer(Exception):
-    """A body that came as an answer and is an error."""
+    """An error in the body of an HTTP 200 response."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -122,7 +121,7 @@ class ErrorInAnswer(Exception):
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a request asks for besides its messages. None: the server's default, and the field is not sent."""
+    """The settings of all requests. None: the server's default, and the field is not sent."""
 
     max_tokens: int = 1024
     temperature: float | None = None
@@ -141,29 +140,24 @@ class Endpoint:
         azure_api_version: str | None = None,
         sampling: Sampling | None = None,
         timeout: float = 120.0,
-        context: int | None = None,
-        efforts: tuple[str, ...] = (),
-        default_effort: str | None = None,
+        known: KnownModel | None = None,
     ):
-        """``efforts``: those the model is known to have, ``default_effort`` where none is asked for; ``context``: its
-        length in tokens. All of them where they are known.
-        """
+        """``known``: the model's entry in the table of models, if it has one."""
         self.model, self.base_url, self.api_key_env = model, base_url, api_key_env
         self.sampling, self.timeout = sampling or Sampling(), timeout
         self.shown_url = without_secrets(base_url or OPENAI_URL)
         lowest = self.sampling.reasoning_effort == LOWEST
-        effort = (efforts or ("none",))[0] if lowest else self.sampling.reasoning_effort
-        # OpenAI takes the new name for every model, other servers all know the old one: where to begin, no more.
+        effort = ((known and known.efforts) or ("none",))[0] if lowest else self.sampling.reasoning_effort
+        # A first guess: OpenAI takes the new name for every model, and all other servers know the old one.
         limit_field = "max_completion_tokens" if base_url is None else "max_tokens"
-        self.dialect = Dialect(limit_field, effort, lowest, context=context)
-        self.room = ROOM.get(effort or default_effort or "", 0)
+        self.dialect = Dialect(limit_field, effort, lowest)
+        self.room = ROOM.get(effort or (known and known.default_effort) or "", 0)
         self.cuts: Counter[str] = Counter()  # by request: how often its answer was cut
         self.answers_here = self.cuts_here = 0  # since the room last grew
         self.answered = False  # then what refuses it for good is an outage: the settings are right
         self.thinks = self.room > 0  # or an answer spent tokens on hidden reasoning
         key = read_key(api_key_env, needed=base_url is None or azure_api_version is not None)
-        redact = redactor(key, base_url)
-        self.redact = redact
+        self.redact = redactor(key, base_url)
         self.batch_url = "/chat/completions" if azure_api_version else "/v1/chat/completions"
         self.azure_api_version, self.key = azure_api_version, key or "none"
         if azure_api_version and not base_url:
@@ -174,9 +168,7 @@ class Endpoint:
         self.client = self._connect()
 
     def _connect(self) -> openai.AsyncOpenAI:
-        limits = type(openai.DEFAULT_CONNECTION_LIMITS)(
-            max_connections=None, max_keepalive_connections=CALLS_PER_CLIENT
-        )
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=CALLS_PER_CLIENT)
         common: dict[str, Any] = {
             "api_key": self.key,
             "max_retries": 0,  # retries are the dispatcher's, which counts, paces and reports them
@@ -198,10 +190,10 @@ class Endpoint:
         return client
 
     def limit(self, request: ChatRequest) -> int:
-        """Most tokens of the answer, hidden reasoning included: twice as many each time that it was cut."""
+        """Most tokens of the answer, hidden reasoning included; doubled each time that it was cut."""
         limit = (self.sampling.max_tokens + self.room) << min(self.cuts[request.id] if self.cuts else 0, 6)
         limit = min(limit, max(MOST_LIMIT, self.sampling.max_tokens))
-        if self.dialect.limit_field in self.dialect.left_out:  # it takes no limit: an answer may be as long as any
+        if self.dialect.limit_field in self.dialect.left_out:  # the endpoint takes no limit
             return max(MOST_LIMIT, limit)
         if self.dialect.context:
             left = self.dialect.context - question_size(request.messages) // 3 - 64
@@ -209,26 +201,25 @@ class Endpoint:
         return min(limit, self.dialect.most_output or limit)
 
     def observe(self, request: ChatRequest, answer: ChatAnswer, limit: int) -> bool:
-        """Take in whether the limit cut the answer, and whether the model thinks; True where it was cut."""
+        """Note whether the limit cut the answer, and whether the model thinks. Returns whether it was cut."""
         self.answered = True
         self.thinks = self.thinks or bool(answer.thinking) or reasoning_tokens(answer.usage) > 0
         cut = answer.finish_reason == "length"
-        if limit != self.sampling.max_tokens + self.room:
-            self.cuts[request.id] += cut
-            return cut
-        self.answers_here += 1
         if cut:
             self.cuts[request.id] += 1
-            self.cuts_here += 1
-            if self.cuts_here >= 2 and self.cuts_here > CUT_SHARE * self.answers_here and limit < MOST_LIMIT:
+        if limit == self.sampling.max_tokens + self.room:
+            self.answers_here += 1
+            self.cuts_here += cut
+            many = self.cuts_here >= 2 and self.cuts_here > CUT_SHARE * self.answers_here
+            if cut and many and limit < MOST_LIMIT:
                 self.room += limit
                 self.answers_here = self.cuts_here = 0
         return cut
 
     def body(self, request: ChatRequest, attempt: int = 0, limit: int | None = None) -> dict:
-        """The JSON body of a chat-completions request; a further attempt has another seed, if it has any.
+        """The JSON body of a chat-completions request; each attempt has a seed of its own, if any.
 
-        ``limit``: the most tokens to ask for; unset: as many as ``self.limit`` says.
+        ``limit``: the most tokens to ask for; unset: ``self.limit(request)``.
         """
         most = self.limit(request)
         fields = self.dialect.fields(
@@ -240,7 +231,7 @@ class Endpoint:
         return {"model": self.model, "messages": request.messages, **fields}
 
     async def ask(self, request: ChatRequest, attempt: int = 0, limit: int | None = None) -> ChatAnswer:
-        """One call, no retry but where a refusal told how to ask. ``limit``: as in ``body``.
+        """One call, repeated only where a refusal said how to ask instead. ``limit``: as in ``body``.
 
         Raises ``Fault``, ``RequestRefused``, ``EndpointRefused`` or ``Outage``.
         """
@@ -251,13 +242,13 @@ class Endpoint:
             for round in range(MOST_LESSONS + 1):
                 body = self.body(request, attempt, limit)
                 try:
-                    # Below client.chat.completions: its work on types takes a quarter of a call's processor time.
+                    # Not client.chat.completions, whose typed objects take a quarter of a call's processor time.
                     call: Awaitable[Any] = client.post("/chat/completions", body=body, cast_to=object)
-                    with self.errors_told_apart():
-                        # The overall limit: a server that drips bytes would never meet a read timeout.
+                    with self.classify_errors():
+                        # An overall limit: a server that sends byte by byte would never meet a read timeout.
                         return self.read(await asyncio.wait_for(call, self.timeout))
                 except RequestRefused as refused:
-                    # Other requests may have learnt it meanwhile: then this one is asked anew as well.
+                    # Other requests may have learnt it meanwhile: then this one is repeated as well.
                     learnt = self.learn(refused, body) or self.body(request, attempt, limit) != body
                     if not learnt or round == MOST_LESSONS:
                         raise
@@ -266,7 +257,7 @@ class Endpoint:
             self.free.append(client)
 
     def learn(self, refused: "RequestRefused", sent: dict) -> bool:
-        """Whether the refusal of a body tells how to ask. Raises ``EndpointRefused`` for an unknown effort."""
+        """Whether a refusal says how to ask instead. Raises ``EndpointRefused`` for an unknown effort."""
         before = len(self.dialect.left_out)
         try:
             learnt = self.dialect.learn(refused.status, refused.code, refused.param, refused.message, sent)
@@ -279,43 +270,42 @@ class Endpoint:
             raise EndpointRefused(f"{asked}: {self.model} takes {error}") from None
 
     def read(self, body: dict) -> ChatAnswer:
-        """An answer's body. Raises as ``ask`` does, where it is an error's or no answer at all."""
+        """Read an answer's body. Raises as ``ask`` does for an error or an unreadable body."""
         try:
             return read_completion(body)
         except ErrorInAnswer as error:
             status = int(error.code) if re.fullmatch(r"[45]\d\d", error.code) else 0
-            self.raise_for(status, error.code, self.told(error.message))
+            self.raise_for(status, error.code, self.cleaned(error.message))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            told = self.told(f"{type(error).__name__}: {error}")
             usage = body.get("usage") if isinstance(body, dict) else None
             usage = usage if isinstance(usage, dict) else None
-            raise Fault("malformed_body", told, maybe_billed=True, usage=usage) from None
+            reason = self.cleaned(f"{type(error).__name__}: {error}")
+            raise Fault("malformed_body", reason, maybe_billed=True, usage=usage) from None
 
-    def told(self, message: str) -> str:
-        """A server's words as they may be kept and shown: without secrets, then cut, and one printable line."""
+    def cleaned(self, message: str) -> str:
+        """A server's words without secrets, cut, on one printable line."""
         return printable(self.redact(message))[:MOST_MESSAGE]
 
     @contextmanager
-    def errors_told_apart(self) -> Iterator[None]:
+    def classify_errors(self) -> Iterator[None]:
         """The client's exceptions as ``Fault``, ``RequestRefused`` or ``EndpointRefused``, without secrets."""
         try:
             yield
-        except (asyncio.TimeoutError, openai.APITimeoutError):
+        # httpx's own errors come from a body that is read as a stream.
+        except (asyncio.TimeoutError, openai.APITimeoutError, httpx.TimeoutException):
             raise Fault("timeout", f"{self.timeout:g} s", maybe_billed=True) from None
         except openai.APIStatusError as error:
-            code, wait = self.told(f"{error.code or ''} {error.type or ''}"), retry_after(error.response.headers)
-            self.raise_for(error.status_code, code, self.told(_message(error)), wait, str(error.param or ""))
-        except openai.APIConnectionError as error:
-            cause = error.__cause__
+            body = error.body if isinstance(error.body, dict) else {}
+            message = self.cleaned(str(body.get("message") or error.message or ""))
+            code, wait = self.cleaned(f"{error.code or ''} {error.type or ''}"), retry_after(error.response.headers)
+            self.raise_for(error.status_code, code, message, wait, str(error.param or ""))
+        except (openai.APIConnectionError, httpx.TransportError) as error:
+            cause = error.__cause__ or error
             if isinstance(cause, TooLarge):
                 raise Fault("too_large", str(cause), maybe_billed=True) from None
             if type(cause).__name__ == "ConnectError":
-                raise Fault("unreachable", self.told(str(cause))) from None
-            raise Fault("connection_lost", self.told(str(cause or error)), maybe_billed=True) from None
-        except httpx.TimeoutException:  # as these two come from a body that is read as a stream
-            raise Fault("timeout", f"{self.timeout:g} s", maybe_billed=True) from None
-        except httpx.TransportError as error:
-            raise Fault("connection_lost", self.told(str(error)), maybe_billed=True) from None
+                raise Fault("unreachable", self.cleaned(str(cause))) from None
+            raise Fault("connection_lost", self.cleaned(str(cause)), maybe_billed=True) from None
         except Redirected as error:
             raise EndpointRefused(f"{self.shown_url} redirects to {error}: give the final address") from None
         except TooLarge as error:
@@ -323,19 +313,17 @@ class Endpoint:
         except InputError:
             raise
         except (ValueError, RecursionError) as error:  # not JSON, or nested too deep
-            raise Fault("malformed_body", self.told(f"{type(error).__name__}: {error}"), maybe_billed=True) from None
+            raise Fault("malformed_body", self.cleaned(f"{type(error).__name__}: {error}"), maybe_billed=True) from None
 
     def raise_for(self, status: int, code: str, message: str, wait: float | None = None, param: str = "") -> NoReturn:
-        """Raise what an error means. ``status`` 0: an error inside an answer; ``code``: its machine-readable kind."""
+        """Raise the exception for an error. ``status`` 0: an error inside an answer; ``code``: its name."""
         refused = Outage if self.answered else EndpointRefused
         if status == 402 or credit_is_used_up(status, code, message):
             raise Outage(f"the credit at {self.shown_url} is used up: {message or code}")
         if status == 429 or (status == 0 and re.search(r"rate.?limit|too many requests", f"{code} {message}", re.I)):
             raise Fault("rate_limited", message, wait)
         if status in (401, 403) and not OF_ONE_REQUEST.search(f"{code} {message}"):
-            raise refused(
-                f"{self.shown_url} refuses the key in the environment variable {self.api_key_env} ({status}): {message}"
-            )
+            raise refused(f"{self.shown_url} refuses the key in the variable {self.api_key_env} ({status}): {message}")
         if status in (404, 405, 501):
             hint = "" if re.search(r"/v\d|/openai", self.shown_url) else "; does --base_url lack its /v1?"
             raise refused(f"{self.shown_url} has no model {self.model!r} for chat ({status}): {message}{hint}")
@@ -351,7 +339,7 @@ class Endpoint:
 
 
 def credit_is_used_up(status: int, code: str, message: str) -> bool:
-    """Whether an error says that nothing is left to pay with; a rate limit, which passes, does not."""
+    """Whether an error means that no credit is left, rather than a rate limit, which passes."""
     if re.search(r"insufficient_(quota|funds|credit|balance)|billing|credit", code, re.IGNORECASE):
         return True
     words = r"credit balance|insufficient (credit|fund|balance|quota)|out of credit|(requires|need) more credit|billing"
@@ -359,48 +347,43 @@ def credit_is_used_up(status: int, code: str, message: str) -> bool:
 
 
 def read_completion(body: dict) -> ChatAnswer:
-    """A chat completion's body. Raises ``ErrorInAnswer``, or ValueError, KeyError, TypeError, IndexError or
-    AttributeError where it is not one.
-    """
+    """Read a chat completion's body. Raises ``ErrorInAnswer``, or a Python error for any other kind of body."""
     choices = body.get("choices")
     error = body.get("error") or (choices[0].get("error") if choices else None)
     if error:
-        found = error if isinstance(error, dict) else {"message": error}
-        raise ErrorInAnswer(str(found.get("code") or found.get("type") or ""), str(found.get("message") or ""))
-    choice = choices[0]
-    message = choice["message"]
+        error = error if isinstance(error, dict) else {"message": error}
+        raise ErrorInAnswer(str(error.get("code") or error.get("type") or ""), str(error.get("message") or ""))
+    message = choices[0]["message"]
     text, refusal = message.get("content"), message.get("refusal")
     if isinstance(text, list):  # some servers answer in parts
         text = "".join(part.get("text") or "" for part in text if part.get("type", "text") in ("text", "output_text"))
     if not isinstance(text, str | None) or not isinstance(refusal, str | None):
         raise TypeError("the message's content is not text")
-    reason = choice.get("finish_reason") or ""
+    reason = choices[0].get("finish_reason") or ""
     if refusal and not text:
         text, reason = refusal, "content_filter"
     thinking = message.get("reasoning_content") or message.get("reasoning") or ""
     text, shown = without_thinking(text or "", reason == "length")
-    usage = body.get("usage")
-    model = body.get("model")
-    # Half surrogate pairs, which JSON can spell, cannot be written as UTF-8.
+    # JSON can spell half of a surrogate pair, which UTF-8 cannot.
     clean = text.encode("utf-8", "replace").decode()
-    thinking = thinking if isinstance(thinking, str) else ""
-    return ChatAnswer(clean, str(reason), usage if isinstance(usage, dict) else {}, str(model or ""), thinking + shown)
+    usage = body["usage"] if isinstance(body.get("usage"), dict) else {}
+    thinking = (thinking if isinstance(thinking, str) else "") + shown
+    return ChatAnswer(clean, str(reason), usage, str(body.get("model") or ""), thinking)
 
 
 _THOUGHT = re.compile(r"\s*<(think|thinking|thought|reasoning)>(.*?)(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 def without_thinking(text: str, cut: bool = False) -> tuple[str, str]:
-    """An answer and the thinking that stands before it in tags, which some servers leave there.
+    """Split an answer into its text and the thinking in front of it, which some servers leave there in tags.
 
-    A template may have opened the thought already: then only its end is seen. ``cut``: an answer that the limit cut
-    within a thought has no text.
+    If the chat template opened the thought, only its end tag is there. ``cut``: whether the limit cut the answer.
     """
     thinking = ""
-    while found := _THOUGHT.match(text):
-        if not found[3] and not cut:
-            break  # a text that begins so and is whole is no thought
-        thinking, text = thinking + found[2], text[found.end() :]
+    while thought := _THOUGHT.match(text):
+        if not thought[3] and not cut:
+            break  # a complete text that only begins like a thought
+        thinking, text = thinking + thought[2], text[thought.end() :]
     ends = re.search(r"</think>", text, re.IGNORECASE)
     if ends and "<think>" not in text[: ends.start()].lower():
         thinking, text = thinking + text[: ends.start()], text[ends.end() :]
@@ -414,7 +397,7 @@ def reasoning_tokens(usage: dict) -> int:
 
 
 class Redirected(Exception):
-    """A request with people's texts in it would go on to another address; the message is that address."""
+    """A redirect, which would send people's texts to another address. The message is that address."""
 
 
 class TooLarge(Exception):
@@ -450,7 +433,7 @@ async def bound_size(response):
 
 
 def retry_after(headers) -> float | None:
-    """Seconds to wait as the server asks, in any of the header's three forms; None where it does not."""
+    """The seconds that the server asks to wait, in any of the header's three forms; None if it does not ask."""
     try:
         if "retry-after-ms" in headers:
             milliseconds = float(headers["retry-after-ms"])
@@ -463,9 +446,3 @@ def retry_after(headers) -> float | None:
         return max(parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _message(error: openai.APIStatusError) -> str:
-    body = error.body if isinstance(error.body, dict) else {}
-    text = body.get("message") or error.message or ""
-    return str(text)

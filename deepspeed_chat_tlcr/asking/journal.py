@@ -1,16 +1,17 @@
-"""The output folder of a long series of paid calls: what is written there survives a kill at any moment.
+"""The output folder of a long series of paid calls. What is written there survives a kill at any moment.
 
     revisions.jsonl   accepted results, one line each, on disk before they count (the name is the caller's)
     failures.jsonl    id, reason and raw text of requests given up
     calls.jsonl       the account book: a line when a call starts, a line when it ends
     run.json          settings, counts, tokens, US$, seconds
 
-One process at a time may write (an advisory lock, which the system drops when a process dies).
+A lock lets one process write at a time.
 """
 
 import asyncio
 import itertools
 import json
+import mmap
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ import numpy as np
 
 from deepspeed_chat_tlcr.errors import InputError, reading
 from deepspeed_chat_tlcr.locking import lock
-from deepspeed_chat_tlcr.records import parse_json, read_json, read_jsonl
+from deepspeed_chat_tlcr.records import parse_json, read_json, read_jsonl, replace_file, sync_folder
 
 OTHER_FOLDER = "choose another --output_dir, or mend it: it counts what was paid"
 ACCEPTED, FAILED, LOST = "accepted", "failed", "lost"
@@ -48,7 +49,7 @@ class DurableFile:
             batch, self.pending = self.pending, []
             try:
                 await asyncio.to_thread(self._write, "".join(line for line, _ in batch).encode("utf-8", "replace"))
-            except Exception as error:  # whatever it is, somebody waits for each of these lines
+            except Exception as error:  # of any kind: each of these lines has a caller that waits
                 for _, done in batch:
                     if not done.cancelled():
                         done.set_exception(error)
@@ -91,7 +92,7 @@ class State:
 
 
 class RunFolder:
-    """Open with ``with``: takes the lock and repairs what a kill left behind; ``repairs`` says what that was."""
+    """Use it in a ``with`` statement, which takes the lock and repairs the files; ``repairs`` lists what was mended."""
 
     def __init__(self, path: str | Path, results: str = "revisions.jsonl", redact=str):
         self.path = Path(path)
@@ -127,7 +128,7 @@ class RunFolder:
         raise InputError(f"{self.summary}: not a summary that this program wrote; choose another --output_dir")
 
     def bind(self, settings: dict):
-        """Tie the folder to settings. Raises ``InputError`` with every difference from those it is tied to."""
+        """Tie the folder to these settings. Raises ``InputError`` that lists how they differ from earlier ones."""
         saved = self.saved_summary()
         if not saved:
             if self.results.exists() and self.results.stat().st_size:
@@ -135,24 +136,23 @@ class RunFolder:
             self.write_summary({"settings": settings, "complete": False})
             return
         before = saved["settings"]
-        # A setting that an earlier version did not have cannot speak against going on with what it paid for.
+        # A setting that an earlier version lacked must not stop a paid run from continuing.
         names = [name for name in before if before[name] != settings.get(name)]
         if names:
-            told = "; ".join(f"{name}: {_difference(before.get(name), settings.get(name))}" for name in names)
+            changes = "; ".join(f"{name}: {_difference(before.get(name), settings.get(name))}" for name in names)
             raise InputError(
-                f"--output_dir {self.path} holds a run with other settings, and mixing them would spoil it ({told}); "
+                f"--output_dir {self.path} holds a run with other settings, which must not be mixed ({changes}); "
                 "use the earlier settings to continue it, or another --output_dir"
             )
 
     def write_summary(self, summary: dict):
-        """Replace run.json; a reader sees the old or the new one, never half of it."""
         text = json.dumps(summary, indent=1, ensure_ascii=False).encode("utf-8", "replace").decode()
         replace_file(self.summary, [self.redact(text) + "\n"])
 
     # ---- what was done ----
 
     def read_state(self, samples: int = 1) -> State:
-        """Read what earlier runs did; of the failures keep those still missing, at most ``samples`` lines per id."""
+        """Read what earlier runs did; keep the failures that still have no result, at most ``samples`` lines per id."""
         state = State(line_ids(self.results), np.array([], "S1"))
         self._drop_settled_failures(state.results, samples)
         state.failures = line_ids(self.failures)
@@ -169,7 +169,7 @@ class RunFolder:
         state.usd_lost += sum(lost)
         if lost:
             state.faults[LOST] += len(lost)
-            # Written down, so that the next run does not take them for calls of this one.
+            # Noted, so that the next run does not count them again.
             with self.calls.open("a", encoding="utf-8") as file:
                 for id, calls in open_calls.items():
                     file.writelines(json.dumps({"id": id, "outcome": LOST, "lost": usd}) + "\n" for usd in calls)
@@ -219,7 +219,7 @@ class RunFolder:
         await self.failure_file.append(self.redact(line) + "\n")
 
     def add_lines(self, path: Path, lines: Iterable[str]):
-        """Many lines at once, for what costs nothing: synced now and then, and at the end."""
+        """Many lines at once, of results that cost nothing: synced every thousand lines."""
         lines = iter(lines)
         with path.open("a", encoding="utf-8") as file:
             while chunk := [self.redact(line) + "\n" for line in itertools.islice(lines, 1000)]:
@@ -228,7 +228,7 @@ class RunFolder:
                 os.fdatasync(file.fileno())
 
     def note(self, **line):
-        """A line in the account book: survives a kill of this process (not a loss of power, which costs an answer)."""
+        """Add a line to the account book. It survives a kill of this process; a power cut may lose it."""
         write_all(self.call_fd, (self.redact(json.dumps(line)) + "\n").encode())
 
 
@@ -256,37 +256,21 @@ def _count_call(state: State, line: dict, open_calls: dict[str, list[float]]):
 
 
 def line_ids(path: Path) -> np.ndarray:
-    """The ``id`` of every line as an array of byte strings: 24 bytes a line, not a Python object."""
-    if not path.exists():
-        return np.array([], "S1")
-    return id_array(_id(path, number, line) for number, line in read_jsonl(path))
+    """The ``id`` of every line as an array of byte strings, 24 bytes each."""
 
+    def ids() -> Iterator[str]:
+        for number, line in read_jsonl(path) if path.exists() else ():
+            if not isinstance(line.get("id"), str):
+                raise InputError(f"{path}:{number}: no 'id'; this line was not written by labelling, remove it")
+            yield line["id"]
 
-def _id(path: Path, number: int, line: dict) -> str:
-    if not isinstance(line.get("id"), str):
-        raise InputError(f"{path}:{number}: no 'id'; this line was not written by labelling, remove it")
-    return line["id"]
+    return id_array(ids())
 
 
 def id_array(ids: Iterable[str]) -> np.ndarray:
-    chunks, chunk = [np.array([], "S1")], []
-    for id in ids:
-        chunk.append(id.encode())
-        if len(chunk) == 10_000:
-            chunks.append(np.array(chunk))
-            chunk = []
-    return np.concatenate([*chunks, np.array(chunk, "S" if chunk else "S1")])
-
-
-def replace_file(path: Path, lines: Iterable[str]):
-    """Write a file whole or not at all."""
-    unfinished = path.with_suffix(path.suffix + ".unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync_folder(path.parent)
+    encoded = (id.encode() for id in ids)
+    chunks = (np.array(chunk) for chunk in iter(lambda: list(itertools.islice(encoded, 10_000)), []))
+    return np.concatenate([np.array([], "S1"), *chunks])
 
 
 def write_synced(path: Path, record: dict, redact=str):
@@ -297,14 +281,6 @@ def write_synced(path: Path, record: dict, redact=str):
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path):
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_all(fd: int, data: bytes):
     view = memoryview(data)
     while view:
@@ -312,15 +288,15 @@ def write_all(fd: int, data: bytes):
 
 
 def cut_torn_line(path: Path) -> int:
-    """Cut off a last line that a kill left unfinished; keep one that only lacks its line feed. Bytes removed."""
-    if not path.exists():
+    """Cut off a last line that a kill left unfinished; keep one that lacks only its line feed. Returns bytes cut."""
+    if not path.exists() or not path.stat().st_size:
         return 0
     with path.open("r+b") as file:
-        end = file.seek(0, os.SEEK_END)
-        start = _last_line_start(file, end)
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start = content.rfind(b"\n") + 1
         file.seek(start)
         tail = file.read()
-        if not tail or tail.endswith(b"\n"):
+        if not tail:
             return 0
         try:
             whole = isinstance(parse_json(tail), dict)
@@ -332,19 +308,6 @@ def cut_torn_line(path: Path) -> int:
             file.truncate(start)
         os.fsync(file.fileno())
         return 0 if whole else len(tail)
-
-
-def _last_line_start(file, end: int) -> int:
-    """Position of the last line, whether or not it ends with a line feed."""
-    position = end - 1  # a line feed that ends the file ends the last line
-    while position > 0:
-        start = max(position - 65536, 0)
-        file.seek(start)
-        found = file.read(position - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        position = start
-    return 0
 
 
 def _difference(before, now) -> str:

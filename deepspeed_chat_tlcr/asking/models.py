@@ -1,6 +1,6 @@
-"""What is known of chat models: price, end of life, reasoning efforts; from ``prices.json``, and from their server.
+"""Chat models' prices, last days and reasoning efforts, from ``prices.json`` and from their server.
 
-Needs the standard library alone, so that a plan and the preflight can ask before anything is installed.
+Needs only the standard library, so that the plan and the preflight work before anything is installed.
 """
 
 import datetime
@@ -68,19 +68,15 @@ class KnownModel:
     read: str | None = None
 
     def end(self, today: datetime.date, days: float = SOON) -> str | None:
-        """That it is shut down, or will be within ``days``, and what to use; None where it lives on."""
+        """A sentence, if the model is shut down or will be within ``days``: when, and what to use instead."""
         if self.shutdown is None or (self.shutdown - today).days > days:
             return None
-        return end_of_life(self.name, self.shutdown, today, self.successor or DEFAULT_MODEL)
-
-
-def end_of_life(model: str, shutdown: datetime.date, today: datetime.date, successor: str) -> str:
-    when = "was shut down" if shutdown <= today else "will be shut down"
-    return f"{model} {when} on {shutdown}; use {successor}"
+        when = "was shut down" if self.shutdown <= today else "will be shut down"
+        return f"{self.name} {when} on {self.shutdown}; use {self.successor or DEFAULT_MODEL}"
 
 
 def read_table(path: str | Path = PRICES) -> dict[str, KnownModel]:
-    """The table by model. Raises ``InputError`` naming the file and the model where it is not as it should be."""
+    """The table by model. Raises ``InputError`` naming the file and the model for a malformed entry."""
     try:
         table = read_json(path)
     except InputError as error:
@@ -104,8 +100,8 @@ def _read_entry(path: str | Path, name: str, entry) -> KnownModel:
             raise ValueError("default_effort, successor and read are texts")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         form = '{"MODEL": {"input": US$ per million tokens, "output": US$ per million tokens}}'
-        told = f"{type(error).__name__}: {error}"
-        raise InputError(f"--prices {path}: {name}: expected {form} ({told}); docs/labeling.md has all keys") from None
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"--prices {path}: {name}: expected {form} ({reason}); see docs/labeling.md") from None
     default_effort, successor, read = texts
     return KnownModel(name, Price(*numbers[:2]), numbers[2], efforts, default_effort, shutdown, successor, read)
 
@@ -115,14 +111,14 @@ def known_model(model: str | None, path: str | Path = PRICES) -> KnownModel | No
 
 
 def price_of(model: str | None, base_url: str | None = None, path: str | Path = PRICES) -> Price | None:
-    """The model's price; 0 for an unlisted model on a machine of the user's own; None where it is unknown."""
+    """The model's price; 0 for an unlisted model on a machine of the user's own; None: not known."""
     if known := known_model(model, path):
         return known.price
     return Price(0.0, 0.0) if base_url is not None and is_own_machine(base_url) else None
 
 
 def is_own_machine(base_url: str) -> bool:
-    """Whether an address is on this machine or in a private network: nobody sends a bill for what is asked there."""
+    """Whether an address is on this machine or in a private network, where calls cost nothing."""
     host = (urlsplit(base_url).hostname or "").lower()
     try:
         return ipaddress.ip_address(host).is_private
@@ -130,8 +126,8 @@ def is_own_machine(base_url: str) -> bool:
         return "." not in host or host.endswith((".local", ".internal", ".lan", ".localdomain"))
 
 
-def check_base_url(url: str, what: str = "--base_url") -> str:
-    """The address without a final slash. Raises ``InputError`` where it cannot be an endpoint's."""
+def check_base_url(url: str, what: str = "--base_url") -> None:
+    """Raise ``InputError`` for an address that cannot be an endpoint's."""
     example = "give it like http://127.0.0.1:8000/v1"
     if re.search(r"[\x00-\x20\x7f]", url):
         raise InputError(f"{what} has blanks or control characters in it; {example}")
@@ -144,15 +140,14 @@ def check_base_url(url: str, what: str = "--base_url") -> str:
         raise InputError(f"{what} is not an http address; {example}")
     if re.search(r"/(chat/)?completions/?$", parts.path):
         raise InputError(f"{what} ends in {parts.path.rpartition('/v1')[2] or parts.path}: leave that out; {example}")
-    return url.rstrip("/") if not parts.query else url
 
 
-# ---- the server's own word -------------------------------------------------------------------------------------------
+# ---- what the server lists -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What ``GET /v1/models/ID`` says. ``unknown``: the server has the route and not the model."""
+    """What ``GET /v1/models/ID`` says. ``unknown``: the server's words where it has the route but not the model."""
 
     unknown: str | None = None
     shutdown: datetime.date | None = None
@@ -167,12 +162,11 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _get(url: str, key: str, timeout: float) -> tuple[int, dict]:
-    """Status and JSON object of a GET; (0, {}) where nothing that can be read came back."""
+    """Status and JSON object of a GET; (0, {}) if nothing readable came back."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     headers["User-Agent"] = "deepspeed-chat-tlcr"
-    opener = urllib.request.build_opener(
-        _NoRedirects, urllib.request.HTTPSHandler(context=ssl.create_default_context())
-    )
+    https = urllib.request.HTTPSHandler(context=ssl.create_default_context())
+    opener = urllib.request.build_opener(_NoRedirects, https)
     try:
         try:
             response = opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
@@ -187,7 +181,7 @@ def _get(url: str, key: str, timeout: float) -> tuple[int, dict]:
 
 
 def _read(response, deadline: float) -> bytes:
-    """A body as far as ``MOST_BYTES``. Raises ``TimeoutError`` at the deadline, also where it drips."""
+    """A body, at most ``MOST_BYTES`` of it. Raises ``TimeoutError`` at the deadline, also if it comes byte by byte."""
     parts, size = [], 0
     while size < MOST_BYTES and (part := response.read1(65_536)):
         if time.monotonic() > deadline:
@@ -198,7 +192,7 @@ def _read(response, deadline: float) -> bytes:
 
 
 def ask_listing(model: str, base_url: str | None, key: str, timeout: float = 10.0) -> Listing:
-    """What the endpoint says of the model; an endpoint without the route, or that is silent, says nothing."""
+    """What the endpoint lists of a model: nothing if it lacks the route or does not answer."""
     status, body = _get(f"{base_url or OPENAI_URL}/models/{quote(model, safe='')}", key, timeout)
     if status == 404:
         error = body.get("error")
@@ -245,17 +239,17 @@ def reason_not_to_start(
     known: KnownModel | None,
     today: datetime.date | None = None,
 ) -> str | None:
-    """Why a run of so many hours should not start with this model: one sentence; None where nothing speaks against it.
+    """Why a run of so many hours should not start with this model, in one sentence; None if it may start.
 
-    ``variable``: what the user sets to choose another, such as "--model (LABEL_MODEL)".
+    ``variable``: the setting that chooses another model, such as "--model (LABEL_MODEL)".
     """
     today = today or datetime.date.today()
     successor = (known.successor if known else None) or DEFAULT_MODEL
     if listing.unknown is not None:
         if known and known.shutdown and known.shutdown <= today:
             return f"{model} was shut down on {known.shutdown}: set {variable} to {successor}"
-        told = printable(listing.unknown)[:MOST_MESSAGE]
-        return f"the endpoint has no model {model!r} ({told}): set {variable} to one it has, such as {successor}"
+        reason = printable(listing.unknown)[:MOST_MESSAGE]
+        return f"the endpoint has no model {model!r} ({reason}): set {variable} to one it has, such as {successor}"
     last_day = today + datetime.timedelta(hours=hours)
     if listing.shutdown is None or listing.shutdown > last_day:
         return None

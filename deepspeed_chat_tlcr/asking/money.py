@@ -1,4 +1,4 @@
-"""What calls cost: an estimate before the first call, the account while they run. models.py has the prices."""
+"""What calls cost: an estimate before the first call, an account while they run. models.py has the prices."""
 
 import asyncio
 import math
@@ -10,10 +10,10 @@ from typing import Any
 from deepspeed_chat_tlcr.asking.models import Price
 
 BYTES_PER_TOKEN = 4.0  # of English text, for estimates
-MOST_BYTES_PER_TOKEN = 16.0  # of any text a person would read, in any language: a report of fewer tokens is wrong
-USUAL_BYTES_PER_TOKEN = 5.0  # above this, text is longer than the tokens that are said to hold it
-MOST_TOKENS = 10_000_000  # of one call: no model takes or gives more, so a report of more is a mistake
-EXPLANATION_TOKENS = 120  # the reasoning that a typical revision writes, for estimates
+MOST_BYTES_PER_TOKEN = 16.0  # of readable text in any language: a report of fewer tokens is wrong
+USUAL_BYTES_PER_TOKEN = 5.0  # with more, a report has left some tokens of the text out
+MOST_TOKENS = 10_000_000  # of one call: a report of more is a mistake
+EXPLANATION_TOKENS = 120  # of the reasoning in a typical revision, for estimates
 TAG_TOKENS = 40
 SECONDS_PER_CALL, SECONDS_PER_OUTPUT_TOKEN = 1.0, 0.025  # latency of a large hosted model, for estimates
 HIDDEN_TOKENS = {"none": 0, "minimal": 100, "low": 300, "medium": 1000, "high": 3000, "xhigh": 8000, "max": 16000}
@@ -26,7 +26,7 @@ OVERRUN_MARGIN = 1.5  # once an answer cost more than its limit allows, the next
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a labelling will take. ``usd`` is None where the model's price is unknown."""
+    """What a run will take. ``usd`` is None if the model's price is unknown."""
 
     calls: int
     prompt_tokens: int
@@ -54,17 +54,15 @@ def estimate(
     tokens_per_minute: float = 0.0,
     effort: str | None = None,
 ) -> Estimate:
-    """From the text itself: ``question_bytes`` of all messages and ``rejected_bytes`` of all responses to revise.
+    """From the sizes of all messages and of all responses to revise.
 
-    An answer is taken to be some reasoning and a modified response as long as the rejected one, behind as much hidden
-    reasoning as the ``effort`` makes usual. The hours are the
-    longest of what latency and concurrency, requests per minute and tokens per minute ask for.
+    An answer is assumed to be some reasoning and a modified response as long as the rejected one, after the hidden
+    reasoning that is usual for the ``effort``.
     """
     per_call = EXPLANATION_TOKENS + TAG_TOKENS + HIDDEN_TOKENS.get(effort or "none", 0)
     completion = round(rejected_bytes / BYTES_PER_TOKEN + calls * per_call)
-    return estimate_tokens(
-        calls, question_bytes, completion, price, concurrency, requests_per_minute, tokens_per_minute
-    )
+    limits = (concurrency, requests_per_minute, tokens_per_minute)
+    return estimate_tokens(calls, question_bytes, completion, price, *limits)
 
 
 def estimate_tokens(
@@ -76,7 +74,10 @@ def estimate_tokens(
     requests_per_minute: float = 0.0,
     tokens_per_minute: float = 0.0,
 ) -> Estimate:
-    """As ``estimate``, where ``completion`` is how many tokens all answers together are taken to have."""
+    """From the size of all messages and the tokens of all answers.
+
+    The hours are the longest of those by latency and concurrency, by requests per minute and by tokens per minute.
+    """
     prompt = round(question_bytes / BYTES_PER_TOKEN)
     seconds = (calls * SECONDS_PER_CALL + completion * SECONDS_PER_OUTPUT_TOKEN) / max(concurrency, 1)
     if requests_per_minute:
@@ -97,9 +98,9 @@ def question_size(messages: Iterable[dict]) -> int:
 
 @dataclass(frozen=True)
 class Usage:
-    """Tokens of one answer as they are counted; hidden reasoning is among the completion's.
+    """Tokens of one answer as counted here; hidden reasoning is among the completion's.
 
-    ``estimated``: the report was missing or cannot be true. ``billed``: US$ where the endpoint says what it charged.
+    ``estimated``: the report was missing or impossible. ``billed``: the US$ that the endpoint says it charged.
     """
 
     prompt_tokens: int
@@ -115,17 +116,17 @@ class Usage:
 
 
 def most_prompt_tokens(messages: list[dict]) -> int:
-    """No tokenizer makes more tokens than bytes; the chat template around them is allowed for."""
+    """An upper bound: one token for each byte, and some for the chat template."""
     return question_size(messages) + 64 + 16 * len(messages)
 
 
 def counted_usage(reported: dict, messages: list[dict], text: str, limit: int, thinks: bool = False) -> Usage:
-    """The usage to count for an answer: the larger of all that its report says, and never less than the text has.
+    """The tokens to count for an answer: the largest of the reported figures, and never fewer than the text has.
 
-    Reports differ. Hidden reasoning may stand within ``completion_tokens``, beside it (then ``total_tokens`` has it, or
-    what is left for the text is too little), or the counts have other names. A count is left aside where it is no whole
-    number, more than any model gives, or fewer tokens than a text of that size has; then an estimate on the high side
-    takes its place: ``limit``, the most that was asked for, where the model ``thinks`` unseen.
+    Reports differ: hidden reasoning may be within ``completion_tokens`` or beside it (then ``total_tokens`` has it, or
+    too little is left for the text), and the counts may have other names. A count that is not a whole number, or too
+    large or too small to be true, is replaced by a high estimate: if the model ``thinks``, by ``limit``, the most that
+    was asked for.
     """
 
     def count(*path: str) -> int:
@@ -169,9 +170,9 @@ class CapReached(Exception):
 class Account:
     """Money spent, and money held back for calls in flight at the most they can cost, under a cap.
 
-    ``spent`` is what answers cost by their usage. ``lost`` is what calls without an answer may have cost at most: those
-    that timed out, and those in flight when a run was killed. ``discount``: the share of the price that is charged (the
-    Batch API's half). ``overrun``: how many times the limit's cost an answer may cost; above 1 once one did.
+    ``spent``: the cost of answers by their usage. ``lost``: the most that calls without an answer may have cost (timed
+    out, or in flight at a kill). ``discount``: the share of the price that is charged, half with the Batch API.
+    ``overrun``: how many times the cost of its limit an answer may cost; above 1 once one did.
     """
 
     def __init__(
@@ -188,7 +189,7 @@ class Account:
         self.changed = asyncio.Event()
 
     def most(self, messages: list[dict], limit: int) -> float:
-        """The most one call can cost, US$ (0 where no price is known: then there is no cap either)."""
+        """The most one call can cost, US$; 0 if no price is known, and then there is no cap either."""
         return self.overrun * self._usd(most_prompt_tokens(messages), limit)
 
     def usd(self, usage: Usage) -> float:
@@ -198,9 +199,9 @@ class Account:
         return 0.0 if self.price is None else self.discount * self.price.usd(prompt_tokens, completion_tokens)
 
     def watch(self, usd: float, messages: list[dict], limit: int) -> float:
-        """Note what an answer cost: an endpoint that bills beyond its limit is expected to do so again.
+        """Raise ``overrun`` if an answer cost more than its limit allows: the endpoint may do that again.
 
-        The factor that follows calls are held at, as the account book keeps it; 1.0 where this answer kept its limit.
+        Returns the new ``overrun``, or 1.0 if the answer kept its limit.
         """
         allowed = self._usd(most_prompt_tokens(messages), limit)
         if not usd > allowed > 0:
@@ -212,7 +213,7 @@ class Account:
         return self.cap is None or self.spent + self.lost + self.held + usd <= self.cap
 
     async def hold(self, usd: float):
-        """Hold ``usd`` back as soon as the cap allows it. Raises ``CapReached`` where it never will."""
+        """Hold ``usd`` back as soon as the cap allows it. Raises ``CapReached`` if it never will."""
         while not self.fits(usd):
             if self.held <= 0:
                 raise CapReached

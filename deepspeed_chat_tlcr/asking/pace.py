@@ -23,15 +23,15 @@ class RateLimit:
         return start - now
 
     def correct(self, units: float):
-        """Book what a call used beyond its booking (or give back, where negative)."""
+        """Book what a call used beyond its booking, or give back what it did not use (negative)."""
         self.free_at += units * self.seconds_per_unit
 
 
 class AdaptiveLimit:
     """Calls in flight: additive increase, multiplicative decrease, between 1 and ``most``.
 
-    A rate-limit answer takes a quarter off the limit; those of the calls that were already in flight then do not take
-    another. Growth is by ``GROWTH`` for each round of answers.
+    A rate-limit answer takes a quarter off the limit, but calls that were already in flight then count only once. Each
+    round of answers adds ``GROWTH``.
     """
 
     SHRINK, GROWTH = 0.75, 4.0
@@ -65,12 +65,11 @@ class AdaptiveLimit:
                 self.waiting.popleft().set_result(None)
 
 
-def back_off(retry: int, asked_for: float | None, first: float = 0.5, longest: float = 60.0) -> float:
-    """Seconds before retry number ``retry`` (0 first): exponential with jitter, never less than the server asked for.
+def back_off(retry: int, asked_for: float | None) -> float:
+    """Seconds before retry number ``retry`` (0 first): what the server asked for, else exponential, up to a minute.
 
-    The jitter spreads the calls that failed together.
+    Some jitter spreads the calls that failed together.
     """
-    delay = min(longest, first * 2**retry) * random.uniform(0.5, 1.0)
     if asked_for is None:
-        return delay
-    return asked_for + random.uniform(0.0, 0.1) * max(asked_for, first)
+        return min(60.0, 0.5 * 2**retry) * random.uniform(0.5, 1.0)
+    return asked_for + random.uniform(0.0, 0.1) * max(asked_for, 0.5)

@@ -1,4 +1,4 @@
-"""What a run shows while it works and writes into run.json: the bar, the counts over all runs in a folder."""
+"""What a run shows while it works, and what it writes into run.json."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ WRITE_EVERY = 10.0  # seconds between two writings of run.json
 
 @dataclass
 class Totals:
-    """What run.json says besides settings: counts over all runs in the folder."""
+    """The counts in run.json, over all runs in the folder."""
 
     pairs: int
     revisions: int
@@ -23,7 +23,7 @@ class Totals:
     usd: float | None
     usd_lost: float
     seconds: float
-    names: tuple[str, str] = ("pairs", "revisions")  # what is asked about, what comes of it
+    names: tuple[str, str] = ("pairs", "revisions")  # the questions, the results
 
     def summary(self, settings: dict, about: dict, complete: bool, stopped: str | None) -> dict:
         return {
@@ -50,7 +50,7 @@ class Totals:
 
 
 class Progress:
-    """The bar, and run.json kept up to date. ``totals`` is as the run finds it; the run counts on from there."""
+    """The progress bar, and run.json kept up to date. ``totals``: the counts when this run starts."""
 
     def __init__(self, folder: RunFolder, settings: dict, about: dict, totals: Totals, account: Account, todo: int):
         self.folder, self.settings, self.about, self.totals, self.account = folder, settings, about, totals, account

@@ -1,4 +1,4 @@
-"""The key, and what keeps it and a server's words from doing harm: redacted first, then cut, then made printable."""
+"""The API key; secrets are removed from texts before they are cut and made printable."""
 
 import json
 import os
@@ -12,9 +12,9 @@ MOST_MESSAGE = 300  # characters of a server's message that are kept
 
 
 def read_key(name: str, needed: bool) -> str:
-    """The key in the environment variable ``name``; "" where there is none and none is needed.
+    """The key in the environment variable ``name``; "" if there is none and none is needed.
 
-    Raises ``InputError``, which never shows a key: not even one given by mistake in place of the variable's name.
+    Raises ``InputError`` that never shows a key, not even one given by mistake instead of the variable's name.
     """
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
         raise InputError("--api_key_env takes the name of an environment variable, such as OPENAI_API_KEY, not a key")
@@ -27,9 +27,9 @@ def read_key(name: str, needed: bool) -> str:
 
 
 def redactor(key: str, url: str | None = None) -> Callable[[str], str]:
-    """A function that takes secrets out of text: the key, and a user's password in the address.
+    """A function that removes secrets from text: the key, and password and query of the address.
 
-    Keys of fewer than 8 characters ("none", "EMPTY": placeholders for local servers) are words, not secrets.
+    Keys of fewer than 8 characters are placeholders for local servers ("none", "EMPTY").
     """
     parts = urlsplit(url or "")
     secrets = [secret for secret in (key, parts.password or "", parts.query) if len(secret) >= 8]
@@ -52,6 +52,6 @@ def without_secrets(url: str) -> str:
 
 
 def printable(text: str) -> str:
-    """One line that cannot control a terminal: no control, bidirectional or half characters; blanks in their place."""
+    """One line that is safe to print: blanks for control characters, ``?`` for half of a surrogate pair."""
     text = text.encode("utf-8", "replace").decode()
     return " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]", " ", text).split())

@@ -7,6 +7,7 @@ release's), so a prompt and response read here join to the text DeepSpeed-Chat t
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 from deepspeed_chat_tlcr.errors import InputError
@@ -42,17 +43,18 @@ def _first(items: list | None, key: str | None = None) -> str | None:
     return items[0] if key is None else items[0][key]
 
 
-def _raw(row: dict) -> Triple:
-    return row["prompt"], row["chosen"], row["rejected"]
-
-
 def _inst_template(row: dict) -> Triple:
     prompt = row["prompt"].replace("\n\nHuman:", "</s>[INST]").replace("\n\nAssistant:", "</s>[/INST]")
     return prompt[max(prompt.find("[INST]"), 0) :], row["chosen"], row["rejected"]
 
 
-def _gptj_pairwise(row: dict) -> Triple:
-    return _human(row["prompt"]), _answer(row["chosen"]), _answer(row["rejected"])
+def _columns(prompt: str, chosen: str, rejected: str | None = None) -> Callable[[dict], Triple]:
+    """Records of plain questions and answers in columns of these names."""
+
+    def read(row: dict) -> Triple:
+        return _human(row[prompt]), _answer(row[chosen]), _answer(row[rejected]) if rejected else None
+
+    return read
 
 
 def _reward_datasets(row: dict) -> Triple:
@@ -83,10 +85,6 @@ def _sharegpt(row: dict) -> Triple:
     return prompt or None, _answer(row["label"] or None), None
 
 
-def _zhihu(row: dict) -> Triple:
-    return _human(row["INSTRUCTION"]), _answer(row["RESPONSE"]), None
-
-
 def _miracl(row: dict) -> Triple:
     positive, negative = (_first(row[key], "text") for key in ("positive_passages", "negative_passages"))
     return _human(row["query"]), _answer(positive), _answer(negative)
@@ -103,10 +101,6 @@ def _mkqa(language: str) -> Callable[[dict], Triple]:
     return read
 
 
-def _qg_jaquad(row: dict) -> Triple:
-    return _human(row["question"]), _answer(row["sentence"]), None
-
-
 def _qag_jaquad(row: dict) -> Triple:
     return _human(_first(row["questions"])), _answer(row["paragraph"]), None
 
@@ -120,25 +114,26 @@ LOCAL_JSON = "local/jsonfile"
 _PAIR = ("prompt", "chosen", "rejected")
 _WEBGPT = ("question", "answer_0", "answer_1", "score_0", "score_1")
 _PASSAGES = ("query", "positive_passages", "negative_passages")
+_ZHIHU, _JAQUAD = ("INSTRUCTION", "RESPONSE"), ("question", "sentence")
 _TEMPLATE_OF = "Dahoas/full-hh-rlhf"
 
 # In DeepSpeed-Chat's order: the first name found in --data_path decides.
 FORMATS = (
-    DatasetFormat("Dahoas/rm-static", _PAIR, _raw, "test", True),
-    DatasetFormat("Dahoas/full-hh-rlhf", _PAIR, _raw, "test", True),
+    DatasetFormat("Dahoas/rm-static", _PAIR, itemgetter(*_PAIR), "test", True),
+    DatasetFormat("Dahoas/full-hh-rlhf", _PAIR, itemgetter(*_PAIR), "test", True),
     DatasetFormat("Dahoas/template-full-hh-rlhf", _PAIR, _inst_template, "test", True, hub_id=_TEMPLATE_OF),
-    DatasetFormat("Dahoas/synthetic-instruct-gptj-pairwise", _PAIR, _gptj_pairwise, None, True),
+    DatasetFormat("Dahoas/synthetic-instruct-gptj-pairwise", _PAIR, _columns(*_PAIR), None, True),
     DatasetFormat("yitingxie/rlhf-reward-datasets", _PAIR, _reward_datasets, "test", True),
     DatasetFormat("openai/webgpt_comparisons", _WEBGPT, _webgpt, None, True),
     DatasetFormat("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels"), _shp, "validation", True),
     DatasetFormat("pvduy/sharegpt_alpaca_oa_vicuna_format", ("prompt", "label"), _sharegpt, "test", False),
-    DatasetFormat("wangrui6/Zhihu-KOL", ("INSTRUCTION", "RESPONSE"), _zhihu, None, False),
+    DatasetFormat("wangrui6/Zhihu-KOL", _ZHIHU, _columns(*_ZHIHU), None, False),
     DatasetFormat("Cohere/miracl-zh-queries-22-12", _PASSAGES, _miracl, "dev", True),
     DatasetFormat("Hello-SimpleAI/HC3-Chinese", ("question", "human_answers"), _hc3, None, False, hub_folder="all"),
     DatasetFormat("mkqa-Chinese", ("queries", "answers"), _mkqa("zh_cn"), None, False, hub_id="apple/mkqa"),
     DatasetFormat("mkqa-Japanese", ("queries", "answers"), _mkqa("ja"), None, False, hub_id="apple/mkqa"),
     DatasetFormat("Cohere/miracl-ja-queries-22-12", _PASSAGES, _miracl, "dev", True),
-    DatasetFormat("lmqg/qg_jaquad", ("question", "sentence"), _qg_jaquad, "validation", False),
+    DatasetFormat("lmqg/qg_jaquad", _JAQUAD, _columns(*_JAQUAD), "validation", False),
     DatasetFormat("lmqg/qag_jaquad", ("questions", "paragraph"), _qag_jaquad, "validation", False),
     DatasetFormat(LOCAL_JSON, _PAIR, _json_file, "eval", True),
 )
@@ -152,7 +147,7 @@ def find_format(data_path: str) -> DatasetFormat | None:
 # ---- the user's own records ------------------------------------------------------------------------------------------
 
 OWN_FIELDS = ("prompt", "chosen", "rejected", "messages")
-_PROBE = "\ue000"  # a private-use character: no template contains it, so it marks where a response's text begins
+_PROBE = "\ue000"  # a private-use character, which no template contains: it marks where a response begins
 _WRITTEN_MESSAGES = re.compile(
     r"""\s*\[?\s*\{.*?(['"])(role|from)\1\s*:\s*(['"])(system|user|assistant|tool|human|gpt)\3""", re.DOTALL
 )
@@ -191,11 +186,11 @@ def _refuse_written_messages(value: object, field: str):
 
 class ChatRecords:
     """Renders chat records with a tokenizer's chat template: prompt, chosen, rejected, and the conversation in the form
-    that the external model is shown.
+    that the external model sees.
 
-    The prompt is the template's rendering with ``add_generation_prompt=True``; a response is what the rendering of the
-    whole conversation has beyond it, up to the token that ends the turn. That token is left out because tokenisation
-    appends it itself (``turns.end_after``), and so is a BOS text at the start where the tokenizer adds BOS by itself.
+    The prompt is rendered with ``add_generation_prompt=True``. A response is the rest of the whole conversation's
+    rendering, without the token that ends the turn, because tokenisation appends it (``turns.end_after``). BOS at the
+    start is left out if the tokenizer adds it.
     """
 
     def __init__(self, tokenizer):
@@ -218,7 +213,10 @@ class ChatRecords:
         texts = [None if turn is None else self._render(prompt + [turn]) for turn in turns]
         header = self._render(prompt, generation=True)
         if not all(text is None or text.startswith(header) for text in texts):
-            header = self._shared_header(prompt, header)
+            # Some templates add a thinking tag to the generation prompt that finished answers do not have. A response
+            # that cannot resemble such a tag shows where the two differ.
+            probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
+            header = shared_start(header, probed)
         chosen, rejected = (None if text is None else self._response(text, header) for text in texts)
         return header.removeprefix(self.own_bos), chosen, rejected, conversation(prompt)
 
@@ -229,15 +227,6 @@ class ChatRecords:
     def _render(self, messages: list[dict], generation: bool = False) -> str:
         return render(self.tokenizer, messages, generation)
 
-    def _shared_header(self, prompt: list[dict], header: str) -> str:
-        """What a generation prompt has in common with finished answers.
-
-        Some templates open the generation prompt with text that finished answers do not have (a thinking tag). Where
-        the two part is found with a response that cannot resemble that text.
-        """
-        probed = self._render(prompt + [{"role": "assistant", "content": _PROBE}])
-        return shared_start(header, probed)
-
     def _response(self, text: str, header: str) -> str:
         if not text.startswith(header):
             raise InputError("the tokenizer's chat template does not render the prompt as the beginning of the whole")
@@ -245,12 +234,12 @@ class ChatRecords:
         words, end, rest = response.rpartition(self.end)
         if end and not rest.replace(self.tokenizer.eos_token, "").strip():
             return words
-        # A template that ends turns by ordinary text: EOS stands in its place, as it does where nothing ends a turn.
+        # The template ends turns with ordinary text: EOS replaces it.
         return response.removesuffix(self.closing) if self.closing.strip() else response
 
 
 def conversation(messages: list[dict]) -> str:
-    """Messages as ``###Human: …`` / ``###Assistant: …`` lines, the form in which the external model is shown them.
+    """Messages as ``###Human: …`` / ``###Assistant: …`` lines, the form that the external model sees.
 
     >>> conversation([{"role": "user", "content": "Hi"}])
     '###Human: Hi'
@@ -305,10 +294,9 @@ def _messages(value: object, field: str, role_of_string: str | None = None) -> l
             raise InputError(f"{field!r}, message {number} is {_kind(message)}, expected role and content")
         for key in ("role", "content"):
             may_be_empty = key == "content" and message.get("role") == "system"
-            if not isinstance(message.get(key), str) or not (message[key] or may_be_empty):
-                raise InputError(
-                    f"{field!r}, message {number}: {key!r} is {_kind(message.get(key))}, expected a string"
-                )
+            value = message.get(key)
+            if not isinstance(value, str) or not (value or may_be_empty):
+                raise InputError(f"{field!r}, message {number}: {key!r} is {_kind(value)}, expected a string")
         messages.append({key: part for key, part in message.items() if part is not None})
     return messages
 

@@ -1,9 +1,8 @@
 """Preference data from a ``--data_path``: Hub data sets DeepSpeed-Chat knows, local files, saved data sets.
 
-Reading is one streaming pass over the records of each source, which checks every record and writes prompt, chosen and
-rejected to an Arrow file; from then on the file is memory-mapped and records are looked up by index. The Arrow file is
-named by a hash of the *content* read, so an edited file is read again. docs/data.md
-explains formats and split by worked examples.
+One streaming pass checks every record and writes prompt, chosen and rejected to an Arrow file, which is then
+memory-mapped: records are looked up by index. The file is named by a hash of the content read, so an edited file is
+read again. docs/data.md explains formats and split with worked examples.
 """
 
 import hashlib
@@ -23,25 +22,22 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from deepspeed_chat_tlcr.arguments import DataOptions
-from deepspeed_chat_tlcr.data.formats import (
-    ChatRecords,
-    Triple,
-    has_messages,
-    own_strings,
-)
+from deepspeed_chat_tlcr.data.formats import ChatRecords, Triple, has_messages, own_strings
 from deepspeed_chat_tlcr.data.sources import ROWS_AT_ONCE, SPLITS, Records, Source, find_source
 from deepspeed_chat_tlcr.data.split import PARTS, parse_data_split, split_indices
 from deepspeed_chat_tlcr.errors import InputError
-from deepspeed_chat_tlcr.records import Preference
+from deepspeed_chat_tlcr.records import Preference, sha256_of
 
-_CACHE_VERSION = "2"  # part of the cache's key: raise it when a record is read in another way than before
+log = logging.getLogger(__name__)
+
+_CACHE_VERSION = "2"  # part of the cache's key: raise it when records are read differently
 
 _SCHEMA = pa.schema(
     [
         pa.field("prompt", pa.string()),  # null: a record without prompt or chosen response, left out of every part
         pa.field("chosen", pa.string()),
         pa.field("rejected", pa.string()),
-        pa.field("context", pa.string()),  # of a chat: its messages as the external model is shown them
+        pa.field("context", pa.string()),  # of a chat: its messages in the form that the external model sees
         pa.field("file", pa.int32()),
         pa.field("position", pa.int64()),
     ]
@@ -53,22 +49,15 @@ class Table:
 
     def __init__(self, path: Path):
         self.path = path
-        self._open()
-
-    def _open(self):
         try:
-            file = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            file = pa.ipc.open_file(pa.memory_map(str(path)))
         except pa.ArrowInvalid as error:
-            raise InputError(f"{self.path}: damaged cache file ({error}); delete it") from None
+            raise InputError(f"{path}: damaged cache file ({error}); delete it") from None
         # Every batch but the last has ROWS_AT_ONCE records. The columns point into the map: nothing is read yet.
         self._batches = [file.get_batch(number) for number in range(file.num_record_batches)]
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path}
-
-    def __setstate__(self, state: dict):
-        self.path = state["path"]
-        self._open()
+    def __reduce__(self):
+        return Table, (self.path,)
 
     def __len__(self) -> int:
         return sum(batch.num_rows for batch in self._batches)
@@ -87,7 +76,7 @@ class Table:
 
 
 def _reader(source: Source, records: Records, tokenizer) -> tuple[Callable[[dict], Triple], str]:
-    """The function that reads one record, and what of it belongs into the cache's key."""
+    """The function that reads one record, and its part of the cache's key."""
     if source.known:
         return source.known.read, source.known.name
     first = next((record for _, _, record in records), {})
@@ -104,8 +93,8 @@ def _reader(source: Source, records: Records, tokenizer) -> tuple[Callable[[dict
 
 
 def _triples(source: Source, records: Records, read: Callable[[dict], Triple]) -> Iterator[tuple]:
-    """Rows of ``_SCHEMA``. Raises ``InputError`` with the place of a record that is not in its form, and where most
-    records repeat the prompt in their responses: one or the other may do so by chance ("Hi" and "Hi there").
+    """Rows of ``_SCHEMA``. Raises ``InputError`` for a malformed record, and if most responses repeat their prompt (a
+    few may do so by chance: "Hi" and "Hi there").
     """
     count = doubled = 0
     for file_number, position, record in records:
@@ -144,16 +133,14 @@ def _repeats(prompt: str, response: str) -> bool:
 
 
 def _write(path: Path, rows: Iterator[tuple], label: str):
-    """Write rows to ``path``: either the whole file is there afterwards or none. One writer at a time."""
+    """Write rows to ``path``, whole or not at all. One writer at a time."""
     unfinished = path.with_suffix(".unfinished")
     try:
         with unfinished.open("wb") as file, pa.ipc.new_file(file, _SCHEMA) as writer:
             progress = iter(tqdm(rows, desc=f"reading {label}", unit=" records", delay=3, mininterval=2, leave=False))
             while batch := list(itertools.islice(progress, ROWS_AT_ONCE)):
-                columns = [
-                    pa.array(column, kind) for column, kind in zip(zip(*batch, strict=True), _SCHEMA.types, strict=True)
-                ]
-                writer.write_batch(pa.record_batch(columns, schema=_SCHEMA))
+                columns = map(pa.array, zip(*batch, strict=True), _SCHEMA.types)
+                writer.write_batch(pa.record_batch(list(columns), schema=_SCHEMA))
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -164,11 +151,7 @@ def _content_hash(files: list[Path], *extra: str) -> str:
     for text in extra:
         digest.update(hashlib.sha256(text.encode()).digest())
     for path in files:
-        content = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                content.update(block)
-        digest.update(content.digest())
+        digest.update(sha256_of(path))
     return digest.hexdigest()[:32]
 
 
@@ -179,7 +162,7 @@ def _default_cache() -> Path:
 
 
 def read_table(source: Source, records: Records, tokenizer=None, cache_dir: str | Path | None = None) -> Table:
-    """Check every record and keep its text on disk, or reuse what an earlier run kept of the same content."""
+    """Check every record and write its text to the cache, or reuse the cache of the same content."""
     read, reader_key = _reader(source, records, tokenizer)
     folder = Path(cache_dir) if cache_dir else _default_cache()
     try:
@@ -187,7 +170,7 @@ def read_table(source: Source, records: Records, tokenizer=None, cache_dir: str 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{key}.arrow"
         if not path.exists():
-            with FileLock(f"{path}.lock"):  # the ranks of one run come here at the same time: one reads, others wait
+            with FileLock(f"{path}.lock"):  # the ranks of a run arrive together: one reads, the others wait
                 if not path.exists():
                     _write(path, _triples(source, records, read), str(records))
     except OSError as error:
@@ -198,13 +181,11 @@ def read_table(source: Source, records: Records, tokenizer=None, cache_dir: str 
     return Table(path)
 
 
-log = logging.getLogger(__name__)
-
 # ---- what stages get -------------------------------------------------------------------------------------------------
 
 
 class Preferences(Sequence[Preference]):
-    """Preferences looked up on disk when asked for. Holds 4 bytes per record; picklable."""
+    """Preferences that are read from disk when accessed. Holds 4 bytes per record; picklable."""
 
     def __init__(self, pieces: Sequence[tuple[Table, np.ndarray]]):
         """``pieces``: tables with the rows taken of each, in order."""
@@ -223,19 +204,18 @@ class Preferences(Sequence[Preference]):
             wanted = range(len(self))[index]
             located = [self._locate(i) for i in wanted]
             groups = itertools.groupby(located, key=lambda pair: pair[0])
-            return Preferences(
-                [(self._pieces[piece][0], np.array([row for _, row in rows], np.uint32)) for piece, rows in groups]
-            )
+            pieces = ((piece, np.array([row for _, row in rows], np.uint32)) for piece, rows in groups)
+            return Preferences([(self._pieces[piece][0], rows) for piece, rows in pieces])
         piece, row = self._locate(operator.index(index))
         return self._pieces[piece][0].preference(row)
 
     def __add__(self, other: "Preferences") -> "Preferences":
-        """Both, one after the other; a file that both look into stays mapped once."""
+        """Both, one after the other; a file that both use stays mapped once."""
         tables = {str(table.path): table for table, _ in reversed([*self._pieces, *other._pieces])}
         return Preferences([(tables[str(table.path)], rows) for table, rows in [*self._pieces, *other._pieces]])
 
     def file_order(self) -> np.ndarray:
-        """The indices as their records lie on disk: looked up like this, each page of the map is read once."""
+        """The indices in the order of the records on disk, in which each page of the map is read once."""
         tables = list({id(table): None for table, _ in self._pieces})
         rows = [rows for _, rows in self._pieces]
         numbers = [np.full(len(rows), tables.index(id(table))) for table, rows in self._pieces]
@@ -263,23 +243,24 @@ def load_preferences(
 ) -> Preferences:
     """The preferences of one part ("sft", "reward", "rl", or "all" before the split) of "train" or "eval" data.
 
-    Several entries of ``data_path`` are each split on their own and follow one another. ``tokenizer`` is needed where
-    records are chat messages. ``cache_dir`` is where the read text is kept (default: in HF_DATASETS_CACHE).
-    With ``require_rejected`` false, records may lack the rejected response, which is None then.
+    Each entry of ``data_path`` is split on its own; their parts follow one another. Chat messages need a ``tokenizer``.
+    ``cache_dir``: folder for the text that was read (default: in HF_DATASETS_CACHE). Unless ``require_rejected``, the
+    rejected response may be None.
 
     Raises ``InputError``, after checking *all* records of the split, for data that is missing, empty or malformed.
     """
     if part not in (*PARTS, "all"):
         raise InputError(f"unknown part {part!r} of the data; known are {', '.join(PARTS)}, all")
     fractions = parse_data_split(data_split)
-    tables = _read_tables(data_path, split, data_seed, require_rejected, tokenizer, cache_dir)
-    found = Preferences([_part_of(entry, part, split, fractions, data_seed, require_rejected) for entry in tables])
-    if not len(found):
+    tables = _read_tables(data_path, split, require_rejected, tokenizer, cache_dir)
+    pieces = [_part_of(table, part, split, fractions, data_seed, require_rejected) for table in tables]
+    preferences = Preferences(pieces)
+    if not len(preferences):
         sizes = ", ".join(f"{len(table)} records in {records}" for _, records, table in tables)
         whole = any(source.eval is None for source, _, _ in tables)
         remedy = "; without an eval file it is split 9:1: give more records, or eval.jsonl" if whole else ""
         raise InputError(f"the {part} part of the {split} data is empty at --data_split {data_split} ({sizes}){remedy}")
-    return found
+    return preferences
 
 
 def load_part(options: DataOptions, part: str, split: str, tokenizer, require_rejected: bool = True) -> Preferences:
@@ -297,7 +278,7 @@ def load_part(options: DataOptions, part: str, split: str, tokenizer, require_re
 
 
 def _read_tables(
-    data_path: str | Sequence[str], split: str, data_seed: int, require_rejected: bool, tokenizer, cache_dir
+    data_path: str | Sequence[str], split: str, require_rejected: bool, tokenizer, cache_dir
 ) -> list[tuple[Source, Records, Table]]:
     """Find, check and read the train or eval records of every entry."""
     if split not in SPLITS:
@@ -335,7 +316,7 @@ def _part_of(
 
 
 def _usable(source: Source, records: Records, table: Table, require_rejected: bool) -> np.ndarray:
-    """Which records have what is needed, shape (len(table),); in the user's own data one that lacks it is an error."""
+    """A mask of the complete records, shape (len(table),). In the user's own data an incomplete one is an error."""
     usable = table.present("prompt")
     if require_rejected:
         has_rejected = table.present("rejected")
@@ -357,7 +338,7 @@ def _usable(source: Source, records: Records, table: Table, require_rejected: bo
 
 
 class PromptSet:
-    """Which prompts there are, in 8 bytes each: 64-bit hashes, so of a million a false hit is a 1e-13 chance."""
+    """A set of prompts in 8 bytes each: 64-bit hashes, with a 1e-13 chance of a false hit among a million."""
 
     def __init__(self, prompts: Iterable[str]):
         self._hashes = np.unique(np.fromiter(map(self._hash, prompts), np.uint64))
@@ -380,19 +361,18 @@ def part_of_prompts(
     data_path: str | Sequence[str],
     data_split: str = "2,4,4",
     data_seed: int = 1234,
-    split: str = "train",
     tokenizer=None,
     cache_dir: str | Path | None = None,
 ) -> dict[str, PromptSet]:
-    """The prompts of each part, ``{"sft": PromptSet, "reward": PromptSet, "rl": PromptSet}``; one may be empty.
+    """The prompts of each part of the training data, ``{"sft": PromptSet, "reward": …, "rl": …}``; one may be empty.
 
     A prompt that the data repeats can be in several parts. Arguments and errors as in ``load_preferences``.
     """
     fractions = parse_data_split(data_split)
-    tables = _read_tables(data_path, split, data_seed, False, tokenizer, cache_dir)
+    tables = _read_tables(data_path, "train", False, tokenizer, cache_dir)
     prompts = {}
     for part in PARTS:
-        pieces = [_part_of(entry, part, split, fractions, data_seed, False) for entry in tables]
+        pieces = [_part_of(entry, part, "train", fractions, data_seed, False) for entry in tables]
         in_file_order = ((table, row) for table, rows in pieces for row in np.sort(rows))
         prompts[part] = PromptSet(table.value("prompt", row) for table, row in in_file_order)
     return prompts

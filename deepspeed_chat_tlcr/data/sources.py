@@ -16,14 +16,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from deepspeed_chat_tlcr.data.formats import (
-    FORMATS,
-    LOCAL_JSON,
-    OWN_FIELDS,
-    DatasetFormat,
-    find_format,
-)
-from deepspeed_chat_tlcr.errors import InputError
+from deepspeed_chat_tlcr.data.formats import FORMATS, LOCAL_JSON, OWN_FIELDS, DatasetFormat, find_format
+from deepspeed_chat_tlcr.errors import InputError, first_line
 from deepspeed_chat_tlcr.records import read_jsonl
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
@@ -116,15 +110,14 @@ class _JsonText:
             try:
                 value, end = json.JSONDecoder().raw_decode(self.window, self.at)
             except json.JSONDecodeError as error:
-                # A value cut by the end of the window looks wrong only there, or as a string without an end.
+                # A value that the window cuts is wrong only near the window's end, or a string without an end.
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.window) - 16
                 if self.ended or not cut:
                     raise self.error(error.msg, error.pos) from None
                 self._read(amount)
                 amount *= 2
             except (ValueError, RecursionError) as error:
-                told = "nested too deep" if isinstance(error, RecursionError) else str(error)
-                raise self.error(told) from None
+                raise self.error("nested too deep" if isinstance(error, RecursionError) else str(error)) from None
             else:
                 line = self.line
                 self._move(end - self.at)
@@ -166,7 +159,7 @@ def _read_parquet(path: Path, fields: tuple[str, ...]) -> Iterator[tuple[int, di
 
 
 SPLITS = ("train", "eval")
-EVAL_NAMES = ("eval", "validation", "valid", "dev", "test")  # the first that a folder or saved data set has is its eval
+EVAL_NAMES = ("eval", "validation", "valid", "dev", "test")  # the first of these that exists is the eval split
 _PROJECT = Path(__file__).resolve().parents[2]
 
 
@@ -238,18 +231,17 @@ class Source:
 
     @property
     def is_own(self) -> bool:
-        """The user can mend the records, so one that lacks something is an error rather than left out."""
+        """Whether the user can mend the records: then an incomplete one is an error rather than left out."""
         return self.known is None or self.known.name == LOCAL_JSON
 
 
 def find_source(data_path: str) -> Source:
-    """What one ``--data_path`` entry stands for.
+    """The records that one ``--data_path`` entry names.
 
-    A name DeepSpeed-Chat knows decides the record format wherever it occurs in the entry; the entry itself is then a
-    local file, folder or saved data set if it exists, else a Hub data set. Raises ``InputError`` where it is neither.
+    A name that DeepSpeed-Chat knows decides the record format wherever it occurs in the entry; the entry itself is a
+    local file, folder or saved data set if it exists, else a Hub data set. Raises ``InputError`` if it is neither.
     """
     known = find_format(data_path)
-    fields = known.fields if known else OWN_FIELDS
     path = Path(data_path).expanduser()
     if known and known.name == LOCAL_JSON:
         return _local_json(data_path, known, path)
@@ -257,29 +249,29 @@ def find_source(data_path: str) -> Source:
         if not suffix_of(path):
             raise InputError(f"{path}: unknown kind of file; known are {', '.join(SUFFIXES)}")
         split = _split_of(path)
-        train_files, eval_files = [path], _eval_files(path.parent, known, split) if _is_train(split) else []
-        return _from_files(data_path, known, fields, train_files, eval_files)
+        eval_files = _eval_files(path.parent, known, split) if _is_train(split) else []
+        return _from_files(data_path, known, [path], eval_files)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved_dataset(data_path, known, fields, path)
+            return _saved_dataset(data_path, known, path)
         folder, splits = _split_folder(path)
-        kinds = sorted(filter(_is_train, splits))
-        if not kinds:
+        train_splits = sorted(filter(_is_train, splits))
+        if not train_splits:
             raise InputError(
                 f"{path}: neither a saved data set nor a folder with train.* (and eval.*, validation.* or test.*) "
                 f"in one of {', '.join(SUFFIXES)}"
             )
-        if len(kinds) > 1:
+        if len(train_splits) > 1:
             raise InputError(
-                f"{path}: several train splits ({', '.join(kinds)}), which may hold different things; name what is "
-                f"wanted of them, as in --data_path {path / kinds[0]}"
+                f"{path}: several train splits ({', '.join(train_splits)}), which may hold different things; name "
+                f"one of them, as in --data_path {path / train_splits[0]}"
             )
-        return _from_split(data_path, known, fields, folder, kinds[0])
+        return _from_split(data_path, known, folder, train_splits[0])
     folder, splits = _split_folder(path.parent)
     if _is_train(path.name.lower()) and path.name.lower() in splits:
-        return _from_split(data_path, known, fields, folder, path.name.lower())
+        return _from_split(data_path, known, folder, path.name.lower())
     if known and not data_path.startswith(("/", ".", "~")):
-        return _hub_dataset(data_path, known, fields)
+        return _hub_dataset(data_path, known)
     names = ", ".join(known.name for known in FORMATS)
     raise InputError(
         f"--data_path {data_path}: no such file or folder, and no data set known by name. Known names: {names}. Other "
@@ -311,7 +303,7 @@ def _split_folder(path: Path) -> tuple[Path, set[str]]:
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split. Raises ``InputError`` where they are of several kinds: one is a copy of the other."""
+    """The files of a split. Raises ``InputError`` if they are of several kinds: then one is a copy of the other."""
     files = sorted(file for file in folder.glob("*") if file.is_file() and _split_of(file) == split)
     one_of_each = {suffix_of(file): file.name for file in files}
     if len(one_of_each) > 1:
@@ -320,9 +312,9 @@ def _split_files(folder: Path, split: str) -> list[Path]:
 
 
 def _eval_files(folder: Path, known: DatasetFormat | None, train_split: str) -> list[Path]:
-    """The files of the eval split that belongs to a train split: of test_prefs, not of test_sft, to train_prefs.
+    """The files of the eval split that belongs to a train split: test_prefs, not test_sft, to train_prefs.
 
-    A folder's only train split may also have one of plain name.
+    A folder's only train split may also go with a plain name such as test.
     """
     names = (known.eval_split, *EVAL_NAMES) if known and known.eval_split else EVAL_NAMES
     candidates = [name + train_split[len("train") :] for name in names]
@@ -331,20 +323,12 @@ def _eval_files(folder: Path, known: DatasetFormat | None, train_split: str) -> 
     return next((files for name in candidates if (files := _split_files(folder, name))), [])
 
 
-def _from_split(
-    data_path: str, known: DatasetFormat | None, fields: tuple[str, ...], folder: Path, split: str
-) -> Source:
-    train_files = _split_files(folder, split)
-    return _from_files(data_path, known, fields, train_files, _eval_files(folder, known, split))
+def _from_split(data_path: str, known: DatasetFormat | None, folder: Path, split: str) -> Source:
+    return _from_files(data_path, known, _split_files(folder, split), _eval_files(folder, known, split))
 
 
-def _from_files(
-    data_path: str,
-    known: DatasetFormat | None,
-    fields: tuple[str, ...],
-    train_files: list[Path],
-    eval_files: list[Path],
-) -> Source:
+def _from_files(data_path: str, known: DatasetFormat | None, train_files: list[Path], eval_files: list[Path]) -> Source:
+    fields = known.fields if known else OWN_FIELDS
     own_split = not eval_files or (known and known.eval_split is None)
     eval_records = None if own_split else FileRecords(tuple(eval_files), fields)
     return Source(data_path, known, FileRecords(tuple(train_files), fields), eval_records)
@@ -355,55 +339,50 @@ def _local_json(data_path: str, known: DatasetFormat, path: Path) -> Source:
     for folder in folders:
         train, evaluation = folder / "train.json", folder / "eval.json"
         if train.is_file() and evaluation.is_file():
-            return Source(
-                data_path, known, FileRecords((train,), known.fields), FileRecords((evaluation,), known.fields)
-            )
+            return _from_files(data_path, known, [train], [evaluation])
     where = " or ".join(str(folder.absolute()) for folder in folders)
     raise InputError(f"--data_path {data_path}: needs train.json and eval.json, both in {where}")
 
 
-def _saved_dataset(data_path: str, known: DatasetFormat | None, fields: tuple[str, ...], path: Path) -> Source:
+def _saved_dataset(data_path: str, known: DatasetFormat | None, path: Path) -> Source:
     import datasets
 
     try:
         saved = datasets.load_from_disk(str(path), keep_in_memory=False)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
         raise InputError(f"{path}: the saved data set cannot be opened ({error})") from None
-    return _from_datasets(data_path, known, fields, saved)
+    return _from_datasets(data_path, known, saved)
 
 
-def _hub_dataset(data_path: str, known: DatasetFormat, fields: tuple[str, ...]) -> Source:
+def _hub_dataset(data_path: str, known: DatasetFormat) -> Source:
     import datasets
 
     hub_id = known.hub_id or data_path
     try:
         try:
-            found = datasets.load_dataset(hub_id, keep_in_memory=False)
+            loaded = datasets.load_dataset(hub_id, keep_in_memory=False)
         except RuntimeError as error:
             if "scripts are no longer supported" not in str(error):
                 raise
             # Data sets that were published as a loading script: the Hub keeps a Parquet export of each.
             export = {"revision": "refs/convert/parquet", "data_dir": known.hub_folder}
-            found = datasets.load_dataset(hub_id, keep_in_memory=False, **export)
+            loaded = datasets.load_dataset(hub_id, keep_in_memory=False, **export)
     except (OSError, ValueError, RuntimeError) as error:
+        reason = first_line(error).rstrip(".")
         offline = " Offline mode is on: only the cache was searched." if datasets.config.HF_HUB_OFFLINE else ""
         raise InputError(
-            f"--data_path {data_path}: the Hub data set {hub_id} cannot be loaded ({_first_line(error)}).{offline} "
+            f"--data_path {data_path}: the Hub data set {hub_id} cannot be loaded ({reason}).{offline} "
             f"Without network: load it where there is one, save_to_disk() it to a folder whose path ends in "
             f"{known.name}, and give that path; or bring the filled HF_DATASETS_CACHE and set HF_DATASETS_OFFLINE=1"
         ) from None
-    return _from_datasets(data_path, known, fields, found)
+    return _from_datasets(data_path, known, loaded)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _from_datasets(data_path: str, known: DatasetFormat | None, fields: tuple[str, ...], found) -> Source:
-    splits = found if hasattr(found, "keys") else {"train": found}
+def _from_datasets(data_path: str, known: DatasetFormat | None, loaded) -> Source:
+    splits = loaded if hasattr(loaded, "keys") else {"train": loaded}
     if "train" not in splits:
-        found = ", ".join(splits)
-        raise InputError(f"{data_path}: no train split (found: {found}); save the wanted ones as train and test")
+        raise InputError(f"{data_path}: no train split, only {', '.join(splits)}; save them as train and test")
+    fields = known.fields if known else OWN_FIELDS
     names = EVAL_NAMES if known is None else (known.eval_split, *EVAL_NAMES) if known.eval_split else ()
     evaluation = next((name for name in names if name in splits), None)
     train = ArrowRecords(splits["train"], f"{data_path} (train)", fields)

@@ -1,4 +1,4 @@
-"""Line and bar charts as inline SVG that follows the page's light or dark colours and shows its values on hover."""
+"""Line and bar charts as inline SVG, in the page's light or dark colours, with values on hover."""
 
 import math
 from bisect import bisect_right
@@ -15,7 +15,7 @@ HOVER_COLUMNS = 80
 FEW_POINTS = 12
 NAMED_POINTS = 5
 WIDEST_BAR = 64
-# Series also differ in their dashes, for print and for the colour-blind; colours are the style sheet's --s0 … --s7.
+# Series also differ in dashes, for print and the colour-blind. Colours are the style sheet's --s0 … --s7.
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
 
 
@@ -23,7 +23,7 @@ DASHES = ("", "7 3", "2 3", "9 3 2 3", "", "7 3", "2 3", "9 3 2 3")
 class Series:
     """One line: ``y`` over ``x`` with an optional band from ``low`` to ``high`` (all of one length).
 
-    ``color``: its number among the style sheet's; None: its place in the chart.
+    ``color``: a number of the style sheet's colours; None: its place in the chart.
     """
 
     name: str
@@ -40,9 +40,9 @@ class Series:
 
 
 def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Weighted mean of the values around each, by ``weight ** distance``, as far to one side as to the other.
+    """Weighted mean of the values around each, by ``weight ** distance``, equally far to both sides.
 
-    So a line begins and ends where its values do, and a straight one stays straight. Gaps (NaN) stay gaps.
+    So a line begins and ends at its own values, and a straight line stays straight. Gaps (NaN) stay gaps.
     """
     reach = math.ceil(math.log(1e-3) / math.log(weight)) if weight > 0 else 0  # beyond it the weights are nothing
     smoothed = []
@@ -56,7 +56,7 @@ def smooth(values: Sequence[float], weight: float) -> list[float]:
 
 
 Limits = tuple[float | None, float | None]
-"""Least and greatest value that a measure can have, where there is one: no axis or band goes beyond."""
+"""The least and greatest value that a measure can have, or None. No axis or band goes beyond."""
 
 
 def ticks(low: float, high: float, about: int = 5, limits: Limits = (None, None)) -> list[float]:
@@ -72,13 +72,14 @@ def ticks(low: float, high: float, about: int = 5, limits: Limits = (None, None)
 
 
 def within(value: float, limits: Limits) -> float:
-    """The value, or the limit that it is beyond."""
+    """The value, cut at the limits."""
     low, high = limits
-    return max(value, low) if low is not None and value < low else min(value, high if high is not None else value)
+    value = value if low is None else max(value, low)
+    return value if high is None else min(value, high)
 
 
 def short(value: float) -> str:
-    """Three or four significant digits, as a person would write them."""
+    """Four significant digits or fewer, for people."""
     if not math.isfinite(value):
         return "—"
     if abs(value) >= 10_000:
@@ -95,9 +96,9 @@ def line_chart(
     y_range: tuple[float, float] | None = None,
     limits: Limits = (None, None),
 ) -> Html:
-    """Several runs in one chart. With ``smoothing`` in (0, 1) the raw values stay behind as a faint line.
+    """Several runs in one chart. With ``smoothing`` in (0, 1) the raw values are a faint line behind.
 
-    Values that are not finite leave a gap. The hover text of each position lists every series' value there.
+    Values that are not finite leave a gap. Hovering lists every series' value at a position.
     """
     colored = [(index if one.color is None else one.color, one) for index, one in enumerate(series)]
     lines = [(color, one) for color, one in colored if any(map(math.isfinite, one.y))]
@@ -138,7 +139,7 @@ def bar_chart(
 ) -> Html:
     """Grouped bars: one cluster per group, one colour per series; ``intervals`` draw (low, high) whiskers.
 
-    A value of None is a missing bar. The axis always contains zero, and ``y_range``, by which charts share an axis.
+    A value of None is a missing bar. The axis contains zero and ``y_range``, by which charts can share an axis.
     """
     intervals = intervals or {}
     values = [v for row in series.values() for v in row if v is not None and math.isfinite(v)]
@@ -171,10 +172,12 @@ def point_chart(
     x_label: str = "",
     y_label: str = "",
     intervals: Sequence[tuple[float, float] | None] | None = None,
+    line: Sequence[str] = (),
 ) -> Html:
-    """One dot for each ``(name, x, y)``; ``intervals`` draw (low, high) whiskers of y. Not finite: left out.
+    """One dot for each finite ``(name, x, y)``; ``intervals`` draw (low, high) whiskers of y.
 
-    The names stand beside a few dots, and in a legend above more than ``NAMED_POINTS``, which would cover each other.
+    ``line``: names of points that a line connects, in its order.
+    Up to ``NAMED_POINTS`` names stand beside their dots; more would cover each other and go into a legend.
     """
     intervals = intervals or [None] * len(points)
     shown = [
@@ -184,20 +187,21 @@ def point_chart(
     ]
     if not shown:
         return missing_chart(title, "nothing recorded")
-    x_ticks = ticks(*_ends([x for _, (_, x, _), _ in shown]))
+    xs = [x for _, (_, x, _), _ in shown]
+    x_ticks = ticks(min(xs), max(xs))
     heights = [y for _, (_, _, y), _ in shown] + [edge for *_, pair in shown if pair for edge in pair]
-    plot = _Plot(x_ticks[0], x_ticks[-1], ticks(*_ends(heights)))
+    plot = _Plot(x_ticks[0], x_ticks[-1], ticks(min(heights), max(heights)))
     body = [plot.frame(x_label, y_label, x_ticks)]
+    if line:
+        at = {name: (x, y) for _, (name, x, y), _ in shown}
+        across, up = zip(*(at[name] for name in line), strict=True)
+        body.append(plot.path(across, up, "series raw", 'style="--k:var(--s0)"'))
     taken: list[tuple[float, float, float]] = []
     for index, (name, x, y), interval in sorted(shown, key=lambda one: one[1][2], reverse=True):
         named = len(shown) <= NAMED_POINTS
         body.append(plot.point(name, x, y, index, interval, taken if named else None))
     key = "" if len(shown) <= NAMED_POINTS else legend([(name, index, False) for index, (name, *_), _ in shown])
     return figure(title, key, join(body))
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
 
 
 def histogram(
@@ -228,10 +232,9 @@ def histogram(
 
 
 def missing_chart(title: str, reason: str) -> Html:
-    """A chart's place, saying why there is none."""
-    return Html(
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p class="quiet">{escape(reason)}</p></figure>'
-    )
+    """An empty chart with the reason why."""
+    caption, text = f"<figcaption>{escape(title)}</figcaption>", f'<p class="quiet">{escape(reason)}</p>'
+    return Html(f'<figure class="chart">{caption}{text}</figure>')
 
 
 def figure(title: str, key: object, body: Html, height: int = HEIGHT) -> Html:
@@ -258,7 +261,7 @@ def legend(entries: Sequence[tuple[str, int, bool]]) -> Html:
 
 
 class _Plot:
-    """The rectangle inside the axes: data to drawing units, and what is drawn in it."""
+    """The rectangle inside the axes: from data to drawing units, and what is drawn."""
 
     def __init__(self, x_low: float, x_high: float, y_ticks: list[float]):
         self.x_low, self.x_high = x_low, x_high if x_high > x_low else x_low + 1
@@ -281,17 +284,14 @@ class _Plot:
             parts.append(f'<path class="{kind}" d="M{self.left} {y:.1f}H{WIDTH - RIGHT}"/>')
             parts.append(f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{short(tick)}</text>')
         for tick in x_ticks:
-            parts.append(
-                f'<text x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(tick)}</text>'
-            )
+            place = f'x="{self.x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}"'
+            parts.append(f'<text {place} text-anchor="middle">{short(tick)}</text>')
         if x_label:
             middle = (self.left + WIDTH - RIGHT) / 2
             parts.append(f'<text x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>')
         if y_label:
-            middle = (TOP + HEIGHT - BOTTOM) / 2
-            parts.append(
-                f'<text transform="translate(9 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
-            )
+            place = f'transform="translate(9 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)"'
+            parts.append(f'<text {place} text-anchor="middle">{escape(y_label)}</text>')
         return Html("".join(parts))
 
     def path(self, xs: Sequence[float], ys: Sequence[float], kind: str, style: str) -> Html:
@@ -348,7 +348,7 @@ class _Plot:
     def point(self, name: str, x: float, y: float, index: int, interval, taken: list | None) -> Html:
         """A dot with its name beside it, below the names in ``taken`` (left, right, height) that it would cover.
 
-        Without ``taken`` the name shows on hover alone.
+        Without ``taken`` the name shows on hover only.
         """
         words = [name, f"{short(x)}, {short(y)}"]
         words += [f"interval {short(interval[0])} to {short(interval[1])}"] if interval else []
@@ -373,8 +373,8 @@ class _Plot:
         )
 
     def turn(self, names: Sequence[str]) -> tuple[int, int]:
-        """By how many degrees the names under the clusters are turned, all alike, so that none touches its neighbour;
-        and how much room they then need below the drawing."""
+        """The angle of all names under the clusters, in degrees, at which none touches its neighbour, and the room that
+        they then need below the drawing."""
         longest, room = 6.2 * max(map(len, names)), (WIDTH - self.left - RIGHT) / len(names)
         if longest <= room:
             return 0, 0
@@ -382,7 +382,7 @@ class _Plot:
         return angle, max(0, math.ceil(longest * math.sin(math.radians(angle))) + 16 - BOTTOM)
 
     def group_label(self, place: float, name: str, turn: int) -> Html:
-        """Under a cluster, turned by so many degrees."""
+        """A name under a cluster, turned by so many degrees."""
         x, y = self.x(place), HEIGHT - BOTTOM + 15
         if not turn:
             return Html(f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(name)}</text>')
@@ -391,7 +391,7 @@ class _Plot:
 
 
 def thin(xs: Sequence[float], ys: Sequence[float]) -> list[tuple[float, float]]:
-    """At most about ``MOST_POINTS`` points that keep every bucket's extremes, so that no spike disappears."""
+    """At most about ``MOST_POINTS`` points, with the extremes of every bucket, so that no spike disappears."""
     points = list(zip(xs, ys, strict=True))
     if len(points) <= MOST_POINTS:
         return points

@@ -1,4 +1,4 @@
-"""The colours of every picture, for light and dark surroundings, told apart by the colour-blind."""
+"""The colours of all pictures, for light and dark surroundings, which the colour-blind can tell apart."""
 
 import math
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ DARK = Theme(
 
 
 def strength(value: float | None) -> float:
-    """``|value|`` in [0, 1]: how strongly a token is coloured. Beyond 1 it saturates; None and NaN have no colour."""
+    """How strongly a token is coloured: ``|value|``, at most 1. None and NaN have no colour."""
     return 0.0 if value is None or math.isnan(value) else min(1.0, abs(value))
 
 

@@ -3,7 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,9 +22,9 @@ LONG_TOKEN = 80
 class TokenScores:
     """The tokens of one text and a value for each.
 
-    ``tokens``: display strings (``token_strings``). ``values``: reward ``2D - 1`` in [-1, 1], one per token; None
-    where there is none (a prompt's tokens). ``kind``: "reward", "label" where values are ``2 target - 1``, or "value"
-    for rewards that are no discriminator's (their strength is cut at 1).
+    ``tokens``: display strings (``token_strings``). ``values``: one reward ``2D - 1`` in [-1, 1] per token, None for a
+    prompt's tokens. ``kind``: "reward"; "label" for values ``2 target - 1``; "value" for rewards of another kind, whose
+    strength is cut at 1.
     """
 
     tokens: Sequence[str]
@@ -47,7 +47,7 @@ class TokenScores:
         return cls(tokens, [2 * float(target) - 1 for target in targets], caption, "label")
 
     def hover(self, index: int) -> str:
-        """What one token's tooltip says: the token, then D and reward, or the label."""
+        """A token's tooltip: the token, then D and reward, or the label."""
         value, token = self.values[index], shorten(self.tokens[index], LONG_TOKEN)
         token = f"“{visible(token)}”" if token else "part of the next character"
         token = token.replace("\n", "↵").replace("\t", "⇥")
@@ -63,7 +63,7 @@ class TokenScores:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what belongs under it: answers of several policies, or a revision's labels beside its rewards."""
+    """A prompt and the texts under it: answers of several policies, or a revision's labels beside its rewards."""
 
     prompt: str
     texts: Sequence[TokenScores]
@@ -75,18 +75,16 @@ def sample_html(sample: Sample) -> Html:
     """Title, prompt, then the texts as heat-maps, two beside each other where the screen is wide enough."""
     parts = [Html(f"<h3>{escape(sample.title)}</h3>")] if sample.title else []
     parts += [long_text(sample.prompt.strip("\n"))] if sample.prompt else []
-    maps = join([heatmap_html(text) for text in sample.texts])
+    maps = Html(f'<div class="columns">{join([heatmap_html(text) for text in sample.texts])}</div>')
     note = Html(f'<p class="note">{escape(sample.note)}</p>') if sample.note else ""
-    return join(
-        [Html('<div class="sample">'), *parts, Html(f'<div class="columns">{maps}</div>'), note, Html("</div>")]
-    )
+    return join([Html('<div class="sample">'), *parts, maps, note, Html("</div>")])
 
 
 def heatmap_html(scores: TokenScores) -> Html:
     """One text as coloured tokens; hovering or touching a token shows its value.
 
-    Newlines and unusual spaces are marked quietly by the style sheet, so that copied text is the text itself. A token
-    longer than ``LONG_TOKEN`` characters is folded, the whole a click away.
+    The style sheet marks newlines and unusual spaces, so that copied text is unchanged. A token longer than
+    ``LONG_TOKEN`` characters is folded; a click shows all of it.
     """
     caption = f"<figcaption>{escape(scores.caption)}</figcaption>" if scores.caption else ""
     tokens = join([_token_html(scores, index) for index in range(len(scores.tokens))])
@@ -108,13 +106,13 @@ def _token_html(scores: TokenScores, index: int) -> Html:
 
 
 def leading_space(token: str) -> tuple[str, str]:
-    """The one space before a word, which stays uncoloured so that lines break cleanly, and the rest of the token."""
+    """A single space before a word, which stays uncoloured so that lines break cleanly, and the rest of the token."""
     return (" ", token[1:]) if re.match(r" [^ \n\t]", token) else ("", token)
 
 
 def _whitespace(token: str) -> Html:
-    """Mark newlines, tabs, and spaces that one would overlook: all but a single one between words."""
-    text = re.sub(r"(?<=[^ \n\t]) (?=[^ \n\t])", "\0", escape(token))  # the ordinary space, out of the way
+    """Mark newlines, tabs, and all spaces but single ones between words."""
+    text = re.sub(r"(?<=[^ \n\t]) (?=[^ \n\t])", "\0", escape(token))  # hides the ordinary spaces
     text = re.sub(r"[\n\t ]", lambda mark: f'<i class="{_MARKS[mark[0]]}">{mark[0]}</i>', text)
     return Html(text.replace("\0", " "))
 
@@ -125,11 +123,7 @@ _MARKS = {"\n": "nl", "\t": "tab", " ": "sp"}
 def legend_html(kind: Literal["reward", "label"] = "reward") -> Html:
     """The colour scale in one line."""
     if kind == "label":
-        words = [
-            ("n", 1.0, "negative: deleted or replaced"),
-            ("", 0, "neutral"),
-            ("p", 1.0, "positive: added or replaced"),
-        ]
+        words = (("n", 1, "negative: deleted or replaced"), ("", 0, "neutral"), ("p", 1, "positive: added or replaced"))
         swatches = [f'<span class="t {sign} u" style="--v:{amount}">{word}</span>' for sign, amount, word in words]
         return Html(f'<p class="legend scale">{" ".join(swatches)}</p>')
     steps = [step / 5 for step in range(-5, 6)]
@@ -141,7 +135,7 @@ def legend_html(kind: Literal["reward", "label"] = "reward") -> Html:
 
 
 def explained(*kinds: Literal["reward", "label"]) -> Html:
-    """The legends that stand above heat-maps, and how they are read."""
+    """The legends above heat-maps, and how to read them."""
     hint = (
         "Hover over a token, or touch it, for its values. Tokens outside the neutral zone, max(D, 1 − D) ≥ 0.6, are "
         "underlined: straight where positive, in waves where negative."
@@ -149,19 +143,15 @@ def explained(*kinds: Literal["reward", "label"]) -> Html:
     return join([*map(legend_html, kinds), Html(f'<p class="note">{escape(hint)}</p>')])
 
 
-def terminal_theme(environ: Mapping[str, str] = os.environ) -> Theme:
-    """``LIGHT`` where the terminal says (``COLORFGBG``) that its background is light, else ``DARK``."""
-    background = environ.get("COLORFGBG", "").split(";")[-1]
-    return LIGHT if background in ("7", "15") else DARK
-
-
 def heatmap_terminal(scores: TokenScores, console: Console, theme: Theme | None = None) -> Text:
     """Coloured tokens to print on ``console``; negative ones are also underlined.
 
-    Where the console shows no colour (a pipe, ``NO_COLOR``), tokens outside the paper's neutral zone are bracketed as
-    in wdiff instead, ``[-negative-]`` and ``{+positive+}``. Control characters are spelled out, never sent.
+    ``theme``: LIGHT or DARK; None: as the terminal says its background is (``COLORFGBG``), else DARK. Without colours
+    (a pipe, ``NO_COLOR``), tokens outside the neutral zone are bracketed as in wdiff: ``[-negative-]``,
+    ``{+positive+}``. Control characters are spelled out.
     """
-    theme = theme or terminal_theme()
+    background = os.environ.get("COLORFGBG", "").split(";")[-1]
+    theme = theme or (LIGHT if background in ("7", "15") else DARK)
     plain = console.color_system is None or console.no_color
     line = Text(overflow="fold")
     for token, value in zip(scores.tokens, scores.values, strict=True):
@@ -183,7 +173,7 @@ def heatmap_terminal(scores: TokenScores, console: Console, theme: Theme | None 
 def _terminal_style(value: float | None, amount: float, console: Console, theme: Theme) -> Style:
     if amount < 0.02:
         return Style.null()
-    if console.color_system == "standard":  # sixteen colours have no shades: only what is outside the neutral zone
+    if console.color_system == "standard":  # sixteen colours have no shades, so the neutral zone stays uncoloured
         color = "green" if value > 0 else "red"
         return Style(color="black", bgcolor=color, underline=value < 0) if amount >= NEUTRAL else Style.null()
     background, ink = token_color(value, theme), theme.ink

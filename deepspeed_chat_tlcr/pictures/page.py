@@ -1,4 +1,4 @@
-"""One-file HTML pages: inline style, no network, light and dark, laptop and phone; and their small parts."""
+"""One-file HTML pages without network access, light and dark, for laptop and phone, and their parts."""
 
 import base64
 import hashlib
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from deepspeed_chat_tlcr.pictures.colors import DARK, LIGHT
 from deepspeed_chat_tlcr.pictures.text import Html, escape, join
+from deepspeed_chat_tlcr.records import replace_file
 
 
 def theme_style() -> str:
@@ -25,13 +26,12 @@ _SCRIPT = (resources.files(__package__) / "page.js").read_text("utf-8")
 def page(title: str, sections: Sequence[tuple[str, object]], lead: object = "") -> str:
     """A whole HTML document: ``lead`` under the title, then one ``(heading, body)`` after another, with links to them.
 
-    Strings are escaped, ``Html`` is taken as it is. The page's content security policy lets only its own script run
-    (it shows values under the pointer) and loads nothing, so even a flaw in escaping would not run a model's output.
+    Strings are escaped, ``Html`` is taken as it is. The content security policy lets only the page's own script run,
+    which shows values on hover, and loads nothing: a flaw in escaping would not run a model's output.
     """
     digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; base-uri 'none'"
-    )
+    sources = f"style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    policy = f"default-src 'none'; {sources}; base-uri 'none'"
     links = [Html(f'<a href="#s{number}">{escape(heading)}</a>') for number, (heading, _) in enumerate(sections)]
     parts = [
         Html(f'<section id="s{number}"><h2>{escape(heading)}</h2>\n{escape(body)}</section>')
@@ -49,12 +49,10 @@ def page(title: str, sections: Sequence[tuple[str, object]], lead: object = "") 
 
 
 def write_page(path: str | Path, title: str, sections: Sequence[tuple[str, object]], lead: object = "") -> Path:
-    """``page`` to a file, whole or not at all."""
+    """Write ``page`` to a file, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(page(title, sections, lead), encoding="utf-8")
-    part.replace(path)
+    replace_file(path, [page(title, sections, lead)])
     return path
 
 
@@ -70,10 +68,9 @@ def columns(*blocks: object, kind: str = "columns") -> Html:
 
 def cards(items: Sequence[tuple[str, str]]) -> Html:
     """A few large figures: ``(value, what it is)``."""
-    inner = join(
-        [Html(f'<div class="card"><b>{escape(big)}</b><span>{escape(small)}</span></div>') for big, small in items]
-    )
-    return Html(f'<div class="cards">{inner}</div>')
+    card = '<div class="card"><b>{}</b><span>{}</span></div>'
+    inner = [Html(card.format(escape(value), escape(what))) for value, what in items]
+    return Html(f'<div class="cards">{join(inner)}</div>')
 
 
 def origin(made: Mapping[str, str]) -> Html:
@@ -83,7 +80,7 @@ def origin(made: Mapping[str, str]) -> Html:
 
 
 def number(value: object, digits: int = 2) -> str:
-    """A cell's text: floats with ``digits`` decimals, integers with separators, a dash where nothing was measured."""
+    """A cell's text: floats with ``digits`` decimals, integers with separators, a dash for None and NaN."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return "—"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -114,6 +111,5 @@ def table_html(
     ]
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
     lines = join([Html(f"<tr>{line}</tr>") for line in body], "\n")
-    return Html(
-        f'<div class="table"><table>{title}<thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table></div>'
-    )
+    table = f"<table>{title}<thead><tr>{head}</tr></thead><tbody>\n{lines}</tbody></table>"
+    return Html(f'<div class="table">{table}</div>')

@@ -8,11 +8,14 @@ from deepspeed_chat_tlcr.pictures.colors import LIGHT, strength, token_color
 from deepspeed_chat_tlcr.pictures.heatmap import LONG_TOKEN, NEUTRAL, TokenScores, leading_space
 from deepspeed_chat_tlcr.pictures.text import shorten, visible
 
-_QUIET, _GRID = "#686c72", "#e0e0db"
+_QUIET = "#686c72"
 
 
-def heatmap_png(path: str | Path, texts: Sequence[TokenScores], width: float = 9.0, font_size: float = 11.0) -> None:
-    """Texts under one another as coloured tokens, each below its caption; ``width`` in inches, as high as it needs."""
+def heatmap_png(path: str | Path, texts: Sequence[TokenScores]) -> None:
+    """Texts under one another as coloured tokens, each below its caption; 9 inches wide, as high as needed."""
+    width, font_size = 9.0, 11.0
+    from matplotlib.patches import Rectangle
+
     figure, axes = _figure(width, 1.0)
     axes.set_axis_off()
     measure = figure.canvas.get_renderer()
@@ -21,7 +24,7 @@ def heatmap_png(path: str | Path, texts: Sequence[TokenScores], width: float = 9
     drawn: list[tuple[float, float, str, float, float | None]] = []
 
     def extent(text: str, size: float) -> float:
-        # Matplotlib measures no trailing space, so a mark is measured along and taken off again.
+        # Matplotlib measures no trailing space, so a mark behind it is measured too and subtracted.
         drawing = axes.text(0, 0, text + "|", fontsize=size, parse_math=False)
         both = drawing.get_window_extent(measure).width
         drawing.set_text("|")
@@ -52,7 +55,7 @@ def heatmap_png(path: str | Path, texts: Sequence[TokenScores], width: float = 9
         caption = size == 0.0
         if strength(value):
             color = [channel / 255 for channel in token_color(value)]
-            axes.add_patch(_rectangle(x, y - line * 0.02, size - 1, line * 0.84, color))
+            axes.add_patch(Rectangle((x, y - line * 0.02), size - 1, line * 0.84, facecolor=color, edgecolor="none"))
             if value < 0 and strength(value) >= NEUTRAL:
                 axes.plot([x, x + size - 1], [y + line * 0.8] * 2, color="#b2340a", lw=1.2, ls=(0, (1, 1)))
         axes.text(
@@ -68,16 +71,10 @@ def heatmap_png(path: str | Path, texts: Sequence[TokenScores], width: float = 9
 
 
 def line_chart_png(
-    path: str | Path,
-    series: Sequence[Series],
-    title: str,
-    x_label: str = "",
-    y_label: str = "",
-    smoothing: float = 0.0,
-    size: tuple[float, float] = (6.0, 3.6),
+    path: str | Path, series: Sequence[Series], title: str, x_label: str = "", y_label: str = "", smoothing: float = 0.0
 ) -> None:
-    """``line_chart`` as a PNG of ``size`` inches."""
-    figure, axes = _figure(*size)
+    """``line_chart`` as a PNG of 6.0 x 3.6 inches."""
+    figure, axes = _figure(6.0, 3.6)
     for place, one in enumerate(series):
         index = place if one.color is None else one.color
         color = LIGHT.series[index % 8]
@@ -86,15 +83,21 @@ def line_chart_png(
         if smoothing:
             axes.plot(one.x, one.y, color=color, alpha=0.3, lw=0.8)
         dashes = (0, tuple(map(int, DASHES[index % 8].split()))) if DASHES[index % 8] else "-"
-        axes.plot(
-            one.x,
-            smooth(one.y, smoothing) if smoothing else one.y,
-            color=color,
-            ls=dashes,
-            lw=1.8,
-            label=visible(one.name),
-        )
-    _finish(figure, axes, title, x_label, y_label, len(series) > 1)
+        ys = smooth(one.y, smoothing) if smoothing else one.y
+        axes.plot(one.x, ys, color=color, ls=dashes, lw=1.8, label=visible(one.name))
+    # Texts are drawn as they are: a dollar sign does not begin a formula.
+    axes.set_facecolor("none")
+    axes.set_title(visible(title), loc="left", fontsize=11, fontweight="bold", parse_math=False)
+    axes.set_xlabel(visible(x_label), color=_QUIET, parse_math=False)
+    axes.set_ylabel(visible(y_label), color=_QUIET, parse_math=False)
+    axes.tick_params(colors=_QUIET, length=0, labelsize=9)
+    axes.grid(axis="y", color="#e0e0db", lw=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    if len(series) > 1:
+        for text in axes.legend(frameon=False, fontsize=9).get_texts():
+            text.set_parse_math(False)
+    figure.tight_layout()
     figure.savefig(path)
 
 
@@ -105,26 +108,3 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), dpi=160, facecolor=f"#{bytes(LIGHT.paper).hex()}")
     FigureCanvasAgg(figure)
     return figure, figure.add_subplot()
-
-
-def _rectangle(x: float, y: float, width: float, height: float, color: Sequence[float]):
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((x, y), width, height, facecolor=color, edgecolor="none")
-
-
-def _finish(figure, axes, title: str, x_label: str, y_label: str, legend: bool) -> None:
-    """Text from anywhere is drawn as it is: a dollar sign is no formula."""
-    axes.set_facecolor("none")
-    axes.set_title(visible(title), loc="left", fontsize=11, fontweight="bold", parse_math=False)
-    axes.set_xlabel(visible(x_label), color=_QUIET, parse_math=False)
-    axes.set_ylabel(visible(y_label), color=_QUIET, parse_math=False)
-    axes.tick_params(colors=_QUIET, length=0, labelsize=9)
-    axes.grid(axis="y", color=_GRID, lw=0.8)
-    axes.set_axisbelow(True)
-    for side in axes.spines.values():
-        side.set_visible(False)
-    if legend:
-        for text in axes.legend(frameon=False, fontsize=9).get_texts():
-            text.set_parse_math(False)
-    figure.tight_layout()

@@ -9,9 +9,7 @@ from deepspeed_chat_tlcr.pictures.text import Html, escape, join
 HEIGHT, RADIUS, RINGS = 300, 104, 5
 
 
-def radar_chart(
-    axes: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, most: float, unit: str = ""
-) -> Html:
+def radar_chart(axes: Sequence[str], series: Mapping[str, Sequence[float | None]], title: str, most: float) -> Html:
     """One corner for each of at least three ``axes``, from 0 in the middle to ``most``; None leaves a corner open.
 
     The hover text of each corner lists every series' value there.
@@ -34,7 +32,7 @@ def radar_chart(
         corners = polygon([at(place, most * ring / RINGS) for place in range(len(axes))])
         body.append(Html(f'<polygon class="grid" fill="none" points="{corners}"/>'))
     x, y = at(0, most)
-    body.append(Html(f'<text x="{x + 4:.1f}" y="{y + 12:.1f}">{escape(short(most) + unit)}</text>'))
+    body.append(Html(f'<text x="{x + 4:.1f}" y="{y + 12:.1f}">{escape(short(most))}</text>'))
     for index, _, row in lines:
         color = f"--k:var(--s{index % 8})"
         points = [at(place, value) for place, value in enumerate(row) if known(value)]
@@ -42,24 +40,21 @@ def radar_chart(
         body.append(Html(f'<polygon class="series" style="{color};{dash}" points="{polygon(points)}"/>'))
         body += [Html(f'<circle class="lone" style="{color}" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>') for x, y in points]
     for place, name in enumerate(axes):
-        body.append(_axis(at, place, name, most, lines, len(axes)))
+        # The spoke, its name, and the wedge that shows the values under the pointer.
+        x, y = at(place, most)
+        label_x, label_y = centre[0] + (x - centre[0]) * 1.1, centre[1] + (y - centre[1]) * 1.14 + 4
+        side = "middle" if abs(x - centre[0]) < 8 else "start" if x > centre[0] else "end"
+        words = [name, *(f"{one}: {short(row[place]) if known(row[place]) else '—'}" for _, one, row in lines)]
+        wedge = polygon([centre, at(place - 0.5, most), at(place, most), at(place + 0.5, most)])
+        body.append(
+            Html(
+                f'<text x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{side}">{escape(name)}</text>'
+                f'<g class="hover"><title>{escape(chr(10).join(words))}</title><polygon class="hit" points="{wedge}"/>'
+                f'<path class="grid" d="M{centre[0]:.1f} {centre[1]:.1f}L{x:.1f} {y:.1f}"/></g>'
+            )
+        )
     key = legend([(name, index, True) for index, name, _ in lines]) if len(lines) > 1 else ""
     return figure(title, key, join(body), HEIGHT)
-
-
-def _axis(at, place: int, name: str, most: float, lines, count: int) -> Html:
-    """The spoke, its name, and the wedge that shows the values under the pointer."""
-    x, y = at(place, most)
-    label_x, label_y = WIDTH / 2 + (x - WIDTH / 2) * 1.1, HEIGHT / 2 + (y - HEIGHT / 2) * 1.14 + 4
-    side = "middle" if abs(x - WIDTH / 2) < 8 else "start" if x > WIDTH / 2 else "end"
-    words = [name, *(f"{one}: {short(row[place]) if known(row[place]) else '—'}" for _, one, row in lines)]
-    edges = [at(place - 0.5, most), at(place, most), at(place + 0.5, most)]
-    wedge = " ".join(f"{a:.1f},{b:.1f}" for a, b in [(WIDTH / 2, HEIGHT / 2), *edges])
-    return Html(
-        f'<text x="{label_x:.1f}" y="{label_y:.1f}" text-anchor="{side}">{escape(name)}</text>'
-        f'<g class="hover"><title>{escape(chr(10).join(words))}</title><polygon class="hit" points="{wedge}"/>'
-        f'<path class="grid" d="M{WIDTH / 2:.1f} {HEIGHT / 2:.1f}L{x:.1f} {y:.1f}"/></g>'
-    )
 
 
 def known(value: float | None) -> bool:

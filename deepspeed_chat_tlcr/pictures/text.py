@@ -1,4 +1,4 @@
-"""Text that a model wrote, made safe and honest to look at: nothing in it is obeyed, nothing of it is hidden."""
+"""Model-written text made safe to look at: nothing in it is executed or hidden."""
 
 import html
 import re
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # pictures are drawn where nothing is trained, too: importing this stays quick
     from transformers import PreTrainedTokenizerBase
 
-# What would act on a page or a terminal instead of being seen: controls, lone surrogates, invisible and bidirectional
-# format characters, line separators, noncharacters (which XML forbids). Kept: newline, tab, and the two joiners that
-# emoji, Persian and Indic scripts are written with.
+# Controls, lone surrogates, invisible and bidirectional format characters, line separators, noncharacters (which XML
+# forbids). Not newline, tab, and the two joiners of emoji, Persian and Indic scripts.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u0600-\u0605\u061c\u06dd\u070f\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
     "\ufeff\ufff0-\ufffb\ufffe\uffff\ud800-\udfff\U000e0000-\U000e01ef]"
@@ -24,15 +23,15 @@ class Html(str):
 
 
 def visible(text: str) -> str:
-    """Spell out what would act rather than show, as Python would: ESC is ``\\x1b``, right-to-left override ``\\u202e``.
+    """Spell control and invisible characters out as Python does: ESC is ``\\x1b``. Newlines and tabs stay.
 
-    Newlines and tabs stay. The result can be encoded in UTF-8 and is legal in HTML, XML and on a terminal.
+    The result can be encoded in UTF-8 and is legal in HTML, XML and on a terminal.
     """
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape").decode("ascii"), text)
 
 
 def escape(content: object) -> Html:
-    """HTML for any value: ``Html`` as it is, everything else as text that can neither act nor break the page."""
+    """HTML for any value: ``Html`` as it is, everything else as escaped text."""
     if isinstance(content, Html):
         return content
     return Html(html.escape(visible(str(content)), quote=True))
@@ -44,7 +43,7 @@ def join(parts: Sequence[object], separator: str = "") -> Html:
 
 
 def shorten(text: str, limit: int) -> str:
-    """At most about ``limit`` characters: the beginning, what was left out in words, and the end."""
+    """At most about ``limit`` characters: the beginning, a note of how much was left out, and the end."""
     if len(text) <= limit:
         return text
     tail = limit // 4
@@ -52,12 +51,11 @@ def shorten(text: str, limit: int) -> str:
 
 
 def long_text(text: str, limit: int = 1200) -> Html:
-    """Text in a block that keeps its line breaks; beyond ``limit`` characters it is folded, the whole a click away."""
+    """Text in a block that keeps its line breaks; beyond ``limit`` characters it is folded, and a click shows all."""
     if len(text) <= limit:
         return Html(f'<div class="text" dir="auto">{escape(text)}</div>')
-    return Html(
-        f'<details class="text" dir="auto"><summary>{escape(shorten(text, limit))}</summary>{escape(text)}</details>'
-    )
+    summary = f"<summary>{escape(shorten(text, limit))}</summary>"
+    return Html(f'<details class="text" dir="auto">{summary}{escape(text)}</details>')
 
 
 def token_strings(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> list[str]:
@@ -81,7 +79,7 @@ def token_strings(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> l
         if stable == text:
             complete = position
             alone = _decode(tokenizer, [token])
-            if "\ufffd" not in alone:  # a clean place for the window to start anew, its token the next one's context
+            if "\ufffd" not in alone:  # the window can start anew here, with this token as the next one's context
                 start, shown = position, alone
     if complete < len(ids) - 1:
         strings[-1] += _decode(tokenizer, ids[start:])[len(shown) :]

@@ -36,7 +36,7 @@ def read_key(out: str) -> dict:
         raise InputError(f"{path} is not there: --out must be that of evaluation/human/make.py, which writes it")
     key = read_json(path)
     with reading(path, "make.py writes it with the pages"):
-        # Its parts, and so that they are of the right kind.
+        # Its parts, each made into the kind that it must have.
         slots = {name: {id: list(models) for id, models in shown.items()} for name, shown in key["slots"].items()}
         return {"study": str(key["study"]), "models": list(key["models"]), "tie": bool(key["tie"]), "slots": slots}
 
@@ -64,7 +64,7 @@ def read_votes(path: str, key: Mapping) -> tuple[str, dict[str, str]]:
     for id, vote in given.items():
         whole = isinstance(vote, int) and not isinstance(vote, bool)
         if not (vote == TIE and key["tie"]) and not (whole and 0 <= vote < len(shown[id])):
-            raise InputError(f"--votes {path}: {vote!r} is no vote on item {id}")
+            raise InputError(f"--votes {path}: {vote!r} is not a vote on item {id}")
         chosen[id] = TIE if vote == TIE else shown[id][vote]
     return annotator, chosen
 

@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         path = folder / "pages" / f"{name}.html"
         path.write_text(page(items, key["slots"][name], study, name, options), encoding="utf-8")
         print(path)
-    print(f"{len(items)} items, {len(key['models'])} models; keep {folder / 'key.json'} to yourself: it names them")
+    print(f"{len(items)} items, {len(key['models'])} models; keep {folder / 'key.json'} secret: it names them")
 
 
 if __name__ == "__main__":

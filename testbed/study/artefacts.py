@@ -51,11 +51,13 @@ class Step:
     program: str
     arguments: tuple[Argument, ...]
     content: str = ""  # hash of what stands in the user's own files that the arguments name
+    variables: tuple[tuple[str, str], ...] = ()  # of its environment
 
     @cached_property
     def key(self) -> str:
         """A hash of the command, with the keys of other steps in the place of their folders."""
-        told = json.dumps([self.program, *map(_identity, self.arguments), *([self.content] if self.content else [])])
+        beside = [part for part in (self.content, self.variables) if part]
+        told = json.dumps([self.program, *map(_identity, self.arguments), *beside])
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     @cached_property

@@ -7,6 +7,7 @@ from a file (--revisions), where the world has another reviser.
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from deepspeed_chat_tlcr.arguments import option, parse, seed_option
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
@@ -14,7 +15,7 @@ from deepspeed_chat_tlcr.records import Revision, read_jsonl, read_revisions, wr
 from deepspeed_chat_tlcr.saving import write_json
 from labeling.main import main as label
 from testbed.serve import MODEL, serve_in_thread
-from testbed.world import World
+from testbed.world import WORLDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +24,15 @@ class Options:
 
     data_path: str = option(MISSING, "the folder reward/ of the parts")
     revisions: str | None = option(None, "revisions.jsonl of another reviser; unset: the testbed's reviser is asked")
+    world: Literal[1, 2] = option(2, "which of the testbed's worlds")
     world_seed: int = seed_option(0, "the testbed world whose truth the reviser knows")
-    noise: float = option(World.revision_noise, "chance that the testbed's reviser edits a choice wrongly", most=1)
-    one_of: int = option(1, "keep every n-th training revision only")
     output_dir: str = option(MISSING, "folder for the revisions")
 
 
 def ask(options: Options, split: str) -> list[Revision]:
     """The testbed's revisions of one split, in the order of the data."""
     folder = Path(options.output_dir) / f"labeling-{split}"
-    server = serve_in_thread(World(seed=options.world_seed, revision_noise=options.noise))
+    server = serve_in_thread(WORLDS[options.world](seed=options.world_seed))
     try:
         address = f"http://127.0.0.1:{server.server_port}/v1"
         status = label(
@@ -65,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parse(Options, argv)
     find = imported if options.revisions else ask
     counts = {}
-    for split, step in (("train", options.one_of), ("eval", 1)):
-        kept = find(options, split)[::step]
-        counts[split] = write_jsonl(Path(options.output_dir) / f"{split}.jsonl", map(asdict, kept))
+    for split in ("train", "eval"):
+        counts[split] = write_jsonl(Path(options.output_dir) / f"{split}.jsonl", map(asdict, find(options, split)))
     write_json(Path(options.output_dir) / "results.json", counts)

@@ -1,14 +1,17 @@
-"""The study: every method x seeds on the testbed, or on another world.
+"""The study: what registration.json has committed to, on the testbed or on another world.
 
-python testbed/study/main.py --output_dir OUTPUT --stage grid|study|sensitivity|report
+python testbed/study/main.py --output_dir OUTPUT
 
-Whatever was made before is reused; an interrupted study continues with the same command. docs/study.md explains it.
+Stages follow each other: the grid, whose choice is frozen; then those of the registration. Whatever was made before is
+reused; a run that was stopped, or ended after ``hours``, continues with the same command. docs/study.md explains it.
 """
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import tarfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,232 +19,205 @@ import torch
 from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.locking import lock
+from deepspeed_chat_tlcr.records import parse_json
 from deepspeed_chat_tlcr.saving import write_json
 from testbed.study import results as tables
 from testbed.study import schedule
-from testbed.study.artefacts import Output, Step, Store, in_order
-from testbed.study.methods import (
-    AS_TLCR,
-    METHODS,
-    NO_REWARD,
-    STANDARD,
-    Artefacts,
-    Condition,
-    Scale,
-    Setting,
-    World,
-    beyond,
-    learning_rates,
-    penalties,
-)
-from testbed.study.options import (
-    NOISE,
-    PAPER,
-    SENSITIVITY,
-    Options,
-    chosen_methods,
-    chosen_scale,
-    chosen_seeds,
-    chosen_world,
-    known_steps,
-)
+from testbed.study.artefacts import Step, Store, in_order
+from testbed.study.methods import Artefacts, World
+from testbed.study.options import Options, chosen_world, known_steps
 from testbed.study.pages import write_study_page
-from testbed.study.results import Run
-from testbed.world import World as Testbed
+from testbed.study.registration import Registration, RewardModel, Setting, read
 
 EXIT_RESUMABLE = 3
-MOST_GROWTH = 3  # learning rates that a method's grid may grow by
-Trial = tuple[str, Setting, Step]
-"""Method, setting, and the measure of what came of them."""
-SEQUENCE = {"ppo_synthetic", "ppo_seq", "remax"}
 
 
 @dataclass(frozen=True)
 class Study:
     """What is to be run, as steps; nothing here runs anything."""
 
-    options: Options
+    registration: Registration
     world: World
-    scale: Scale
-    methods: list[str]
-    seeds: list[int]
     store: Store
+    folder: Path
 
-    def artefacts(self, seed: int, condition: Condition = STANDARD) -> Artefacts:
-        return Artefacts(self.world, self.scale, seed, condition)
+    def artefacts(self, seed: int, model: RewardModel | None = None) -> Artefacts:
+        return Artefacts(self.world, self.registration.scale, seed, model or RewardModel())
 
-    def judged_by(self, made: Artefacts) -> dict[str, Output]:
-        """The models whose rewards are reported beside the true score: those that some method here learns from."""
-        learning = set(self.methods) - NO_REWARD
-        found = {}
-        if learning - SEQUENCE:
-            found["discriminator"] = made.discriminator()
-        if learning & SEQUENCE:
-            found["reward_model"] = made.reward_model()
+    # ---- the grid, and what it chooses ----
+
+    @property
+    def frozen_file(self) -> Path:
+        return self.folder / "frozen.json"
+
+    @cached_property
+    def frozen(self) -> dict:
+        """What was chosen before the first result. Raises ``InputError`` where the registration is another since."""
+        found = parse_json(self.frozen_file.read_text(encoding="utf-8"))
+        if found["registration"] != self.registration.digest:
+            raise InputError(
+                f"{self.frozen_file}: settings were frozen for another registration ({found['registration']}, now "
+                f"{self.registration.digest}); a study whose registration changes is another one: give it another "
+                "--output_dir"
+            )
         return found
 
-    def run(self, method: str, variant: str, seed: int, setting: Setting, condition: Condition = STANDARD) -> Run:
-        policy = METHODS[method](self.artefacts(seed, condition), setting)
-        plain = self.artefacts(seed)  # judged as all others are, whatever was varied
-        return Run(method, variant, seed, setting, condition, policy, plain.measured(policy, **self.judged_by(plain)))
+    def reward_model_trials(self) -> list[tuple[RewardModel, list[Step]]]:
+        """Each way to train the reward model, and the models of the grid's worlds."""
+        made = [self.artefacts(seed) for seed in self.registration.grid_seeds]
+        return [(how, [one.reward_model(how).step for one in made]) for how in self.registration.reward_models]
 
-    # ---- the grid ----
+    def chosen_reward_model(self) -> RewardModel | None:
+        """The way with the highest held-out accuracy, on the mean over worlds; None before all are there."""
+        trials = self.reward_model_trials()
+        if not all(self.store.is_known(step) for _, steps in trials for step in steps):
+            return None
+        accuracies = [tables.mean([self._accuracy(step) for step in steps]) for _, steps in trials]
+        return trials[accuracies.index(max(accuracies))][0]
 
-    def trials(self) -> list[Trial]:
-        """What the grid has to run, on its own world: learning rates, then penalties at the best two of them.
+    def _accuracy(self, step: Step) -> float:
+        return self.store.results(step)["eval/pair_accuracy"]
 
-        Where the best rate is the smallest or the largest, one beyond it is tried too, so that no method is reported
-        at a rate that its grid happened to end at. What depends on a trial is here as soon as that is finished.
+    def trial(self, name: str, setting: Setting, seed: int, model: RewardModel) -> Step:
+        made = self.artefacts(seed, model)
+        return made.validated(made.policy(self.registration.methods[name], setting))
+
+    def score(self, step: Step) -> float:
+        """Validation score at the best temperature."""
+        return max(self.store.results(step)["validation"].values())
+
+    def method_trials(self, name: str, model: RewardModel) -> tuple[dict[Setting, list[Step]], Setting | None]:
+        """A method's trials by setting, as far as they can be told, and the setting that they choose.
+
+        Learning rates at the middle KL coefficient on the first world; then the other coefficients at the best rate;
+        then the finalists on all worlds.
         """
+        grid, seeds = self.registration.grid, self.registration.grid_seeds
+        trials = {Setting(learning_rate=rate): [] for rate in grid.learning_rates}
+        first = {setting: self.trial(name, setting, seeds[0], model) for setting in trials}
+        if not all(map(self.store.is_known, first.values())):
+            return {setting: [step] for setting, step in first.items()}, None
+        best = max(first, key=lambda setting: self.score(first[setting]))
+        if self.registration.methods[name].algo != "figa":  # which has no penalty
+            more = [replace(best, kl=kl) for kl in grid.kls]
+            first |= {setting: self.trial(name, setting, seeds[0], model) for setting in more}
+        trials = {setting: [step] for setting, step in first.items()}
+        if not all(map(self.store.is_known, first.values())):
+            return trials, None
+        ranked = sorted(first, key=lambda setting: self.score(first[setting]), reverse=True)[: grid.finalists]
+        for setting in ranked:
+            trials[setting] += [self.trial(name, setting, seed, model) for seed in seeds[1:]]
+        if not all(self.store.is_known(step) for setting in ranked for step in trials[setting]):
+            return trials, None
+        return trials, max(ranked, key=lambda setting: tables.mean([self.score(step) for step in trials[setting]]))
+
+    def grid_steps(self) -> list[Step]:
+        """What the grid has to run, as far as it can be told: later trials depend on what earlier ones say."""
+        steps = [step for _, steps in self.reward_model_trials() for step in steps]
+        model = self.chosen_reward_model()
+        if model:
+            found = (self.method_trials(name, model)[0] for name in self.registration.tuned)
+            steps += [step for trials in found for row in trials.values() for step in row]
+        return steps
+
+    def freeze(self) -> None:
+        """Write down what the grid chose, once it is finished and not again; from then on it is read."""
+        model = self.chosen_reward_model()
+        if self.frozen_file.exists() or not model or not all(map(self.store.is_known, self.grid_steps())):
+            return
+        settings = {name: self.method_trials(name, model)[1] for name in self.registration.tuned}
+        told = {name: asdict(setting) for name, setting in settings.items() if setting}
+        content = {"registration": self.registration.digest, "reward_model": asdict(model), "settings": told}
+        write_json(self.frozen_file, content)
+
+    # ---- results ----
+
+    def setting(self, name: str) -> Setting:
+        of = self.registration.methods[name].like or name
+        return Setting(**self.frozen["settings"].get(of, {}))
+
+    def measured(self, name: str, seed: int) -> tuple[Step, Step]:
+        """The step that makes a method's policy, and the one that measures it."""
+        made = self.artefacts(seed, RewardModel(**self.frozen["reward_model"]))
+        policy = made.policy(self.registration.methods[name], self.setting(name))
+        return policy.step, made.measured(policy)
+
+    def runs(self, stage: str) -> list[tuple[str, int]]:
+        of, methods = self.registration.stages[stage], self.registration.methods
+        # Own answers have no reviser where revisions are given.
+        names = [name for name in of.methods if not (methods[name].rounds and self.world.revisions)]
+        return [(name, seed) for seed in self.registration.seeds[: of.seeds] for name in names]
+
+    def stage_steps(self, stage: str) -> list[Step]:
+        return [self.measured(name, seed)[1] for name, seed in self.runs(stage)]
+
+    def judges(self) -> list[tuple[str, int, Step]]:
         found = []
-        for method in self.methods:
-            first, best = self._rates(method)
-            found += first
-            for one in best:
-                second = penalties(method, self.options.kls, self.options.reward_scales, one)
-                found += [self.trial(method, setting) for setting in second]
+        for seed in self.registration.seeds:
+            made = self.artefacts(seed, RewardModel(**self.frozen["reward_model"]))
+            for name in ("discriminator", "reward_model", "synthetic_reward_model"):
+                found.append((name, seed, getattr(made, name)().step))
         return found
 
-    def _rates(self, method: str) -> tuple[list[Trial], list[Setting]]:
-        """The trials of a method's learning rates, and the best two settings of them once all are finished.
-
-        Two, since the rate that is best at one penalty may not be at another.
-        """
-        rates = sorted(self.options.learning_rates)
-        while True:
-            trials = [self.trial(method, one) for one in learning_rates(method, rates, PAPER)]
-            if not all(self.store.is_known(measured) for _, _, measured in trials):
-                return trials, []
-            ranked = sorted(trials, key=lambda trial: self.store.results(trial[2])["true_score"], reverse=True)
-            best = [setting for _, setting, _ in ranked[:2]]
-            further = beyond(rates, best[0].learning_rate)
-            if method == "sft" or further is None or len(rates) >= len(self.options.learning_rates) + MOST_GROWTH:
-                return trials, best
-            rates = sorted([*rates, further])
-
-    def trial(self, method: str, setting: Setting) -> Trial:
-        """A policy measured on validation prompts at temperature 1."""
-        made = self.artefacts(self.options.grid_seed)
-        return method, setting, made.measured(METHODS[method](made, setting), "validation", temperatures=[1.0])
-
-    def finished(self, trial: Trial) -> dict:
-        method, setting, measured = trial
-        kept = self.store.results(measured)
-        measures = {name: kept[name] for name in ("true_score", "response_length", "kl")}
-        return {"method": method, "setting": asdict(setting), **measures}
-
-    def finished_trials(self) -> list[dict]:
-        return [self.finished(trial) for trial in self.trials() if self.store.is_known(trial[2])]
-
-    def settings(self) -> dict[str, dict[str, Setting]]:
-        """By method: the settings to report, "paper" and, where the grid is finished for the method, "best".
-
-        Where it is not, an ablation takes TLCR's, any other method the paper's.
-        """
-        done, trials = self.finished_trials(), self.trials()
-        found = {}
-        for method in sorted(self.methods, key=lambda name: name in AS_TLCR):  # TLCR before what goes by it
-            expected = sum(trial[0] == method for trial in trials)
-            mine = [trial for trial in done if trial["method"] == method]
-            if len(mine) == expected:
-                chosen = tables.chosen_settings(mine, PAPER)[method]
-                found[method] = {variant: Setting(**setting) for variant, setting in chosen.items()}
-            else:
-                found[method] = {"paper": found["tlcr"]["paper"] if method in AS_TLCR and "tlcr" in found else PAPER}
-        return {method: found[method] for method in self.methods}
-
-    # ---- the study and its sensitivity ----
-
-    def runs(self) -> list[Run]:
-        settings = self.settings()
-        return [
-            self.run(method, variant, seed, setting)
-            for seed in self.seeds
-            for method in self.methods
-            for variant, setting in settings[method].items()
+    def results(self) -> dict:
+        """All that is known so far, for results.json and the page."""
+        told = {
+            "registration": {
+                "digest": self.registration.digest,
+                "title": self.registration.title,
+                "rules": dict(self.registration.rules),
+                "titles": {name: method.title for name, method in self.registration.methods.items()},
+                "stages": {name: list(stage.methods) for name, stage in self.registration.stages.items()},
+            },
+            "world": {name: value for name, value in asdict(self.world).items() if value},
+            "scale": asdict(self.registration.scale),
+            "grid": self.grid_results(),
+        }
+        if not self.frozen_file.exists():
+            return told | {"frozen": None, "runs": [], "judges": [], "families": {}}
+        runs = []
+        for stage in self.registration.stages:
+            for name, seed in self.runs(stage):
+                policy, measured = self.measured(name, seed)
+                if self.store.is_known(measured):
+                    seconds = self.store.seconds(policy) if self.store.is_known(policy) else None
+                    of = {"method": name, "stage": stage, "seed": seed, "seconds": seconds}
+                    runs.append(of | {"artefact": f"{measured.name}-{measured.key}"} | self.store.results(measured))
+        runs = tables.with_gaps(runs)
+        judges = [
+            {"judge": name, "seed": seed, **tables.held_out(self.store.results(step)), **self.ceiling(seed)}
+            for name, seed, step in self.judges()
+            if self.store.is_known(step)
         ]
+        families = tables.decide(self.registration, runs)
+        return told | {"frozen": self.frozen, "runs": runs, "judges": judges, "families": families}
 
-    def questions(self) -> dict[str, dict[str, tuple[Condition, Setting, str]]]:
-        """``SENSITIVITY``, without the noise of a reviser whose revisions are given."""
-        return {name: levels for name, levels in SENSITIVITY.items() if not (name == NOISE and self.world.revisions)}
+    def ceiling(self, seed: int) -> dict[str, float]:
+        """The accuracy on held-out pairs of who knows every true score: only the preferences' noise is left."""
+        step = self.artefacts(seed).data()
+        if self.world.preferences or not (self.store.folder(step) / "eval.jsonl").is_file():
+            return {}
+        return {"pair_accuracy_ceiling": tables.pair_ceiling(self.store.folder(step), self.world.version, seed)}
 
-    def sensitivity_runs(self) -> list[Run]:
-        """Learning rates as the grid chose them at the paper's settings; the rest is what SENSITIVITY varies."""
-        settings = self.settings()
-        return [
-            self.run(method, f"{question}: {name}", seed, self._at_its_rate(settings, method, setting), condition)
-            for question, levels in self.questions().items()
-            for name, (condition, setting, method) in levels.items()
-            if method in self.methods
-            for seed in self.seeds
-        ]
-
-    @staticmethod
-    def _at_its_rate(settings: dict[str, dict[str, Setting]], method: str, setting: Setting) -> Setting:
-        return replace(setting, learning_rate=settings[method]["paper"].learning_rate)
-
-    def judges(self) -> Iterator[tuple[str, int, Step]]:
-        for seed in self.seeds:
-            made = self.artefacts(seed)
-            yield "discriminator", seed, made.discriminator().step
-            yield "reward_model", seed, made.reward_model().step
-            yield "synthetic_reward_model", seed, made.synthetic_reward_model().step
-
-    # ---- what came out ----
+    def grid_results(self) -> dict:
+        model, rows = self.chosen_reward_model(), []
+        for how, steps in self.reward_model_trials():
+            accuracies = [self._accuracy(step) for step in steps if self.store.is_known(step)]
+            rows.append({**asdict(how), "pair_accuracies": accuracies})
+        trials = []
+        for name in self.registration.tuned if model else ():
+            for setting, steps in self.method_trials(name, model)[0].items():
+                scores = [self.score(step) for step in steps if self.store.is_known(step)]
+                trials.append({"method": name, **asdict(setting), "scores": scores})
+        return {"reward_models": rows, "trials": trials}
 
     def reported(self) -> list[Step]:
         """Every step whose results the report needs."""
-        runs = self.runs() + self.sensitivity_runs()
-        steps = [step for run in runs for step in (run.measured, run.policy.step)]
-        steps += [measured for _, _, measured in self.trials()] + [step for _, _, step in self.judges()]
+        steps = self.grid_steps()
+        if self.frozen_file.exists():
+            pairs = [self.measured(*run) for stage in self.registration.stages for run in self.runs(stage)]
+            steps += [step for pair in pairs for step in pair] + [step for *_, step in self.judges()]
         return list(dict.fromkeys(steps))
-
-    def told_world(self) -> dict:
-        """Where everything comes from, and what makes the testbed hard: the noise of preferences and reviser."""
-        told = {name: value for name, value in asdict(self.world).items() if value}
-        if self.world.preferences is None:
-            told |= {"preference_sharpness": Testbed.preference_sharpness, "reviser_noise": STANDARD.noise}
-        return {**told, "seeds": self.seeds}
-
-    def results(self) -> dict:
-        settings = self.settings()
-        records = tables.with_equal_tokens(tables.collect(self.store, self.runs()))
-        varied = tables.collect(self.store, self.sensitivity_runs())
-        variants = list(dict.fromkeys(variant for chosen in settings.values() for variant in chosen))
-        trials = self.finished_trials()
-        return {
-            "world": self.told_world(),
-            "scale": asdict(self.scale),
-            "grid": {"seed": self.options.grid_seed, "trials": trials, "of": len(self.trials())},
-            "settings": {name: {v: asdict(s) for v, s in chosen.items()} for name, chosen in settings.items()},
-            "judges": tables.judges(self.store, list(self.judges())),
-            "tables": {variant: tables.table(records, self.methods, variant) for variant in variants},
-            "comparisons": {variant: tables.comparisons(records, self.methods, variant) for variant in variants},
-            "sensitivity": {
-                question: tables.sensitivity(
-                    varied, question, {name: method for name, (_, _, method) in levels.items()}, standard_level(levels)
-                )
-                for question, levels in self.questions().items()
-            },
-            "runs": records + varied,
-        }
-
-
-def standard_level(levels: Mapping[str, tuple[Condition, Setting, str]]) -> str:
-    """Which level of a question is TLCR as the study runs it."""
-    return next(name for name, level in levels.items() if level == (STANDARD, PAPER, "tlcr"))
-
-
-def wanted(study: Study, stage: str) -> list[Step]:
-    """The steps that a stage is for, but those whose results are known already."""
-    if stage == "grid":
-        steps = [measured for _, _, measured in study.trials()]
-    elif stage == "report":
-        steps = []
-    else:
-        runs = study.runs() if stage == "study" else study.sensitivity_runs()
-        steps = [run.measured for run in runs]
-    return [step for step in steps if step.key not in study.store.known]
 
 
 def absolute(options: Options) -> Options:
@@ -251,23 +227,51 @@ def absolute(options: Options) -> Options:
     return replace(options, **{name: str(Path(path).resolve()) for name, path in given.items() if path})
 
 
+def run_stages(study: Study, options: Options, clock: schedule.Clock) -> schedule.Outcome:
+    """The grid until nothing is left of it, the freeze, then stage after stage; ends early when the time is over."""
+    stages = ["grid", *study.registration.stages]
+    for stage in stages[: stages.index(options.until) + 1]:
+        while True:
+            wanted = study.grid_steps() if stage == "grid" else study.stage_steps(stage)
+            left = [step for step in wanted if not study.store.is_known(step)]
+            if not left:
+                break
+            outcome = schedule.run(study.store, left, options.jobs, stage, clock)
+            if outcome.failed or clock.is_over:
+                return outcome
+        study.freeze()
+    return schedule.Outcome()
+
+
+def write(study: Study, found: dict) -> None:
+    folder = study.folder
+    write_json(folder / "results.json", found)
+    write_json(folder / "known.json", study.store.told(study.reported()))
+    with tarfile.open(folder / "answers.tar", "w") as kept:
+        for run in found["runs"]:
+            texts = study.store.root / run["artefact"] / "answers.jsonl.xz"
+            if texts.is_file():
+                kept.add(texts, f"{run['method']}-{run['seed']}.jsonl.xz")
+    page = write_study_page(folder / "study.html", found)
+    print(
+        f"{folder / 'results.json'}, {page}: {len(found['runs'])} runs, {len(found['grid']['trials'])} settings tried"
+    )
+
+
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
     options = absolute(parse(Options, argv))
-    folder = Path(options.output_dir)
-    study = Study(
-        options,
-        chosen_world(options),
-        chosen_scale(options.scale),
-        chosen_methods(options),
-        chosen_seeds(options),
-        Store(folder / "artefacts", known_steps(options.known)),
-    )
-    steps = wanted(study, options.stage)
+    folder, registration = Path(options.output_dir), read(options.registration)
+    store = Store(folder / "artefacts", known_steps(options.known))
+    study = Study(registration, chosen_world(options, registration.world), store, folder)
+    if study.frozen_file.exists():
+        _ = study.frozen  # refuses another registration before anything runs
     if options.plan:
+        steps = study.grid_steps()
+        if study.frozen_file.exists():
+            steps += [step for stage in registration.stages for step in study.stage_steps(stage)]
         for step in in_order(steps):
-            done = "done" if study.store.is_done(step) else "to do"
-            print(f"{done:5}  {step.name}-{step.key}  {step.program}")
+            print(f"{'done' if store.is_done(step) else 'to do':5}  {step.name}-{step.key}  {step.program}")
         return 0
     taken = lock(folder)
     # Small models gain nothing from two threads or a GPU; the jobs side by side do.
@@ -275,28 +279,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # OpenMP has read the variable already; two jobs of two threads each would mostly wait for each other's turn.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    clock = schedule.Clock(3600 * (options.hours or registration.hours))
     try:
-        outcome = schedule.run(study.store, steps, options.jobs, options.stage)
-        while options.stage == "grid" and not outcome.failed:  # whose later trials depend on what the first ones say
-            more = [step for step in wanted(study, "grid") if not study.store.is_done(step)]
-            if not more:
-                break
-            outcome = schedule.run(study.store, more, options.jobs, "grid, what follows")
+        outcome = schedule.Outcome() if options.report else run_stages(study, options, clock)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues", flush=True)
         return EXIT_RESUMABLE
+    study.freeze()
     found = study.results()
-    if options.stage == "report" and options.known and not found["runs"]:
-        raise InputError(
-            "--known: holds no run of these settings, so there is nothing to report; repeat the options that the runs "
-            "were made with, --scale (as in --scale dtype=bf16), --seeds and --methods among them"
-        )
-    write_json(folder / "results.json", found)
-    write_json(folder / "known.json", study.store.told(study.reported()))
-    page = write_study_page(folder / "study.html", found)
-    print(f"{folder / 'results.json'}, {page}: {len(found['runs'])} runs, {len(found['grid']['trials'])} trials")
-    schedule.require(outcome, study.store)
+    if options.report and options.known and not found["runs"]:
+        raise InputError("--known: holds no run of this registration and world, so there is nothing to report")
+    write(study, found)
+    schedule.require(outcome, store)
     taken.close()
+    if clock.is_over:
+        print("its time is over; the same command continues", flush=True)
+        return EXIT_RESUMABLE
     return 0
 
 

@@ -1,23 +1,27 @@
-"""Every method of the paper's table as commands of the real entry points over shared artefacts.
+"""Every method of the registration as commands of the real entry points over shared artefacts.
 
-What methods share within a seed (data, base model, SFT model, revisions, discriminator, reward models) is one step for
-all of them. Every RL method gets the same prompts, the same number of answers per update and of updates.
+What methods share within a seed (data, base model, SFT model, revisions, judges, units) is one step for all of them.
+Every RL method gets the same prompts, as many answers and optimiser steps, a critic that starts as the SFT model with
+V = 0, and a reward whose total has deviation 1 over the SFT model's own answers.
 """
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from testbed.study.artefacts import Argument, Inverse, Joined, Output, Step, flags
-from testbed.study.truth import TESTBED
+from testbed.study.registration import Method, RewardModel, Scale, Setting
+from testbed.study.truth import SCORER, TESTBED
 
-RECORDER = "python:testbed.study.recorder:record@0"
+TRUE_REWARD = "python:testbed.study.truth:true_reward"
+UNCLIPPED = 1e6
+"""A clip of sequence scores would be of raw ones, before units."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
     """Where prompts, preferences, revisions and the truth come from: the testbed, or files of another world."""
 
+    version: int = 2  # of the testbed's world
     preferences: str | None = None  # pairs; None: the testbed's
     revisions: str | None = None  # of the reward part's rejected responses
     prompts: str | None = None  # to test on; None: prompts of the held-out pairs
@@ -27,67 +31,6 @@ class World:
     truth: str = ""  # hash of the scorer's source
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """Sizes and settings that all methods share; run_tiny.sh's, where it has them."""
-
-    pairs: int = 12800
-    eval_pairs: int = 1024
-    documents: int = 24000
-    validation: int = 256
-    test: int = 256
-    hidden_size: int = 192
-    layers: int = 2
-    sft_batch: int = 32
-    sft_learning_rate: float = 1e-3
-    sft_epochs: int = 2
-    judge_batch: int = 16
-    judge_learning_rate: float = 1e-3
-    judge_epochs: int = 2
-    judge_weight_decay: float = 0.1
-    rl_batch: int = 64
-    updates: int = 60  # by when the curves of every token reward are flat
-    max_prompt: int = 64
-    max_answer: int = 96
-    critic_learning_rate: float = 1e-3
-    preference_batch: int = 32  # DPO and FIGA
-    dpo_epochs: int = 2
-    figa_epochs: int = 3
-    dtype: str = "fp32"  # or bf16: twice as fast on a CPU that has it, many times slower on one that has not
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """What the grid varies, the same for every method; one without a KL penalty has no use for the last two.
-
-    Once advantages are whitened, only the ratio of reward scale to KL coefficient matters: half the coefficient is
-    twice the reward.
-    """
-
-    learning_rate: float = 3e-4
-    kl: float = 0.1  # DPO: its beta
-    reward_scale: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Condition:
-    """What the sensitivity runs vary; the defaults are the study's."""
-
-    noise: float = 0.03  # chance that the reviser edits a choice wrongly
-    one_of: int = 1  # only every n-th revision
-    neutral_weight: float = 1.0
-    judge_from: str = "base"  # or "sft"
-    budget: int = 1  # times the updates
-
-
-STANDARD = Condition()
-
-
-UNCLIPPED = 1e6
-"""A clip of sequence scores would be of raw ones, before units: +-5 cuts most of PPO_synthetic's, whose model's spread
-is ten times that of PPO_seq's. ReMax keeps its clip, which is of differences in units."""
-
-
 @dataclass(frozen=True)
 class Artefacts:
     """The steps of one seed, made on demand: equal steps are one, whoever asks."""
@@ -95,7 +38,7 @@ class Artefacts:
     world: World
     scale: Scale
     seed: int
-    condition: Condition = STANDARD
+    chosen_model: RewardModel = RewardModel()
 
     # ---- what all methods share ----
 
@@ -103,27 +46,27 @@ class Artefacts:
     def on_testbed(self) -> bool:
         return self.world.preferences is None
 
+    def _which(self) -> dict[str, object]:
+        """What tells a program of the testbed which world it is."""
+        return {"world": self.world.version, "world_seed": self.seed} if self.on_testbed else {}
+
     def data(self) -> Step:
-        sizes = {"train": self.scale.pairs, "eval": self.scale.eval_pairs}
-        sizes["test"] = self.scale.validation + self.scale.test
-        options = flags(**sizes, world_seed=self.seed, data_seed=self.seed)
-        return Step("data", "testbed/main.py", ("data", *options))
+        scale = self.scale
+        sizes = {"train": scale.pairs, "eval": scale.eval_pairs, "validation": scale.validation, "test": scale.test}
+        return Step("data", "testbed/main.py", ("data", *flags(**sizes, **self._which(), data_seed=self.seed)))
 
     def parts(self) -> Step:
-        world = self.world
-        found = Output(self.data()) if self.on_testbed else world.preferences
-        prompts = Output(self.data(), "test_prompts.jsonl") if self.on_testbed else world.prompts
+        world, own = self.world, self.on_testbed
         return Step(
             "parts",
             "testbed/study/parts.py",
             flags(
-                preferences=found,
-                prompts=prompts,
-                rl_prompts=self.scale.rl_batch * self.scale.updates,
-                validation=self.scale.validation,
-                test=self.scale.test,
+                preferences=Output(self.data()) if own else world.preferences,
+                prompts=world.prompts,
+                validation=0 if own else self.scale.validation,
+                test=0 if own else self.scale.test,
                 data_seed=self.seed,
-                fixed_held_out=not self.on_testbed,
+                fixed_held_out=not own,
             ),
             world.files,
         )
@@ -131,12 +74,16 @@ class Artefacts:
     def part(self, name: str) -> Output:
         return Output(self.parts(), name)
 
+    def prompts(self, which: str) -> Output:
+        """``validation`` or ``test`` prompts."""
+        return Output(self.data(), f"{which}_prompts.jsonl") if self.on_testbed else self.part(f"{which}.jsonl")
+
     def base(self) -> Argument:
         if self.world.base_model:
             return self.world.base_model
         sizes = {"hidden_size": self.scale.hidden_size, "layers": self.scale.layers, "seed": self.seed}
         if self.on_testbed:
-            options = flags(documents=self.scale.documents, world_seed=self.seed, **sizes)
+            options = flags(documents=self.scale.documents, **self._which(), **sizes)
             return Output(Step("base", "testbed/main.py", ("base", *options)))
         untrained = Step("untrained", "testbed/study/untrained.py", flags(texts=self.part("texts"), **sizes))
         return Output(self._supervised("base", Output(untrained), "texts", loss_on_prompt=True))
@@ -146,236 +93,207 @@ class Artefacts:
 
     def _supervised(self, name: str, model: Argument, part: str, **options: object) -> Step:
         scale = self.scale
-        return Step(
-            name,
-            "step1_sft/main.py",
-            flags(
-                model_name_or_path=model,
-                data_path=self.part(part),
-                data_split="10,0,0",
-                per_device_train_batch_size=scale.sft_batch,
-                per_device_eval_batch_size=scale.sft_batch,
-                num_train_epochs=scale.sft_epochs,
-                learning_rate=scale.sft_learning_rate,
-                seed=self.seed,
-                **self._training(),
-                **options,
-            ),
-        )
+        more = self._training(scale.sft_batch, scale.sft_epochs, scale.sft_learning_rate)
+        chosen = flags(model_name_or_path=model, data_path=self.part(part), data_split="10,0,0", **more, **options)
+        return Step(name, "step1_sft/main.py", chosen)
 
-    def _training(self) -> dict[str, object]:
+    def _training(self, batch: int, epochs: int, learning_rate: float) -> dict[str, object]:
         """Options of every stage that trains one model."""
         return {
+            "per_device_train_batch_size": batch,
+            "per_device_eval_batch_size": batch,
+            "num_train_epochs": epochs,
+            "learning_rate": learning_rate,
             "max_seq_len": self.scale.max_prompt + self.scale.max_answer,
-            "dtype": self.scale.dtype,
+            "dtype": "fp32",
             "save_interval": 100_000,
+            "seed": self.seed,
         }
 
-    def revisions(self) -> Step:
-        condition = self.condition
-        asked = {"world_seed": self.seed, "noise": condition.noise} if not self.world.revisions else {}
+    # ---- judges ----
+
+    def revisions(self, pairs: Output | None = None) -> Step:
+        """The reviser's edits of the reward part, or of other ``pairs``."""
+        asked = {} if self.world.revisions and pairs is None else self._which()
+        given = None if pairs else self.world.revisions
         return Step(
             "revisions",
             "testbed/study/label.py",
-            flags(data_path=self.part("reward"), revisions=self.world.revisions, one_of=condition.one_of, **asked),
+            flags(data_path=pairs or self.part("reward"), revisions=given, **asked),
         )
 
-    def _judge(self, name: str, **options: object) -> Output:
+    def _judge(self, name: str, start: Argument, epochs: int, learning_rate: float, **options: object) -> Output:
+        more = self._training(self.scale.judge_batch, epochs, learning_rate)
+        more |= {"weight_decay": self.scale.judge_weight_decay, **options}
+        chosen = flags(model_name_or_path=start, data_path=self.part("reward"), data_split="0,10,0", **more)
+        return Output(Step(name, "step2_discriminator/main.py", chosen))
+
+    def _labels(self, *more: Step) -> dict[str, object]:
+        """Revisions to learn from, and those that judges are measured on: the same, whatever else is learnt."""
+        made = (self.revisions(), *more)
+        return {
+            "revisions": [Output(one, "train.jsonl") for one in made],
+            "eval_revisions": [Output(made[0], "eval.jsonl")],
+        }
+
+    def discriminator(self, method: Method | None = None, *more: Step) -> Output:
+        """D, or D with its logits multiplied as ``method`` wants them; ``more``: further revisions to learn from."""
         scale = self.scale
-        start = self.base() if self.condition.judge_from == "base" else self.sft()
-        step = Step(
-            name,
-            "step2_discriminator/main.py",
-            flags(
-                model_name_or_path=start,
-                data_path=self.part("reward"),
-                data_split="0,10,0",
-                per_device_train_batch_size=scale.judge_batch,
-                per_device_eval_batch_size=scale.judge_batch,
-                num_train_epochs=scale.judge_epochs,
-                learning_rate=scale.judge_learning_rate,
-                weight_decay=scale.judge_weight_decay,
-                seed=self.seed,
-                **self._training(),
-                **options,
-            ),
-        )
-        return Output(step)
+        epochs, rate = scale.judge_epochs, scale.judge_learning_rate
+        plain = self._judge("discriminator", self.base(), epochs, rate, **self._labels(*more))
+        if method is None or method.sharpness == 1.0:
+            return plain
+        held_out = Output(self.revisions(), "eval.jsonl")
+        factor = None if method.sharpness == "fit" else method.sharpness
+        options = flags(discriminator=plain, revisions=held_out, factor=factor)
+        return Output(Step("sharpened", "testbed/study/sharpen.py", options))
 
-    def _labels(self) -> dict[str, object]:
-        found = self.revisions()
-        return {"revisions": Output(found, "train.jsonl"), "eval_revisions": Output(found, "eval.jsonl")}
-
-    def discriminator(self) -> Output:
-        return self._judge("discriminator", neutral_weight=self.condition.neutral_weight, **self._labels())
-
-    def reward_model(self) -> Output:
-        return self._judge("reward_model", objective="sequence")
+    def reward_model(self, chosen: RewardModel | None = None) -> Output:
+        how = chosen or self.chosen_model
+        start = self.base() if how.start == "base" else self.sft()
+        options = {"objective": "sequence", "score_positions": how.positions}
+        return self._judge("reward_model", start, how.epochs, how.learning_rate, **options)
 
     def synthetic_reward_model(self) -> Output:
-        return self._judge("synthetic_reward_model", objective="sequence", pairs="modified", **self._labels())
+        how, start = self.chosen_model, self.base() if self.chosen_model.start == "base" else self.sft()
+        options = {"objective": "sequence", "score_positions": how.positions, "pairs": "modified", **self._labels()}
+        return self._judge("synthetic_reward_model", start, how.epochs, how.learning_rate, **options)
+
+    def judge(self, method: Method, *more: Step) -> Output | None:
+        match method.judge:
+            case "discriminator":
+                return self.discriminator(method, *more)
+            case "reward_model":
+                return self.reward_model()
+            case "synthetic_reward_model":
+                return self.synthetic_reward_model()
+        return None
 
     # ---- how good a policy is ----
 
-    def measured(self, policy: Output, prompts: str = "test", **options: object) -> Step:
-        """A policy's true scores and, where it learnt by RL, its curve."""
+    def measured(self, policy: Output) -> Step:
+        """A policy's true scores at its best temperature and at 1; the SFT model's at all, and as best-of-n."""
         trained = policy.step if policy.path == "actor" else None
-        return self._answers(
-            policy,
-            prompts,
-            scorer=self.world.scorer,
-            world_seed=self.seed if self.on_testbed else 0,
+        judges = {}
+        if policy == self.sft():
+            judges = {"discriminator": self.discriminator(), "reward_model": self.reward_model()}
+        options = flags(
+            policy=policy,
+            sft=self.sft(),
+            prompts=self.prompts("test"),
+            validation=self.prompts("validation"),
+            answers=self.scale.answers,
             training=Output(trained) if trained else None,
+            scorer=self.world.scorer,
+            **self._which(),
+            **judges,
+            **self._sampling(),
+        )
+        return Step(f"measured-{policy.step.name}", "testbed/study/measure.py", options, self.world.truth)
+
+    def validated(self, policy: Output) -> Step:
+        """A policy's true scores on validation prompts at every temperature: what the grid chooses by."""
+        options = flags(
+            policy=policy,
+            sft=self.sft(),
+            validation=self.prompts("validation"),
+            scorer=self.world.scorer,
+            **self._which(),
+            **self._sampling(),
+        )
+        return Step(f"validated-{policy.step.name}", "testbed/study/measure.py", options, self.world.truth)
+
+    def _sampling(self) -> dict[str, object]:
+        return {"max_answer_seq_len": self.scale.max_answer, "seed": self.seed}
+
+    def unit(self, method: Method, judge: Output | None) -> Step:
+        """The deviation of a reward's total over the SFT model's own answers to validation prompts."""
+        options: dict[str, object] = {"reward": method.reward or "truth", "judge": judge}
+        if method.judge == "truth":
+            options |= {"scorer": self.world.scorer, **self._which()}
+        asked = flags(
+            sft=self.sft(),
+            prompts=self.prompts("validation"),
+            fixed_threshold=method.options.get("fixed_threshold"),
             **options,
+            **self._sampling(),
         )
+        return Step("unit", "testbed/study/unit.py", asked, self.world.truth if method.judge == "truth" else "")
 
-    def _answers(self, policy: Output, prompts: str, **options: object) -> Step:
-        return Step(
-            f"measured-{policy.step.name}",
-            "testbed/study/measure.py",
-            flags(
-                policy=policy,
-                sft=self.sft(),
-                prompts=self.part(f"{prompts}.jsonl"),
-                max_answer_seq_len=self.scale.max_answer,
-                seed=self.seed,
-                **options,
-            ),
-            self.world.truth,
+    # ---- the policy that each method makes ----
+
+    def policy(self, method: Method, setting: Setting) -> Output:
+        setting = Setting(learning_rate=setting.learning_rate * method.rate, kl=setting.kl * method.kl)
+        match method.algo:
+            case "sft":
+                return self.sft()
+            case "dpo":
+                return self._learnt("dpo", "baselines/dpo/main.py", method, setting, beta=setting.kl)
+            case "figa":
+                return self._learnt("figa", "baselines/figa/main.py", method, setting, **self._labels())
+        more: list[Step] = []
+        for number in range(method.rounds):
+            before = self._reinforced(replace(method, rounds=0), setting, self.judge(method, *more))
+            more.append(self.revisions(self._own_answers(before, number + 1)))
+        return self._reinforced(method, setting, self.judge(method, *more))
+
+    def _own_answers(self, policy: Output, number: int) -> Output:
+        """A policy's answers to half of the reward part's prompts, in the place of its rejected responses."""
+        half = max(1, self.scale.pairs * 4 // 10 // 2)
+        lengths = {"max_prompt_seq_len": self.scale.max_prompt, "max_answer_seq_len": self.scale.max_answer}
+        asked = flags(
+            policy=policy,
+            data_path=self.part("reward"),
+            data_split="0,10,0",
+            prompts=half,
+            round=number,
+            seed=self.seed,
+            **lengths,
         )
+        return Output(Step("own_answers", "labeling/own_answers.py", asked))
 
-    # ---- methods: the policy that each one makes ----
-
-    def reinforced(
-        self, name: str, reward: str, judge: Output | None, setting: Setting, algorithm: str = "ppo", unit=None
-    ) -> Output:
-        """Step 3 with one reward; ``judge`` is its model, ``unit`` what one unit of it is (a step's number)."""
-        scale = self.scale
-        half = algorithm == "remax"  # which writes two answers to each prompt: half the prompts, as many answers
-        weight = f"{setting.reward_scale:g}" if unit is None else replace(unit, factor=setting.reward_scale)
-        term = Joined((reward, *((":", judge) if judge else ()), "@", weight))
+    def _reinforced(self, method: Method, setting: Setting, judge: Output | None) -> Output:
+        """Step 3. ReMax writes two answers to each prompt, so it gets half the prompts and as many answers."""
+        scale, half = self.scale, method.algo == "remax"
         batch = scale.rl_batch // 2 if half else scale.rl_batch
-        step = Step(
-            name,
-            "step3_ppo_tlcr/main.py",
-            flags(
-                algo=algorithm if half else None,
-                actor_model_name_or_path=self.sft(),
-                critic_model_name_or_path=judge or self.discriminator(),
-                reward=(term, RECORDER),
-                data_path=self.part("rl_half" if half else "rl"),
-                data_split="0,0,10",
-                max_prompt_seq_len=scale.max_prompt,
-                max_answer_seq_len=scale.max_answer,
-                per_device_generation_batch_size=batch,
-                per_device_training_batch_size=batch,
-                num_train_epochs=self.condition.budget,
-                actor_learning_rate=setting.learning_rate,
-                critic_learning_rate=scale.critic_learning_rate,
-                num_warmup_steps=0,
-                kl_ctl=setting.kl,
-                clip_reward_value=UNCLIPPED if unit is not None and not half else None,
-                whiten_advantages=not half,
-                dtype=scale.dtype,
-                seed=self.seed,
-            ),
+        unit, name = Inverse(self.unit(method, judge), "sd"), TRUE_REWARD if method.judge == "truth" else method.reward
+        terms: list[Argument] = [Joined((name, *((":", judge) if judge else ()), "@", unit))]
+        if method.noise:
+            terms.append(Joined(("random@", replace(unit, factor=method.noise))))
+        options = flags(
+            algo=method.algo,
+            actor_model_name_or_path=self.sft(),
+            critic_model_name_or_path=self.sft(),
+            reward=terms,
+            save_answers=True,
+            data_path=self.part("rl_half" if half else "rl"),
+            data_split="0,0,10",
+            max_prompt_seq_len=scale.max_prompt,
+            max_answer_seq_len=scale.max_answer,
+            per_device_generation_batch_size=batch,
+            per_device_training_batch_size=batch,
+            num_train_epochs=round(scale.rl_epochs * method.epochs),
+            actor_learning_rate=f"{setting.learning_rate:g}",
+            critic_learning_rate=scale.critic_learning_rate,
+            num_warmup_steps=0,
+            kl_ctl=f"{setting.kl:g}",
+            clip_reward_value=None if half else UNCLIPPED,
+            whiten_advantages=not half,
+            save_interval=100_000,
+            dtype="fp32",
+            seed=self.seed,
+            **method.options,
         )
-        return Output(step, "actor")
+        variables: Mapping[str, object] = {}
+        if method.judge == "truth":
+            variables = {SCORER: self.world.scorer, "TESTBED_WORLD": self.world.version}
+            variables = {**variables, "TESTBED_WORLD_SEED": self.seed}
+        told = tuple((key, str(value)) for key, value in variables.items())
+        content = self.world.truth if method.judge == "truth" else ""
+        return Output(Step(method.algo, "step3_ppo_tlcr/main.py", options, content, told), "actor")
 
-    def unit_of(self, reward_model: Output) -> Inverse:
-        """Two reward models differ in scale for no good reason: one unit is the spread over SFT's own answers."""
-        measured = self._answers(self.sft(), "validation", scorer="none", reward_model=reward_model, temperatures=[1.0])
-        return Inverse(measured, "sequence_reward_sd")
-
-    def preference_trained(self, name: str, program: str, setting: Setting, **options: object) -> Output:
-        """DPO and FIGA: as SFT, from the SFT model."""
-        scale = self.scale
-        step = Step(
-            name,
-            program,
-            flags(
-                model_name_or_path=self.sft(),
-                data_path=self.part("reward"),
-                data_split="0,10,0",
-                per_device_train_batch_size=scale.preference_batch,
-                per_device_eval_batch_size=scale.preference_batch,
-                learning_rate=setting.learning_rate,
-                seed=self.seed,
-                **self._training(),
-                **options,
-            ),
-        )
-        return Output(step)
-
-
-def _tokens(name: str, reward: str) -> Callable[[Artefacts, Setting], Output]:
-    return lambda made, setting: made.reinforced(name, reward, made.discriminator(), setting)
-
-
-def _sequence(name: str, model: Callable[[Artefacts], Output], algorithm: str = "ppo"):
-    def policy(made: Artefacts, setting: Setting) -> Output:
-        judge = model(made)
-        return made.reinforced(name, "sequence", judge, setting, algorithm, made.unit_of(judge))
-
-    return policy
-
-
-def _dpo(made: Artefacts, setting: Setting) -> Output:
-    options = {"beta": setting.kl, "num_train_epochs": made.scale.dpo_epochs}
-    return made.preference_trained("dpo", "baselines/dpo/main.py", setting, **options)
-
-
-def _figa(made: Artefacts, setting: Setting) -> Output:
-    options = {"num_train_epochs": made.scale.figa_epochs, **made._labels()}
-    return made.preference_trained("figa", "baselines/figa/main.py", setting, **options)
-
-
-METHODS: dict[str, Callable[[Artefacts, Setting], Output]] = {
-    "sft": lambda made, setting: made.sft(),
-    "dpo": _dpo,
-    "figa": _figa,
-    "ppo_synthetic": _sequence("ppo_synthetic", Artefacts.synthetic_reward_model),
-    "ppo_seq": _sequence("ppo_seq", Artefacts.reward_model),
-    "remax": _sequence("remax", Artefacts.reward_model, "remax"),
-    "tlcr_fixed": _tokens("tlcr_fixed", "tlcr_fixed"),
-    "tlcr": _tokens("tlcr", "tlcr"),
-    "tlcr_positive_only": _tokens("tlcr_positive_only", "tlcr_positive_only"),
-    "tlcr_negative_only": _tokens("tlcr_negative_only", "tlcr_negative_only"),
-    "tlcr_released_code": _tokens("tlcr_released_code", "tlcr_released_code"),
-    "random": lambda made, setting: made.reinforced("random", "random", None, setting),
-}
-"""The policy of each method, given what its seed shares and the setting."""
-
-AS_TLCR = ("tlcr_positive_only", "tlcr_negative_only", "tlcr_released_code", "random")
-"""Ablations and controls: TLCR with one thing changed, at TLCR's settings unless the grid has found their own."""
-
-NO_KL = {"sft", "figa"}
-NO_REWARD = {"sft", "figa", "dpo"}
-
-QUICK = ("sft", "ppo_seq", "tlcr_fixed", "tlcr")
-
-
-def learning_rates(method: str, rates: Sequence[float], default: Setting) -> list[Setting]:
-    """The grid's first round: every learning rate at the default KL coefficient and reward scale."""
-    return [default] if method == "sft" else [replace(default, learning_rate=rate) for rate in rates]
-
-
-def beyond(rates: Sequence[float], best: float) -> float | None:
-    """The next rate, of those that are 1 or 3 times a power of ten, beyond the end of ``rates`` that ``best`` is.
-
-    None where the best lies inside, or stands alone.
-    """
-    lowest, highest = min(rates), max(rates)
-    if lowest == highest or lowest < best < highest:
-        return None
-    power = math.floor(math.log10(best) + 1e-9)
-    series = [mantissa * 10.0**exponent for exponent in (power - 1, power, power + 1, power + 2) for mantissa in (1, 3)]
-    near = best * 1.001, best * 0.999
-    found = min(r for r in series if r > near[0]) if best == highest else max(r for r in series if r < near[1])
-    return float(f"{found:.0e}")
-
-
-def penalties(method: str, kls: Sequence[float], reward_scales: Sequence[float], best: Setting) -> list[Setting]:
-    """Its second: other KL coefficients and reward scales, one at a time, at the method's best learning rate."""
-    found = [] if method in NO_KL else [replace(best, kl=kl) for kl in kls]
-    return found + ([] if method in NO_REWARD else [replace(best, reward_scale=scale) for scale in reward_scales])
+    def _learnt(self, name: str, program: str, method: Method, setting: Setting, **options: object) -> Output:
+        """DPO and FIGA: as SFT, from the SFT model, on the whole reward part."""
+        more = self._training(self.scale.preference_batch, max(1, round(method.epochs)), setting.learning_rate)
+        given = {"model_name_or_path": self.sft(), "data_path": self.part("reward"), "data_split": "0,10,0"}
+        return Output(Step(name, program, flags(**given, **more, **options)))

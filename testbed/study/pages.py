@@ -1,12 +1,13 @@
-"""study.html: the study's tables and figures on one page, from what results.json holds."""
+"""study.html: what a study decided and what it is read from, on one page, from what results.json holds."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from deepspeed_chat_tlcr.pictures import (
     Html,
     Series,
-    bar_chart,
     columns,
     join,
     line_chart,
@@ -14,368 +15,256 @@ from deepspeed_chat_tlcr.pictures import (
     origin,
     paragraph,
     point_chart,
-    smooth,
     table_html,
     write_page,
 )
 from deepspeed_chat_tlcr.provenance import provenance
-from testbed.study.analysis import band
-from testbed.study.methods import AS_TLCR
-from testbed.study.results import DECODINGS
+from testbed.measures import interval
+from testbed.study.results import at_equal_tokens, collapses, of_method
 
-NAMES = {
-    "sft": "SFT",
-    "dpo": "DPO",
-    "figa": "FIGA",
-    "ppo_synthetic": "PPO_synthetic",
-    "ppo_seq": "PPO_seq",
-    "remax": "ReMax",
-    "tlcr_fixed": "TLCR_fixed",
-    "tlcr": "TLCR",
-    "tlcr_positive_only": "positive only",
-    "tlcr_negative_only": "negative only",
-    "tlcr_released_code": "released code",
-    "random": "random reward",
+COLUMNS = {
+    "score, best T": ("score", None, 2),
+    "T = 1": ("score", "1", 2),
+    "over SFT at its KL": ("over_kl", None, 2),
+    "over SFT at its entropy": ("over_entropy", None, 2),
+    "KL": ("kl", None, 1),
+    "entropy": ("entropy", None, 1),
+    "length": ("response_length", None, 1),
+    "repeats": ("repeats", None, 2),
+    "repeats, T = 1": ("repeats", "1", 2),
 }
-COLORS = {"sft": 0, "tlcr": 1, "ppo_seq": 2, "tlcr_fixed": 3, "ppo_synthetic": 4, "remax": 5, "dpo": 6, "figa": 7}
-COLORS |= {"tlcr_positive_only": 2, "tlcr_negative_only": 3, "tlcr_released_code": 4, "random": 5}
-"""Each method's colour, the same in every chart of curves."""
-VARIANTS = {
-    "paper": (
-        "At the paper's settings",
-        "The paper's KL coefficient, 0.1, and rewards as they are; each method at the grid's best learning rate.",
-    ),
-    "best": (
-        "Each method at its best",
-        "Learning rate, KL coefficient (DPO: beta) and reward scale as the grid chose them for each method.",
-    ),
-}
-SCORES = {
-    **{f"true score, {name}": (f"true_score {name}", 2) for name in DECODINGS},
-    "best in training": ("best_true_score_in_training", 2),
-    "last in training": ("last_true_score_in_training", 2),
-    "at equal tokens": ("true_score_at_equal_tokens", 2),
-}
-COSTS = {
-    "length": ("response_length", 1),
-    "EOS": ("eos_rate", 2),
-    "KL to SFT": ("kl", 2),
-    "generated tokens": ("generated_tokens", 0),
-    "seconds": ("seconds", 0),
-}
-"""Columns of the two tables: the measure's name in results.json, and decimals."""
-CURVE_GROUPS = {
-    "Table 1": ("ppo_synthetic", "ppo_seq", "remax", "tlcr_fixed", "tlcr"),
-    "Figure 7": ("tlcr", "tlcr_positive_only", "tlcr_negative_only"),
-    "Controls": ("tlcr", "tlcr_released_code", "random"),
-}
-"""Which methods share a chart of learning curves: few enough to tell apart."""
-FIGURE_6 = ("ppo_seq", "tlcr_fixed", "tlcr")
-SMOOTHING = 0.7
-CURVES = {
-    "true_score": ("true score of sampled answers", "true score", (1, 10)),
-    "response_length": ("response length", "tokens", (0, None)),
-    "kl": ("KL to SFT", "nats per response", (0, None)),
-    "perplexity": ("perplexity of answers", "perplexity", (1, None)),
-}
-"""Charts of a measure over the updates: title, unit, and what the measure can be."""
+"""Columns of the main tables: a measure of ``of_method``, the decoding (None: each run's best), decimals."""
+JUDGES = ("edited_accuracy", "majority_accuracy", "auroc", "pair_accuracy", "pair_accuracy_ceiling")
 
 
 def write_study_page(path: Path, results: Mapping) -> Path:
     """What is not there yet is said to be missing, never left out silently."""
-    sections: list[tuple[str, object]] = []
-    for variant, rows in results["tables"].items():
-        records = [one for one in results["runs"] if one["variant"] == variant]
-        heading, told = VARIANTS.get(variant, (variant, ""))
-        absent = [NAMES[method] for method in results["settings"] if method not in rows]
-        missing = [paragraph(f"No finished run: {', '.join(absent)}.", "quiet")] if absent and rows else []
-        body = [paragraph(told), *missing, method_section(rows, results["comparisons"][variant])]
-        sections.append((heading, join(body)))
-        sections.append((f"Learning curves ({variant})", curve_section(records)))
-        sections.append((f"What the rewards say ({variant})", reward_section(rows)))
-    sections.append(("Sensitivity", sensitivity_section(results["sensitivity"])))
-    sections.append(("The grid", grid_section(results["grid"], results["settings"])))
+    told, runs = results["registration"], results["runs"]
+    lead = [paragraph(sentence, "lead") for sentence in verdicts(results)]
+    if not runs:
+        lead = [paragraph("No run has finished: settings are chosen first, and frozen.", "lead")]
+    sections: list[tuple[str, object]] = [("What was asked, and what came out", families(results))]
+    for stage, methods in told["stages"].items():
+        sections.append((f"Stage {stage}: equal optimiser steps", stage_section(results, methods)))
+    sections.append(("Equal tokens", token_section(results)))
+    sections.append(("Beside colder sampling and best-of-n", frontier_section(results)))
+    sections.append(("Learning curves", curve_section(results)))
     sections.append(("Judges", judge_section(results["judges"])))
-    sections.append(("The world", world_section(results)))
-    each = (
-        "each of which is another split of the same pairs and other models, tested on the same prompts: the intervals "
-        "say what another training would bring, not other prompts"
-        if results["world"].get("preferences")
-        else "each seed being a world of its own"
-    )
-    lead = paragraph(
-        "True scores on prompts that no method trained on and no setting was chosen on. Intervals are 95 %; methods "
-        f"are compared seed by seed, {each}. Whatever sharpens a policy can raise its score at temperature 1, as "
-        "sampling SFT colder does: a method is better than SFT only where its best decoding beats SFT's best.",
-        "lead",
-    )
+    sections.append(("The grid", grid_section(results)))
+    sections.append(("The rules, as registered", rules_section(results)))
     sections.append(("How this was made", origin(results.get("made") or provenance())))
-    return write_page(path, "Which reward pays", sections, join([*verdicts(results["comparisons"]), lead]))
+    return write_page(path, told["title"], sections, join(lead))
 
 
-def verdicts(comparisons: Mapping[str, Mapping]) -> list[Html]:
-    """For each variant, whether TLCR is better than SFT, above all greedily, where sampling SFT colder gains nothing;
-    no word where it was not measured."""
-    told = []
-    for variant, compared in comparisons.items():
-        found = {name: compared.get(name, {}).get("differences", {}).get("tlcr - sft") for name in DECODINGS}
-        last = found[DECODINGS[-1]]
-        if not last or last["low"] is None:
-            continue
-        words = "higher than" if last["low"] > 0 else "lower than" if last["high"] < 0 else "no other than"
-        gaps = "; ".join(f"{difference(gap)} {name}" for name, gap in reversed(found.items()) if gap)
-        heading = VARIANTS.get(variant, (variant, ""))[0]
-        over = "the prompts of one seed" if last["unit"] == "prompt" else "seeds"
-        sentence = f"{heading}, {DECODINGS[-1]} TLCR measures {words} SFT in true score."
-        sentence += f" TLCR − SFT: {gaps} (95 % intervals over {over})."
-        told.append(paragraph(sentence, "lead"))
-    return told
+def title(results: Mapping, name: str) -> str:
+    """How a method, or a difference of two, is called."""
+    titles = results["registration"]["titles"]
+    return " − ".join(titles.get(part, part) for part in name.split(" - "))
 
 
-def spread(entry: Mapping | None, digits: int = 2) -> str:
-    """A mean with its standard deviation over seeds."""
-    if entry is None:
+def verdicts(results: Mapping) -> list[str]:
+    """For each family, what held after correction, in a sentence."""
+    sentences = []
+    for name, rows in results["families"].items():
+        decided = [row for row in rows if row.get("verdict") not in (None, "undecided")]
+        told = "; ".join(f"{title(results, row['of'])}: {row['verdict']}" for row in decided)
+        if any(row["p"] is not None for row in rows):
+            sentences.append(f"{name[0].upper()}{name[1:]}: {told or 'nothing is decided'}.")
+    return sentences
+
+
+def told_interval(found: Mapping | None) -> str:
+    if not found:
         return "—"
-    sd = entry["sd"]
-    return number(entry["mean"], digits) + (
-        f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(sd, digits)}" if sd is not None else ""
+    low = f" [{found['low']:+.2f}, {found['high']:+.2f}]" if "low" in found else ""
+    return f"{found['mean']:+.2f}{low}".replace("-", "−")
+
+
+def families(results: Mapping) -> Html:
+    """A table for each family: the comparisons, their intervals, p before and after correction, the verdict."""
+    parts = []
+    names = {"score": "difference of scores", "over_kl": "at equal KL", "over_entropy": "at equal entropy"}
+    for name, rows in results["families"].items():
+        kept = [measure for measure in names if any(measure in row for row in rows)]
+        header = [name, *(names[measure] for measure in kept), "p", "p, Holm", "verdict"]
+        body = [
+            [
+                title(results, row["of"]),
+                *(told_interval(row.get(measure)) for measure in kept),
+                *("—" if row.get(p) is None else f"{row[p]:.4f}" for p in ("p", "p_corrected")),
+                row.get("verdict", "not run on two seeds"),
+            ]
+            for row in rows
+        ]
+        parts.append(table_html(header, body))
+    return join(parts) if parts else paragraph("Nothing is decided yet.", "quiet")
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation over seeds."""
+    if not values:
+        return "—"
+    sd = (
+        f"\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}{number(float(np.std(values, ddof=1)), digits)}"
+        if len(values) > 1
+        else ""
     )
+    return number(float(np.mean(values)), digits) + sd
 
 
-def method_section(rows: Mapping[str, Mapping], compared: Mapping[str, Mapping]) -> Html:
-    if not rows:
+def stage_section(results: Mapping, methods: Sequence[str]) -> Html:
+    runs = results["runs"]
+    shown = ["sft", *(name for name in methods if name != "sft")]
+    done = [name for name in shown if any(run["method"] == name for run in runs)]
+    if not set(done) & set(methods):
         return paragraph("No run has finished.", "quiet")
-    counts = {row[f"true_score {DECODINGS[0]}"]["seeds"] for row in rows.values()}
-    seeds = f"{max(counts)} seed" + "s" * (max(counts) > 1)
-    if len(counts) > 1:
-        seeds = f"{min(counts)} to {seeds}, as some runs are missing"
-    scored = (
-        f"Mean ± standard deviation over {seeds}. In training: the best five consecutive updates, and the last five, "
-        "of the answers that the policy learns from; and five updates when as many tokens had been generated as by the "
-        "method that generates fewest (ablations apart)."
+    body = []
+    for name in done:
+        mine = [run for run in runs if run["method"] == name]
+        cells = [
+            spread(list(of_method(runs, name, measure, decoding).values()), digits)
+            for measure, decoding, digits in COLUMNS.values()
+        ]
+        best = ", ".join(dict.fromkeys(run["best"] for run in mine))
+        seconds = [run["seconds"] for run in mine if run["seconds"]]
+        body.append([title(results, name), *cells, best, spread(seconds, 0), str(len(mine))])
+    note = (
+        "Mean ± standard deviation over seeds; true score 1 to 10, each run at the temperature that its validation "
+        "prompts chose (best T), KL and entropy in nats per response."
     )
-    spent = (
-        "Length (tokens), EOS (share of answers that end by themselves) and KL to SFT (nats per response): at "
-        "temperature 1. Generated tokens and seconds: of training."
+    header = ["method", *COLUMNS, "best T", "seconds", "seeds"]
+    absent = [title(results, name) for name in shown if name not in done]
+    missing = [paragraph(f"No finished run: {', '.join(absent)}.", "quiet")] if absent else []
+    return join([*missing, table_html(header, body, note), kinds_table(results, done)])
+
+
+def kinds_table(results: Mapping, methods: Sequence[str]) -> Html:
+    """True scores by what is new in the prompts."""
+    rows = {name: of_method(results["runs"], name, "by_kind") for name in methods}
+    kinds = list(dict.fromkeys(kind for row in rows.values() for of in row.values() for kind in of))
+    body = [
+        [title(results, name), *(spread([of[k] for of in row.values()], 2) for k in kinds)]
+        for name, row in rows.items()
+    ]
+    return table_html(["new in the prompt", *kinds], body)
+
+
+def token_section(results: Mapping) -> Html:
+    """Scores in training once every method had generated as many tokens as the thriftiest of its seed."""
+    found = at_equal_tokens(results["runs"])
+    if not found:
+        return paragraph("No run of RL has finished.", "quiet")
+    tokens = {run["method"]: [] for run in results["runs"]}
+    for run in results["runs"]:
+        tokens[run["method"]] += [run["tokens"]] if run["tokens"] else []
+    body = [[title(results, name), spread(list(of.values()), 2), spread(tokens[name], 0)] for name, of in found.items()]
+    note = (
+        "True score of the answers that RL learnt from, temperature 1, mean of five updates, when it had generated as "
+        "many tokens as the method of its seed that generates fewest; and all that it generated. DPO and FIGA learn "
+        "from as many answers as RL in the other tables."
     )
+    return table_html(["method", "score at equal tokens", "tokens in all"], body, note)
+
+
+def frontier_section(results: Mapping) -> Html:
+    """Score against KL and against entropy: SFT at nine temperatures and as best-of-n, every method's best decoding."""
+    runs = results["runs"]
+    sft = [run for run in runs if run["method"] == "sft"]
+    if not sft:
+        return paragraph("SFT is not measured yet.", "quiet")
+
+    def over_seeds(rows: Sequence[Sequence[Mapping]], measure: str) -> list[float]:
+        return [float(np.mean([row[measure] for row in same])) for same in zip(*rows, strict=True)]
+
+    swept = [list(run["decodings"].values()) for run in sft]
+    parts = []
+    for cost, words in (("kl", "KL to SFT"), ("entropy", "entropy")):
+        series = [Series("SFT, nine temperatures", over_seeds(swept, cost), over_seeds(swept, "true_score"))]
+        for judge in sft[0]["best_of"] if cost == "kl" else ():
+            rows = [run["best_of"][judge] for run in sft]
+            name = f"best of n by the {judge.replace('_', ' ')}"
+            series.append(Series(name, over_seeds(rows, "kl"), over_seeds(rows, "true_score")))
+        parts.append(line_chart(series, f"SFT: score against {words}", f"{words}, nats per response", "true score"))
+        points, whiskers = [], []
+        for name in dict.fromkeys(run["method"] for run in runs):
+            scores = list(of_method(runs, name).values())
+            points.append(
+                (
+                    title(results, name),
+                    float(np.mean(list(of_method(runs, name, cost).values()))),
+                    float(np.mean(scores)),
+                )
+            )
+            ends = interval(scores)
+            whiskers.append((ends["low"], ends["high"]) if "low" in ends else None)
+        label = f"{words}, nats per response"
+        parts.append(
+            point_chart(points, f"All methods at their best: score against {words}", label, "true score", whiskers)
+        )
+    return columns(*parts, kind="charts")
+
+
+def curve_section(results: Mapping) -> Html:
+    """True score in training, mean over seeds, by stage; and when a run first fell below half of its best."""
+    parts, fallen = [], []
+    for stage in results["registration"]["stages"]:
+        series = []
+        for name in dict.fromkeys(run["method"] for run in results["runs"] if run["stage"] == stage):
+            mine = [run for run in results["runs"] if run["method"] == name and run.get("curve", {}).get("true_score")]
+            if not mine:
+                continue
+            shortest = min(len(run["curve"]["true_score"]) for run in mine)
+            means = np.mean([run["curve"]["true_score"][:shortest] for run in mine], 0)
+            series.append(Series(title(results, name), list(range(1, shortest + 1)), means.tolist()))
+            falls = [str(collapses(run) or "never") for run in mine]
+            fallen.append([title(results, name), ", ".join(falls)])
+        if series:
+            parts.append(line_chart(series, f"Stage {stage}", "update", "true score, T = 1", 0.7, limits=(1, 10)))
+    if not parts:
+        return paragraph("No run of RL has finished.", "quiet")
+    note = "The update at which the mean of five updates fell below half of its best so far (above 1), by seed."
+    return join([columns(*parts, kind="charts"), table_html(["method", "fell at"], fallen, note)])
+
+
+def judge_section(judges: Sequence[Mapping]) -> Html:
+    body = [[f"{one['judge'].replace('_', ' ')}, seed {one['seed']}", *map(one.get, JUDGES)] for one in judges]
+    header = ["judge", *(name.replace("_", " ") for name in JUDGES)]
+    note = "The ceiling: the accuracy of who knows every true score; the rest is noise of the preferences."
+    return table_html(header, body, note, digits=3) if body else paragraph("None is trained yet.", "quiet")
+
+
+def grid_section(results: Mapping) -> Html:
+    grid, frozen = results["grid"], results["frozen"]
+    models = [
+        [
+            f"{row['start']}, rate {row['learning_rate']:g}, {row['epochs']} epochs, {row['positions']}",
+            spread(row["pair_accuracies"], 3),
+        ]
+        for row in grid["reward_models"]
+    ]
+    chosen = frozen["settings"] if frozen else {}
+    trials = [
+        [
+            title(results, row["method"]),
+            f"{row['learning_rate']:g}",
+            f"{row['kl']:g}",
+            ", ".join(f"{score:.2f}" for score in row["scores"]) or "—",
+            "chosen" if chosen.get(row["method"]) == {"learning_rate": row["learning_rate"], "kl": row["kl"]} else "",
+        ]
+        for row in grid["trials"]
+    ]
+    text = "Frozen." if frozen else "Not finished, so nothing is frozen."
     return join(
         [
-            paragraph(scored, "note"),
-            summary_table(rows, SCORES),
-            paragraph(spent, "note"),
-            summary_table(rows, COSTS),
-            score_bars(rows),
-            *(difference_table(list(rows), compared[name]["differences"], name) for name in DECODINGS),
-            win_table(compared[DECODINGS[0]]["win_rates"]),
+            paragraph(text),
+            table_html(["reward model", "pair accuracy"], models),
+            table_html(["tried", "learning rate", "KL coefficient", "validation scores by world", ""], trials),
         ]
     )
 
 
-def summary_table(rows: Mapping[str, Mapping], measures: Mapping[str, tuple[str, int]]) -> Html:
-    body = [
-        [NAMES[method], *(spread(row.get(key), digits) for key, digits in measures.values())]
-        for method, row in rows.items()
-    ]
-    return table_html(["method", *measures], body)
-
-
-def score_bars(rows: Mapping[str, Mapping]) -> Html:
-    """Table 1 as bars, one chart for each decoding on the same axis, with the intervals over seeds."""
-    groups = [NAMES[method] for method in rows]
-    drawn = {name: bars([row.get(f"true_score {name}") for row in rows.values()]) for name in DECODINGS}
-    values = [value for heights, _ in drawn.values() for value in heights if value is not None]
-    edges = [edge for _, whiskers in drawn.values() for pair in whiskers if pair for edge in pair]
-    shared = (min(values + edges), max(values + edges))
-    charts = [
-        bar_chart(groups, {name: heights}, f"True score, {name}", "true score", {name: whiskers}, shared)
-        for name, (heights, whiskers) in drawn.items()
-    ]
-    return columns(*charts, kind="charts")
-
-
-def bars(entries: Sequence[Mapping | None]) -> tuple[list, list]:
-    """Heights and whiskers of summaries, None where there is none."""
-    values = [entry["mean"] if entry else None for entry in entries]
-    return values, [tuple(entry["interval"]) if entry and entry["interval"] else None for entry in entries]
-
-
-def difference_table(methods: Sequence[str], differences: Mapping[str, Mapping | None], decoding: str) -> Html:
-    """Every method minus SFT, PPO_seq and TLCR_fixed: the claims that a reader looks for."""
-    others = [method for method in ("sft", "ppo_seq", "tlcr_fixed") if method in methods]
-
-    body = [[NAMES[method], *(difference(differences.get(f"{method} - {o}")) for o in others)] for method in methods]
-    header = [f"{decoding}: paired difference of true score", *(f"minus {NAMES[other]}" for other in others)]
-    return table_html(header, body, intervals_of(differences.values()))
-
-
-def difference(found: Mapping | None) -> str:
-    if found is None:
-        return "—"
-    low, high = found["low"], found["high"]
-    shown = f"{found['difference']:+.2f}" + ("" if low is None else f" [{low:+.2f}, {high:+.2f}]")
-    return shown.replace("-", "−")
-
-
-def intervals_of(differences: Iterable[Mapping | None]) -> str:
-    warning = " One seed: the intervals are over its prompts, and say nothing of other worlds."
-    return "With 95 % intervals." + warning * any(found and found["unit"] == "prompt" for found in differences)
-
-
-def win_table(rates: Mapping[str, Mapping[str, float | None]]) -> Html:
-    """Figure 4, by true score."""
-    header = ["wins of … against, % at T=1", *(NAMES[method] for method in rates)]
-
-    def cell(one: str, other: str) -> str:
-        rate = rates[one][other]
-        return "—" if one == other or rate is None else f"{100 * rate:.0f}"
-
-    body = [[NAMES[one], *(cell(one, other) for other in rates)] for one in rates]
-    return table_html(header, body, "Share of test prompts on which the row's answer truly scores higher; ties half.")
-
-
-def curves(records: Sequence[Mapping], methods: Sequence[str], measure: str) -> list[Series]:
-    """A line for each method, mean over seeds, its band one standard deviation."""
-    series = []
-    for method in methods:
-        mine = [one.get("curve", {}).get(measure) for one in records if one["method"] == method]
-        found = [curve for curve in mine if curve]
-        if found:
-            means, lows, highs = (smooth(line, SMOOTHING) for line in band(found))
-            updates = list(range(1, len(means) + 1))
-            series.append(Series(NAMES[method], updates, means, lows, highs, COLORS[method]))
-    return series
-
-
-def curve_section(records: Sequence[Mapping]) -> Html:
-    text = "Means over seeds, smoothed over neighbouring updates; bands: one standard deviation."
-    return join([paragraph(text, "note"), *(curve_group(name, records) for name in CURVE_GROUPS)])
-
-
-def curve_group(name: str, records: Sequence[Mapping]) -> Html:
-    """The curves of methods that are compared in one chart, and which of them have not been run."""
-    run = {one["method"] for one in records}
-    methods = [method for method in CURVE_GROUPS[name] if method in run]
-    absent = [NAMES[method] for method in CURVE_GROUPS[name] if method not in run]
-    told = [paragraph(f"{name}, not run: {', '.join(absent)}.", "quiet")] if absent else []
-    if methods in ([], ["tlcr"]) and absent:  # TLCR alone is no comparison
-        return join(told)
-    charts = [
-        line_chart(curves(records, methods, measure), f"{name}: {title}", "update", unit, limits=limits)
-        for measure, (title, unit, limits) in CURVES.items()
-    ]
-    return join([columns(*charts), *told])
-
-
-def reward_section(rows: Mapping[str, Mapping]) -> Html:
-    """Figure 6: what the sequence reward model and the discriminator say of the policies' answers."""
-    measures = {
-        "sequence_reward": "sequence reward",
-        "continuous_reward_sum": "token rewards, sum of 2D − 1",
-        "discrete_reward_sum": "token rewards, sum of ±1",
-    }
-    methods = [method for method in FIGURE_6 if method in rows]
-    charts = []
-    for key, title in measures.items():
-        values, whiskers = bars([rows[method].get(key) for method in methods])
-        groups = [NAMES[method] for method in methods]
-        charts.append(bar_chart(groups, {title: values}, f"Figure 6: {title}", "", {title: whiskers}))
-    header = ["method", "KL to SFT", "true score, T=1", "reward per token 2D − 1", "sequence reward"]
-    keys = ("kl", "true_score T=1", "token_reward", "sequence_reward")
-    body = [[NAMES[method], *(spread(row.get(key), 3) for key in keys)] for method, row in rows.items()]
-    caption = "True score at temperature 1 against the KL to SFT that it was paid with."
-    table_1 = [method for method in rows if method not in AS_TLCR]
-    charts.append(score_against_kl(rows, table_1, "True score against KL to SFT, T=1"))
-    if len(table_1) < len(rows):
-        others = ["sft", "tlcr", *(method for method in rows if method in AS_TLCR)]
-        charts.append(score_against_kl(rows, others, "The same of ablations and controls"))
-    return join([columns(*charts, kind="charts"), table_html(header, body, caption)])
-
-
-def score_against_kl(rows: Mapping[str, Mapping], methods: Sequence[str], title: str) -> Html:
-    scored = {method: rows[method] for method in methods if "kl" in rows.get(method, ())}
-    points = [(NAMES[method], row["kl"]["mean"], row["true_score T=1"]["mean"]) for method, row in scored.items()]
-    whiskers = [row["true_score T=1"]["interval"] for row in scored.values()]
-    return point_chart(points, title, "KL to SFT, nats per response", "true score", whiskers)
-
-
-def sensitivity_section(questions: Mapping[str, Mapping[str, Mapping | None]]) -> Html:
-    """One chart for each question of which two levels or more are measured, the others being said to be missing; and
-    all levels in a table, paired with the standard one."""
-    charts, absent, body, differences = [], [], [], []
-    for question, levels in questions.items():
-        entries = [(row or {}).get("true_score T=1") for row in levels.values()]
-        if sum(entry is not None for entry in entries) < 2:
-            absent.append(question)
-            continue
-        values, whiskers = bars(entries)
-        title = question[0].upper() + question[1:]
-        charts.append(bar_chart(list(levels), {"T=1": values}, title, "true score, T=1", {"T=1": whiskers}))
-        for level, row in levels.items():
-            measured = row or {}
-            differences.append(measured.get("difference"))
-            costs = [spread(measured.get(COSTS[name][0]), COSTS[name][1]) for name in ("length", "KL to SFT")]
-            body.append([f"{question}: {level}", spread(measured.get("true_score T=1")), difference(differences[-1])])
-            body[-1] += [spread(measured.get("best_true_score_in_training")), *costs]
-    told = [paragraph(f"Not run (--stage sensitivity): {', '.join(absent)}.", "quiet")] if absent else []
-    if not charts:
-        return join(told)
-    header = ["varied", "true score, T=1", "minus TLCR's standard run", "best in training", "length", "KL to SFT"]
-    lead = paragraph("TLCR, where nothing else is said, with one thing varied at a time.")
-    return join([lead, *told, columns(*charts, kind="charts"), table_html(header, body, intervals_of(differences))])
-
-
-def grid_section(grid: Mapping, settings: Mapping[str, Mapping[str, Mapping]]) -> Html:
-    names = ("learning_rate", "kl", "reward_scale")
-    tried_by = {method: [t["setting"] for t in grid["trials"] if t["method"] == method] for method in settings}
-    chosen = [
-        [f"{NAMES[method]}, {variant}", *(f"{setting[name]:g}" for name in names), at_edge(setting, tried_by[method])]
-        for method, variants in settings.items()
-        for variant, setting in variants.items()
-    ]
-    tried = [
-        [NAMES[trial["method"]], *(f"{trial['setting'][name]:g}" for name in names), trial["true_score"], trial["kl"]]
-        for trial in grid["trials"]
-    ]
-    header = ["learning rate", "KL coefficient", "reward scale"]
-    text = (
-        f"{len(grid['trials'])} of {grid['of']} trials are finished, on the world of seed {grid['seed']}, scored on "
-        "validation prompts at T=1. A method whose trials are not all finished is reported at the default setting."
-    )
-    parts = [paragraph(text), table_html(["reported", *header, "at the grid's edge"], chosen)]
-    if tried:
-        table = table_html(["tried", *header, "true score", "KL to SFT"], tried)
-        parts.append(Html(f"<details><summary>All trials</summary>{table}</details>"))
-    return join(parts)
-
-
-def at_edge(setting: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> str:
-    """What of a chosen setting is the smallest or the largest that was tried: what lies beyond might be better."""
-    words = {"learning_rate": "learning rate", "kl": "KL coefficient", "reward_scale": "reward scale"}
-    found = []
-    for name, word in words.items():
-        values = sorted({one[name] for one in tried})
-        if len(values) > 1 and setting[name] in (values[0], values[-1]):
-            found.append(f"{word}: {'smallest' if setting[name] == values[0] else 'largest'}")
-    return ", ".join(found)
-
-
-def judge_section(judges: Sequence[Mapping]) -> Html:
-    header = ["judge", "accuracy on edited tokens", "always the majority class", "AUROC", "pair accuracy", "margin"]
-    keys = ("edited_accuracy", "majority_accuracy", "auroc", "pair_accuracy", "margin")
-    names = [f"{one['judge'].replace('_', ' ')}, seed {one['seed']}" for one in judges]
-    body = [[name, *map(one.get, keys)] for name, one in zip(names, judges, strict=True)]
-    return table_html(header, body, digits=3) if body else paragraph("None is trained yet.", "quiet")
-
-
-def world_section(results: Mapping) -> Html:
-    def rows(told: Mapping) -> list[list[str]]:
-        return [[name.replace("_", " "), words(value)] for name, value in told.items() if value is not None]
-
-    def words(value: object) -> str:
-        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-    tables = [
-        table_html(["world", "value"], rows(results["world"])),
-        table_html(["scale", "value"], rows(results["scale"])),
-    ]
-    return columns(*tables)
+def rules_section(results: Mapping) -> Html:
+    rules = [[name.replace("_", " "), str(rule)] for name, rule in results["registration"]["rules"].items()]
+    told = {**results["world"], **results["scale"], "registration": results["registration"]["digest"]}
+    sizes = [[name.replace("_", " "), str(value)] for name, value in told.items()]
+    return columns(table_html(["rule", ""], rules), table_html(["world and sizes", ""], sizes))

@@ -26,12 +26,11 @@ class Options:
     prompts: str | None = option(None, "JSON lines with prompts to test on; unset: prompts of the eval pairs")
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
     data_seed: int = seed_option(1234, "seed of that split")
-    rl_prompts: int = option(5120, "training prompts of RL, the same for every method; fewer where there are fewer")
     fixed_held_out: bool = option(
         False, "hold out the same prompts whatever --data_seed: chosen by hash, their pairs in no training part"
     )
-    validation: int = option(256, "prompts that settings are chosen on")
-    test: int = option(256, "other prompts, that are reported on")
+    validation: int = option(256, "prompts that settings are chosen on; 0: none", least=0)
+    test: int = option(256, "other prompts, that are reported on; 0: none", least=0)
     output_dir: str = option(MISSING, "folder for the parts")
 
 
@@ -90,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         candidates = read_prompts(options.prompts)
     else:
         candidates = [one.prompt for (_, split), ones in loaded.items() if split == "eval" for one in ones]
-    loaded["rl", "train"] = loaded["rl", "train"][: options.rl_prompts]
     counts = {
         f"{part}_{split}": write_jsonl(folder / part / f"{split}.jsonl", map(Preference.as_pair, ps))
         for (part, split), ps in loaded.items()
@@ -101,6 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split in ("train", "eval"):
         texts = [{"prompt": p.prompt, "chosen": text} for p in loaded["sft", split] for text in (p.chosen, p.rejected)]
         write_jsonl(folder / "texts" / f"{split}.jsonl", texts)
+    if not options.validation + options.test:
+        write_json(folder / "results.json", counts)
+        return
     trained_on = {one.prompt for (_, split), ones in loaded.items() if split == "train" for one in ones}
     prompts = test_prompts(options, candidates, trained_on)
     write_jsonl(folder / "validation.jsonl", ({"prompt": prompt} for prompt in prompts[: options.validation]))

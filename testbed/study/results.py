@@ -1,164 +1,139 @@
-"""results.json of a study: every run with its setting, and the comparisons between methods."""
+"""What the runs say: gaps over SFT's frontier, and the registered comparisons with their corrections."""
 
-import math
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from testbed.study.analysis import (
-    best_of_curve,
-    interval,
-    mean_and_sd,
-    paired_difference,
-    score_at_tokens,
-    win_rate,
-)
-from testbed.study.artefacts import Output, Step, Store
-from testbed.study.methods import AS_TLCR, Condition, Setting
+import numpy as np
 
-DECODINGS = ("T=1", "T=0.7", "greedy")
+from deepspeed_chat_tlcr.data.preferences import load_preferences
+from testbed.measures import frontier, holm, interval
+from testbed.study.registration import Family, Registration
+from testbed.world import WORLDS
+
+COSTS = {"kl": lambda row: row["kl"], "entropy": lambda row: -row["entropy"]}
+"""What is spent on a score: KL to SFT, or entropy given up."""
+MEASURES = ("score", "over_kl", "over_entropy")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One method, one seed, one setting."""
-
-    method: str
-    variant: str  # "paper": KL 0.1 and the reward as it is; "best": the best of the grid; or a sensitivity's name
-    seed: int
-    setting: Setting
-    condition: Condition
-    policy: Output
-    measured: Step
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
 
 
-def collect(store: Store, runs: Sequence[Run]) -> list[dict]:
-    """The finished runs as they stand in results.json."""
-    return [record(store, run) for run in runs if store.is_known(run.measured)]
+def held_out(results: Mapping) -> dict[str, float]:
+    return {key.removeprefix("eval/"): value for key, value in results.items() if key.startswith("eval/")}
 
 
-def record(store: Store, run: Run) -> dict:
-    found = store.results(run.measured)
-    curve = found.pop("curve", None)
-    kept = {
-        "method": run.method,
-        "variant": run.variant,
-        "seed": run.seed,
-        "setting": asdict(run.setting),
-        "condition": asdict(run.condition),
-        "artefact": store.folder(run.policy.step).name,
-        "seconds": store.seconds(run.policy.step),
-        **found,
-    }
-    if curve:
-        kept["generated_tokens"] = sum(curve.get("generated_tokens", ()))
-        if curve.get("true_score"):
-            kept["best_true_score_in_training"] = best_of_curve(curve["true_score"])
-            kept["last_true_score_in_training"] = best_of_curve(curve["true_score"][-5:])
-        kept["curve"] = curve
-    return kept
+def pair_ceiling(data: Path, version: int, seed: int) -> float:
+    """Mean over the held-out pairs of max(p, 1 - p), p the true probability that the chosen one is preferred."""
+    world = WORLDS[version](seed=seed)
+    pairs = load_preferences([str(data)], "all", "eval")
+    gaps = (world.score(pair.prompt, pair.chosen) - world.score(pair.prompt, pair.rejected) for pair in pairs)
+    return mean([max(p, 1 - p) for p in map(world.preference_probability, gaps)])
 
 
-def with_equal_tokens(records: Sequence[dict]) -> list[dict]:
-    """Each run with the true score it had in training once it had generated as many tokens as the method of its seed
-    and table that generates fewest; ablations, whose answers are shorter by design, do not set that measure."""
-    budgets: dict[tuple[str, int], float] = {}
-    for one in records:
-        if one.get("generated_tokens") and one["method"] not in AS_TLCR:
-            key = one["variant"], one["seed"]
-            budgets[key] = min(budgets.get(key, math.inf), one["generated_tokens"])
+def with_gaps(runs: Sequence[dict]) -> list[dict]:
+    """Each run with its mean gaps over the frontier of its seed's SFT model, at its best decoding and at T = 1."""
+    sft = {run["seed"]: list(run["decodings"].values()) for run in runs if run["method"] == "sft"}
     found = []
-    for one in records:
-        budget, curve = budgets.get((one["variant"], one["seed"])), one.get("curve", {})
-        if budget and curve.get("true_score"):
-            score = score_at_tokens(curve["true_score"], curve["generated_tokens"], budget)
-            one = one if score is None else one | {"true_score_at_equal_tokens": score}
-        found.append(one)
+    for run in runs:
+        if run["seed"] in sft:
+            decodings = {name: gaps(row, sft[run["seed"]]) for name, row in run["decodings"].items()}
+            run = {**run, "gaps": decodings}
+        found.append({**run, "tokens": sum(run.get("curve", {}).get("generated_tokens", ())) or None})
     return found
 
 
-def of(records: Sequence[dict], method: str, variant: str) -> list[dict]:
-    return [one for one in records if one["method"] == method and one["variant"] == variant]
+def gaps(row: Mapping, sft: Sequence[Mapping]) -> dict[str, float]:
+    """How far a decoding lies above what the SFT model reaches at its cost, mean over prompts."""
+    swept = np.array([one["scores"] for one in sft])
+    found = {}
+    for name, cost in COSTS.items():
+        reached = frontier([cost(one) for one in sft], swept, cost(row))
+        found[f"over_{name}"] = mean(np.array(row["scores"]) - reached)
+    return found
 
 
-def scores(records: Sequence[dict], method: str, variant: str, decoding: str) -> dict[int, list[float]]:
-    """``{seed: score of each test prompt}``."""
-    found = of(records, method, variant)
-    return {one["seed"]: one["decodings"][decoding]["scores"] for one in found if decoding in one["decodings"]}
+def of_method(
+    runs: Sequence[Mapping], method: str, measure: str = "score", decoding: str | None = None
+) -> dict[int, float]:
+    """``{seed: value}`` of ``MEASURES`` or a measure of a decoding, by default the best one."""
+    found = {}
+    for run in runs:
+        name = decoding or run["best"]
+        if run["method"] == method and name in run["decodings"]:
+            row = {
+                "score": run["decodings"][name]["true_score"],
+                **run["decodings"][name],
+                **run.get("gaps", {}).get(name, {}),
+            }
+            if measure in row:
+                found[run["seed"]] = row[measure]
+    return found
 
 
-def table(records: Sequence[dict], methods: Sequence[str], variant: str) -> dict[str, dict]:
-    """By method: mean, sd over seeds and 95 % interval of each measure; what was not measured is left out."""
-    rows = {}
-    for method in methods:
-        found = of(records, method, variant)
-        if not found:
-            continue
-        measured = {f"true_score {name}": [one["decodings"][name]["true_score"] for one in found] for name in DECODINGS}
-        names = ("response_length", "eos_rate", "kl", "seconds", "generated_tokens", "token_reward", "sequence_reward")
-        names += ("continuous_reward_sum", "discrete_reward_sum")
-        names += ("best_true_score_in_training", "last_true_score_in_training", "true_score_at_equal_tokens")
-        measured |= {name: [one[name] for one in found if name in one] for name in names}
-        rows[method] = {name: summary(values) for name, values in measured.items() if values}
+def paired(runs: Sequence[Mapping], one: str, other: str, measure: str) -> list[float]:
+    a, b = of_method(runs, one, measure), of_method(runs, other, measure)
+    return [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]
+
+
+def decide(registration: Registration, runs: Sequence[Mapping]) -> dict[str, list[dict]]:
+    """Every family's comparisons: intervals, p corrected within the family, and what the rule says of them."""
+    alpha = float(registration.rules["alpha"])
+    found = {}
+    for name, family in registration.families.items():
+        rows = rows_of(family, runs)
+        known = [row for row in rows if row["p"] is not None]
+        for row, corrected in zip(known, holm([row["p"] for row in known]), strict=True):
+            row["p_corrected"] = corrected
+            row["verdict"] = verdict(family, row) if corrected < alpha else "undecided"
+        found[name] = rows
+    return found
+
+
+def rows_of(family: Family, runs: Sequence[Mapping]) -> list[dict]:
+    """Comparisons with their intervals and p-values before correction; p is None of fewer than two seeds."""
+    rows = []
+    for name in family.methods:
+        gap = {m: interval(values) if (values := list(of_method(runs, name, m).values())) else {} for m in MEASURES[1:]}
+        p_values = [one["p"] for one in gap.values() if "p" in one]
+        rows.append({"of": name, **gap, "p": max(p_values) if len(p_values) == len(gap) else None})
+    for one, other in family.pairs:
+        gap = {m: interval(values) if (values := paired(runs, one, other, m)) else {} for m in MEASURES}
+        rows.append({"of": f"{one} - {other}", **gap, "p": gap["score"].get("p")})
     return rows
 
 
-def summary(values: Sequence[float]) -> dict:
-    mean, sd = mean_and_sd(values)
-    return {"mean": mean, "sd": None if sd != sd else sd, "interval": interval(values), "seeds": len(values)}
+def verdict(family: Family, row: Mapping) -> str:
+    """What a comparison whose p holds says: by the rules ``helps`` and ``differences`` of the registration."""
+    read = MEASURES[1:] if family.rule == "helps" else MEASURES[:2]
+    signs = {float(np.sign(row[measure]["mean"])) for measure in read if row[measure]}
+    if family.rule == "helps":
+        return "undecided" if len(signs) > 1 else "helps" if signs == {1.0} else "below SFT's frontier"
+    return "undecided" if len(signs) > 1 else "higher" if signs == {1.0} else "lower"
 
 
-def comparisons(records: Sequence[dict], methods: Sequence[str], variant: str) -> dict[str, dict]:
-    """By decoding: the paired difference of every two methods, and the win-rate matrix (Figure 4, by true score)."""
-    found = {}
-    for decoding in DECODINGS:
-        by_method = {method: scores(records, method, variant, decoding) for method in methods}
-        present = [method for method in methods if by_method[method]]
-        pairs = [(a, b) for a in present for b in present if a != b]
-        found[decoding] = {
-            "differences": {f"{a} - {b}": paired_difference(by_method[a], by_method[b]) for a, b in pairs},
-            "win_rates": {a: {b: win_rate(by_method[a], by_method[b]) for b in present} for a in present},
-        }
+def at_equal_tokens(runs: Sequence[Mapping], window: int = 5) -> dict[str, dict[int, float]]:
+    """By method and seed: the score in training at as many tokens as the seed's thriftiest method generated."""
+    curves = {
+        (run["method"], run["seed"]): run["curve"] for run in runs if run.get("curve", {}).get("generated_tokens")
+    }
+    found: dict[str, dict[int, float]] = {}
+    for (method, seed), curve in curves.items():
+        budget = min(sum(other["generated_tokens"]) for (_, of), other in curves.items() if of == seed)
+        afforded = sum(spent <= budget for spent in itertools.accumulate(curve["generated_tokens"]))
+        if afforded:
+            found.setdefault(method, {})[seed] = mean(curve["true_score"][max(0, afforded - window) : afforded])
     return found
 
 
-def sensitivity(records: Sequence[dict], question: str, levels: Mapping[str, str], standard: str) -> dict[str, dict]:
-    """By level of ``question``, ``{level: method}``: its row of ``table``, None where nothing is finished, with the
-    paired difference at temperature 1 from the level ``standard``."""
-
-    def scored(level: str) -> dict[int, list[float]]:
-        return scores(records, levels[level], f"{question}: {level}", DECODINGS[0])
-
-    found = {}
-    for level, method in levels.items():
-        row = table(records, [method], f"{question}: {level}").get(method)
-        found[level] = row and row | {"difference": paired_difference(scored(level), scored(standard))}
-    return found
-
-
-def judges(store: Store, steps: Sequence[tuple[str, int, Step]]) -> list[dict]:
-    """How good discriminators and reward models are on held-out pairs: ``(name, seed, step)`` of each."""
-    found = []
-    for name, seed, step in steps:
-        if store.is_known(step):
-            measured = {k.removeprefix("eval/"): v for k, v in store.results(step).items() if k.startswith("eval/")}
-            found.append({"judge": name, "seed": seed, **measured})
-    return found
-
-
-def chosen_settings(trials: Sequence[dict], default: Setting) -> dict[str, dict[str, dict]]:
-    """By method: the setting with the best validation score, once among those at the paper's KL and scale, once of all.
-
-    ``trials``: ``{"method", "setting", "true_score"}``; ties go to the earlier.
-    """
-    found: dict[str, dict[str, dict]] = {}
-    for method in dict.fromkeys(trial["method"] for trial in trials):
-        mine = [trial for trial in trials if trial["method"] == method]
-        plain = [
-            t for t in mine if (t["setting"]["kl"], t["setting"]["reward_scale"]) == (default.kl, default.reward_scale)
-        ]
-        found[method] = {
-            name: max(among, key=lambda trial: trial["true_score"])["setting"]
-            for name, among in (("paper", plain), ("best", mine))
-            if among
-        }
-    return found
+def collapses(run: Mapping, share: float = 0.5) -> int | None:
+    """The update at which the mean of five scores in training, less 1, first falls below ``share`` of its best."""
+    scores = run.get("curve", {}).get("true_score") or []
+    best = 0.0
+    for at in range(5, len(scores) + 1):
+        now = mean(scores[at - 5 : at]) - 1
+        best = max(best, now)
+        if now < share * best:
+            return at
+    return None

@@ -14,8 +14,17 @@ from testbed.study import forked
 from testbed.study.artefacts import Step, Store, in_order
 
 LOG = "study.log"
-ROLLOUTS = "TLCR_STUDY_ROLLOUTS"
-"""The variable that names the file in which ``testbed.study.recorder`` keeps a run's rollouts."""
+
+
+class Clock:
+    """When no further step may begin: ``seconds`` from now on."""
+
+    def __init__(self, seconds: float):
+        self.end = time.monotonic() + seconds
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.end
 
 
 @dataclass
@@ -27,11 +36,11 @@ class Outcome:
     skipped: int = 0
 
 
-def run(store: Store, wanted: Sequence[Step], jobs: int, title: str) -> Outcome:
+def run(store: Store, wanted: Sequence[Step], jobs: int, title: str, clock: Clock | None = None) -> Outcome:
     """Make ``wanted`` and all that they need, ``jobs`` at a time; what is done is not made again.
 
     A step that fails keeps the others from nothing but what needs it: the caller says which ones did. An interrupt
-    ends the running steps; they begin anew at the next call.
+    ends the running steps; they begin anew at the next call. Once ``clock`` is over none begins.
     """
     steps = in_order(wanted)
     left = [step for step in steps if not store.is_done(step)]
@@ -43,7 +52,7 @@ def run(store: Store, wanted: Sequence[Step], jobs: int, title: str) -> Outcome:
     with tqdm(total=len(steps), initial=outcome.done, desc=title, dynamic_ncols=True) as bar:
         try:
             while left or running:
-                left = _begin(store, left, jobs, running, outcome)
+                left = [] if clock and clock.is_over else _begin(store, left, jobs, running, outcome)
                 if not running:
                     break
                 process, status = os.wait()
@@ -77,8 +86,7 @@ def _begin(store: Store, left: list[Step], jobs: int, running: dict, outcome: Ou
             # Anew, not from a checkpoint of a run that was ended: its rollouts would not be those of all updates.
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            variables = {ROLLOUTS: str(folder / "rollouts.jsonl")}
-            process = forked.start(step.program, store.arguments(step), folder / LOG, variables)
+            process = forked.start(step.program, store.arguments(step), folder / LOG, dict(step.variables))
             running[process] = (step, time.monotonic())
         else:
             waiting.append(step)

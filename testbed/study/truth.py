@@ -1,19 +1,23 @@
-"""The true score, by a function that is named as ``python:package.module:function``."""
+"""The true score, by a function that is named as ``python:package.module:function``; and as a reward of step 3."""
 
 import functools
 import importlib
 import inspect
 import math
 import os
-from collections.abc import Callable
 
-from deepspeed_chat_tlcr.errors import InputError, told
-from testbed.world import World
+import torch
+from transformers import PreTrainedTokenizerFast
 
-TESTBED = "python:testbed.study.truth:testbed_score"
+from deepspeed_chat_tlcr.errors import InputError, describe_error
+from deepspeed_chat_tlcr.turns import end_ids
+from step3_ppo_tlcr.experience import Rollout
+from step3_ppo_tlcr.rewards import last_action
+from testbed.measures import Scorer
 
-Scorer = Callable[[str, str, bool], float]
-"""(prompt, response, whether the response was ended by the policy itself) to a score; higher is better."""
+TESTBED = "python:testbed.world:true_score"
+SCORER = "TLCR_STUDY_SCORER"
+"""The variable that tells ``true_reward`` its scorer."""
 
 
 def load_scorer(name: str) -> Scorer:
@@ -25,7 +29,7 @@ def load_scorer(name: str) -> Scorer:
     try:
         scorer = getattr(importlib.import_module(module), function)
     except Exception as error:  # whatever a stranger's module raises
-        raise InputError(f"--scorer {name}: {told(error)}") from None
+        raise InputError(f"--scorer {name}: {describe_error(error)}") from None
     try:
         inspect.signature(scorer).bind("prompt", "response", True)
     except (TypeError, ValueError) as error:
@@ -41,7 +45,7 @@ def checked(scorer: Scorer, name: str) -> Scorer:
         try:
             score = float(scorer(prompt, response, ended))
         except Exception as error:
-            raise InputError(f"{where}: {told(error)}") from error
+            raise InputError(f"{where}: {describe_error(error)}") from error
         if not math.isfinite(score):
             raise InputError(f"{where}: {score}; expected a finite number")
         return score
@@ -53,11 +57,12 @@ def shortened(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:60] + "…")
 
 
-def testbed_score(prompt: str, response: str, ended: bool) -> float:
-    """True score, 1-10, in the world of seed ``TESTBED_WORLD_SEED`` (default 0); builds each world once."""
-    return _world(int(os.environ.get("TESTBED_WORLD_SEED", "0"))).score(prompt, response, ended)
-
-
-@functools.cache
-def _world(seed: int) -> World:
-    return World(seed=seed)
+def true_reward(rollout: Rollout, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
+    """The true score on the last action, ``(B, A)``, by the scorer that the environment names: for --reward."""
+    scorer, scores = load_scorer(os.environ[SCORER]), []
+    decode = functools.partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    first = rollout.input_ids.size(1) - rollout.actions
+    for ids, attention, actions in zip(rollout.input_ids, rollout.attention_mask, rollout.action_mask, strict=True):
+        prompt, response = ids[:first][attention[:first].bool()].tolist(), ids[first:][actions.bool()].tolist()
+        scores.append(scorer(decode(prompt), decode(response), response[-1] in end_ids(tokenizer)))
+    return torch.tensor(scores, dtype=torch.float32)[:, None] * last_action(rollout.action_mask)

@@ -17,8 +17,8 @@ class Options:
     """Make a tokenizer, one token a word, and a Llama with random weights."""
 
     texts: str = option(MISSING, "the folder texts/ of the parts")
-    hidden_size: int = option(192, "width of the Llama; a head for every 32")
-    layers: int = option(2, "layers of the Llama")
+    hidden_size: int = option(192, "width of the Llama; a head for every 32", least=32, most=4096, multiple=32)
+    layers: int = option(2, "layers of the Llama", most=100)
     max_positions: int = option(512, "longest text that the Llama can read, tokens")
     seed: int = seed_option(1234, "seed of the weights")
     output_dir: str = option(MISSING, "folder for tokenizer and model")

@@ -25,7 +25,7 @@ FAMILIES = {
     "qwen3": {},
     "mistral": {"sliding_window": 6},
 }
-DECODINGS = [Decoding(200, 0.0), Decoding(200, min_new_tokens=9), Decoding(200, 0.7, top_p=0.8, top_k=9)]
+DECODINGS = [Decoding(140, 0.0), Decoding(140, min_new_tokens=9), Decoding(140, 0.7, top_p=0.8, top_k=9)]
 
 
 def model_of(family: str):
@@ -51,13 +51,13 @@ def main() -> None:
                 written.append(by(model, ids, mask.clone(), decoding, EOS, PAD))
             same.append(torch.equal(*written))
         used = []
-        for tokens in (100, 200):  # both once before they are counted: then the graphs are there
+        for tokens in (24, 48):  # both once before they are counted: then the graphs are there
             graphs.decode(model, ids, mask, Decoding(tokens, min_new_tokens=tokens), EOS, PAD)
             before = gpu.counts()
             graphs.decode(model, ids, mask, Decoding(tokens, min_new_tokens=tokens), EOS, PAD)
             used.append(gpu.counted_since(before))
         more = {kind: sum(used[1][kind].values()) - sum(used[0][kind].values()) for kind in ("launches", "waits")}
-        print(json.dumps({"family": family, "same": same, "said": said, **{k: n / 100 for k, n in more.items()}}))
+        print(json.dumps({"family": family, "same": same, "said": said, **{k: n / 24 for k, n in more.items()}}))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""How long work takes on a named card: the one model of time, of PLAN's hours and of benchmarks/counts.py.
+"""How long work takes on a named card: the model of time behind PLAN's hours and benchmarks/counts.py.
 
 The card computes at ``utilisation`` of the operations that its maker states, or reads and writes its memory at
 ``share`` of the stated bandwidth, whichever takes longer, while the host launches what comes next. A forward pass costs
 2 P operations a token and 4 L a S more for the attention of L blocks, a wide, to S tokens; a backward pass twice that,
 recomputed activations once more. A decoded token reads all weights, and the keys and values before it, once.
 
-On a CPU its ratios were checked (docs/speed.md); on such a card nothing has been measured: within ``UNCERTAINTY``.
+Its ratios were checked on a CPU (docs/speed.md); on such a card nothing has been measured, hence ``UNCERTAINTY``.
 """
 
 from dataclasses import dataclass
@@ -34,27 +34,17 @@ CARDS = {
     # H200 SXM (2024).
     "H200": Card(989e12, 4.8e12, 450e9, 64e9),
 }
-NETWORK = 25e9
-"""Bytes a second of each GPU's own adapter between nodes, 200 Gb/s, as a DGX A100 has."""
-LINK_SHARE = 0.7
-"""What collectives and copies reach of a link."""
-LAUNCH = 16e-6
-"""Seconds that the host needs to start an operator of PyTorch; all that a replayed CUDA graph holds starts as one."""
-WAIT = 20e-6
-"""Seconds from the end of what the host waits for to its next launch."""
-KERNEL = 2e-6
-"""Seconds that the smallest kernel takes."""
-OPERATORS = (54, 42)
-"""Launches of an eager decoding step: of a block, and beside the blocks (counted, Llama)."""
-HOST_ADAM = 0.22
-"""Seconds that a node's processors take for Adam on a billion offloaded parameters, transfers included."""
-GPU_ADAM = 28
-"""Bytes that Adam reads and writes of a parameter: it, two moments, 16-bit copy and gradient."""
-PADDING = 0.44
-"""Share of a batch's tokens that is padding, on HH-RLHF's lengths in batches of 16 as they come."""
-FILES = 1e9
-"""Bytes a second that a node's disk reads and writes."""
-UNCERTAINTY = 1.5
+NETWORK = 25e9  # bytes a second of each GPU's own adapter between nodes, 200 Gb/s, as a DGX A100 has
+LINK_SHARE = 0.7  # what collectives and copies reach of a link
+LAUNCH = 16e-6  # seconds in which the host launches an operator of PyTorch, or replays a CUDA graph
+WAIT = 20e-6  # seconds between the end of work that the host waits for and its next launch
+KERNEL = 2e-6  # seconds of the smallest kernel
+OPERATORS = (54, 42)  # launches of an eager decoding step: of a block, and beside the blocks (counted, Llama)
+HOST_ADAM = 0.22  # seconds of a node's processors for Adam on a billion offloaded parameters, transfers included
+GPU_ADAM = 28  # bytes that Adam reads and writes of a parameter: it, two moments, 16-bit copy and gradient
+PADDING = 0.44  # share of a batch's tokens that is padding, on HH-RLHF's lengths in batches of 16 as they come
+FILES = 1e9  # bytes a second that a node's disk reads and writes
+UNCERTAINTY = 1.5  # factor within which the hours are expected to be right
 
 
 def kernel(card: Card, operations: float, size: float) -> float:
@@ -68,7 +58,7 @@ def elapsed(device: float, launches: float, waits: float = 0) -> float:
 
 
 def exchange(card: Card, size: float, ranks: int, nodes: int = 1) -> float:
-    """Seconds until ``size`` bytes, spread over the ranks, are on each of them, or a sum of so many is spread."""
+    """Seconds to gather ``size`` bytes, spread over the ranks, on each of them, or to sum as many and spread them."""
     speed = card.link if nodes == 1 else min(card.link, NETWORK)
     return size * (ranks - 1) / ranks / (speed * LINK_SHARE)
 
@@ -100,8 +90,3 @@ def zero(card: Card, parameters: float, stage: int, passes: int, ranks: int, nod
     """Seconds of an update's exchanges: gradients summed and parameters gathered once, under ZeRO-3 in each pass."""
     gathers = passes if stage == 3 else 1
     return exchange(card, (1 + gathers) * parameters * size, ranks, nodes)
-
-
-def files(size: float) -> float:
-    """Seconds of reading or writing ``size`` bytes."""
-    return size / FILES

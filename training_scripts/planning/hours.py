@@ -1,28 +1,52 @@
-"""Where the time of each stage that trains goes, in seconds by part: a run's sizes put into duration.py's model."""
+"""How long each stage that trains takes, in seconds by part: a run's sizes put into duration.py's model."""
 
 import math
+from dataclasses import dataclass
 
+from deepspeed_chat_tlcr.data.split import part_sizes
 from training_scripts.planning import duration, memory
 from training_scripts.planning.model_shapes import ModelShape
-from training_scripts.planning.recipe import Recipe
-
-CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
-"""Stages that train a token classifier, and its labels."""
+from training_scripts.planning.recipe import ALONE, CLASSIFIERS, ONE_ANSWER, Recipe
 
 
-def optimizer_steps(examples: int, per_device: int, accumulation: int, ranks: int, epochs: int) -> int:
-    """Optimiser steps of a stage whose last, smaller batch of an epoch is trained on too."""
-    return epochs * math.ceil(examples / (per_device * accumulation * ranks))
+@dataclass(frozen=True)
+class Work:
+    """A stage's records, those of one optimiser step on all ranks together, and the epochs over them."""
+
+    records: int
+    batch: int
+    epochs: int
+
+    @property
+    def steps(self) -> int:
+        """An epoch's last, smaller batch is trained on too."""
+        return self.epochs * math.ceil(self.records / self.batch)
+
+
+def work_of(recipe: Recipe, records: int) -> dict[str, Work]:
+    """The work of each stage that trains, where the data has so many ``records``."""
+    sft, reward, rl = part_sizes(records, recipe.data_split)
+    work = {}
+    for stage in recipe.folders():
+        if stage in ALONE:
+            training = recipe.trainings[stage]
+            batch = training.batch_size * training.accumulation_steps * recipe.world_size
+            # RLMEC's model learns from every revision twice: to edit, and to leave as it is.
+            seen = {"step1": sft, "step2_grm": 2 * reward}.get(stage, reward)
+            work[stage] = Work(seen, batch, training.epochs)
+        elif stage == "step3":
+            batch = recipe.ppo_batch_size * recipe.ppo_accumulation_steps * recipe.world_size
+            work[stage] = Work(rl, batch, recipe.prompt_epochs)
+    return work
 
 
 def saving(parameters: int, checkpoints: int, models: int, size: int) -> float:
     """Seconds of reading ``models`` models, and of writing checkpoints and the trained parameters."""
-    saved = memory.saved_model(parameters, size)
-    return duration.files(checkpoints * memory.saved_training_state(parameters) + (models + 1) * saved)
+    return parameters * (checkpoints * memory.SAVED_STATE + (models + 1) * size) / duration.FILES
 
 
 def trained_alone(
-    recipe: Recipe, shape: ModelShape, stage: str, examples: int, prompt: float, answer: float
+    recipe: Recipe, shape: ModelShape, stage: str, work: Work, prompt: float, answer: float
 ) -> dict[str, float]:
     """Steps 1 and 2, DPO, FIGA. Batches are formed by length, so padding is left out.
 
@@ -30,22 +54,21 @@ def trained_alone(
     """
     card, ranks, nodes = duration.CARDS[recipe.gpu_card], recipe.world_size, len(recipe.hosts())
     training = recipe.trainings[stage]
-    labels = CLASSIFIERS.get(stage)
-    parameters = shape.classifier_parameters(labels) if labels else shape.causal_parameters
-    row = min(prompt + answer, recipe.max_seq_len)
-    packed = labels and training.tokens_per_micro_batch
-    second = 0 if stage == "step1" else min(answer, row) if packed else row
-    tokens = training.epochs * examples * (row + second)
+    parameters = memory.trained_parameters(shape, stage)
+    answers = 3 if stage == "step2_grm" else 1  # it reads two before the one that it writes
+    row = min(prompt + answers * answer, recipe.longest(stage))
+    packed = stage in CLASSIFIERS and training.tokens_per_micro_batch
+    second = 0 if stage in ONE_ANSWER else min(answer, row) if packed else row
+    tokens = work.epochs * work.records * (row + second)
     passes = 4 if training.gradient_checkpointing else 3
     compared = stage == "dpo"  # with a frozen reference's forward pass
-    steps = optimizer_steps(examples, training.batch_size, training.accumulation_steps, ranks, training.epochs)
     exchanged = duration.zero(
         card, parameters, training.zero_stage, passes - 1, ranks, nodes, recipe.bytes_per_parameter
     )
     return {
         "learning": duration.computing(card, active(shape, parameters, row), tokens / ranks, passes + compared),
-        "between GPUs": steps * exchanged,
-        "Adam": steps * duration.adam(card, parameters, ranks, nodes, training.offload),
+        "between GPUs": work.steps * exchanged,
+        "Adam": work.steps * duration.adam(card, parameters, ranks, nodes, training.offload),
         "files": saving(parameters, training.epochs, 1 + compared, recipe.bytes_per_parameter),
     }
 
@@ -88,7 +111,7 @@ def ppo_step(recipe: Recipe, shape: ModelShape, prompt: float, answer: float, of
         duration.zero(card, parameters, stage, passes - 1, ranks, nodes, size)
         for stage in (recipe.actor_zero_stage, *critic)
     )
-    scorers = (recipe.reference_zero_stage, *[recipe.reward_zero_stage] * answers, *critic)
+    scorers = (recipe.reference_zero_stage, *[recipe.reward_zero_stage] * answers * recipe.reward_models, *critic)
     return {
         "decoding": answers * decoded * sequences / rows,
         "scoring": duration.computing(card, through, tokens, len(scorers)),
@@ -100,6 +123,5 @@ def ppo_step(recipe: Recipe, shape: ModelShape, prompt: float, answer: float, of
 
 def ppo_saving(recipe: Recipe, shape: ModelShape, steps: int) -> float:
     """Seconds of step 3's files: a checkpoint every PPO_SAVE_INTERVAL steps (0: an epoch) and at the end."""
-    trained = shape.causal_parameters + (shape.classifier_parameters(1) if recipe.with_critic else 0)
     checkpoints = math.ceil(steps / recipe.ppo_save_interval) if recipe.ppo_save_interval else recipe.prompt_epochs
-    return saving(trained, checkpoints, 2, recipe.bytes_per_parameter)
+    return saving(memory.ppo_parameters(recipe, shape), checkpoints, 2, recipe.bytes_per_parameter)

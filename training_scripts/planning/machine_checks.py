@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspeed_chat_tlcr.errors import InputError
-from training_scripts.planning.memory import GIB
+from training_scripts.planning.memory import GIB, Need, stage_needs
 from training_scripts.planning.model_shapes import ModelShape, shape_of
-from training_scripts.planning.plan import stage_needs
 from training_scripts.planning.recipe import ALONE, Recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -92,19 +91,19 @@ def check_compiler(recipe: Recipe) -> Iterator[Problem]:
 
 
 def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
-    """Count, precision and memory of this node's devices. (Other nodes are only reached, see ``check_nodes``.)"""
+    """Count, precision and memory of this node's devices. (Of other nodes only the login is tried: ``check_nodes``.)"""
     try:
         from deepspeed.accelerator import get_accelerator
 
         from deepspeed_chat_tlcr.runtime import resolve_dtype
     except (ImportError, OSError):
-        return  # check_packages says it
+        return  # check_packages reports it
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     wanted = next(iter(recipe.hosts().values()))
     if on_cpu and os.environ.get("DS_ACCELERATOR") != "cpu":
         yield Problem(
-            f"no GPU was found, NUM_GPUS={recipe.num_gpus} are wanted",
+            f"no GPU was found, but NUM_GPUS={recipe.num_gpus}",
             "run nvidia-smi to see why (driver? container without --gpus?); to train on CPU on purpose: "
             "DS_ACCELERATOR=cpu; for a first try without a GPU: bash training_scripts/run_tiny.sh",
         )
@@ -112,7 +111,7 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
     try:
         resolve_dtype(recipe.dtype)
     except InputError as error:
-        yield Problem(f"DTYPE={recipe.dtype}: {error}", "set DTYPE as said")
+        yield Problem(f"DTYPE={recipe.dtype}: {error}", "set DTYPE to a precision that this machine has")
     if on_cpu:
         yield from _host_memory(recipe)
         return
@@ -121,13 +120,8 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
             f"NUM_GPUS={wanted}, but {accelerator.device_count()} GPU(s) are visible",
             "lower NUM_GPUS (and look at PLAN=1: fewer GPUs need more memory each), or check CUDA_VISIBLE_DEVICES",
         )
-    shape = known_shape(recipe)
-    if shape is None:
-        return
     free = {device: accelerator.available_memory(device) for device in range(min(wanted, accelerator.device_count()))}
-    for stage, need in stage_needs(recipe, shape).items():
-        if recipe.is_complete(stage):
-            continue
+    for stage, need in _needs(recipe).items():
         short = [device for device, memory in free.items() if memory < need.gpu_total]
         if short:
             yield Problem(
@@ -143,19 +137,23 @@ def check_accelerators(recipe: Recipe) -> Iterator[Problem]:
         yield from _host_memory(recipe)
 
 
-def _host_memory(recipe: Recipe) -> Iterator[Problem]:
+def _needs(recipe: Recipe) -> dict[str, Need]:
+    """Memory of the stages that are not complete yet; none where the model's sizes are not known."""
     shape = known_shape(recipe)
-    if shape is None or not hasattr(os, "sysconf"):
-        return
+    needs = stage_needs(recipe, shape) if shape else {}
+    return {stage: need for stage, need in needs.items() if not recipe.is_complete(stage)}
+
+
+def _host_memory(recipe: Recipe) -> Iterator[Problem]:
     import psutil
     from deepspeed.accelerator import get_accelerator
 
     ranks = next(iter(recipe.hosts().values())) if get_accelerator().device_name() == "cpu" else 0
     available = psutil.virtual_memory().available
-    for stage, need in stage_needs(recipe, shape).items():
-        # What would be the reserve of a GPU's driver is a Python process's own size on a CPU, a tenth of it.
+    for stage, need in _needs(recipe).items():
+        # On a CPU a Python process's own size takes the place of a GPU's reserve: a tenth of it.
         total = need.host_total + ranks * (need.gpu_total - 0.9 * need.gpu["reserve"])
-        if not recipe.is_complete(stage) and total > available:
+        if total > available:
             yield Problem(
                 f"{stage} needs about {total / GIB:.0f} GiB of this machine's memory, {available / GIB:.0f} are free",
                 "use fewer ranks, a smaller model or batch, or switch offload off where GPUs have room",
@@ -189,8 +187,11 @@ def check_port(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+MACHINE: tuple[Check, ...] = (check_packages, check_compiler, check_accelerators, check_nodes, check_port)
+
+
 def known_shape(recipe: Recipe) -> ModelShape | None:
-    """Sizes of the model, or None where nobody here knows them: then memory and disk go unchecked."""
+    """Sizes of the model, or None where they are not known: then memory and disk are not checked."""
     try:
         return shape_of(recipe.model, recipe.model_config)
     except InputError:

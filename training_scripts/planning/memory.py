@@ -1,27 +1,25 @@
-"""How much memory a stage needs, as formulas. Every function takes counts and returns bytes.
+"""How much memory a stage needs, as formulas that return bytes.
 
 What DeepSpeed keeps for a model with P parameters in 16 bit (ZeRO, Rajbhandari et al. 2020, section 3): 2 P for the
 parameters, 2 P for their gradients, 12 P for the optimiser (fp32 parameters, momentum, variance), and while it steps 4
 P for the gradients in fp32, when no activations are there. Offloaded, DeepSpeed 0.19.8 keeps 18 P on the host: all of
 that, and what is reduced in 16 bit. ZeRO-1 divides the optimiser's part by the number of ranks, ZeRO-2 the gradients
-too, ZeRO-3 everything. Activations were counted on what autograd really saves in transformers' blocks (but Bloom's,
-their attention stores no scores).
+too, ZeRO-3 everything. Activations were counted on what autograd really saves in transformers' blocks.
 """
 
 from dataclasses import dataclass, field
 
 from deepspeed_chat_tlcr.deepspeed_config import LIVE_PARAMETERS
 from training_scripts.planning.model_shapes import ModelShape
+from training_scripts.planning.recipe import ALONE, CLASSIFIERS, ONE_ANSWER, Recipe
 
 GIB = 2**30
-REDUCE_BUCKET = 500_000_000
-"""Elements of DeepSpeed's gradient bucket (its default)."""
-RESERVE = 3 * GIB
-"""CUDA context, NCCL and what the allocator cannot hand out, per GPU."""
-FULL_LOGITS = 14
-"""Bytes a logit costs in transformers' language-model loss: itself 2, fp32 copy 4, log-softmax 4, gradient 4."""
-CHOSEN_LOGITS = 4
-"""The same where log-probabilities of chosen tokens are all that is asked: itself 2, gradient 2."""
+REDUCE_BUCKET = 500_000_000  # elements of DeepSpeed's gradient bucket (its default)
+RESERVE = 3 * GIB  # CUDA context, NCCL and what the allocator cannot hand out, per GPU
+# Bytes of a logit in transformers' language-model loss (itself 2, fp32 copy 4, log-softmax 4, gradient 4), and where
+# only the chosen tokens' log-probabilities are needed (itself 2, gradient 2).
+FULL_LOGITS, CHOSEN_LOGITS = 14, 4
+SAVED_STATE = 12  # bytes of a parameter in a checkpoint to continue from: fp32 parameter, momentum and variance
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,15 @@ def layer_activations(shape: ModelShape, tokens: int, size: int = 2) -> int:
     Llama: the inputs of both norms and their outputs (4 h; Gemma-2 has four norms), q and the attention's output (2 a),
     k and v, and four tensors of the gated MLP (of each expert that a token passes), in ``size`` bytes; both norms' fp32
     copies (8 h), and where q and k have norms theirs. OPT and its kind: eight tensors of width h (Phi has one norm
-    less) and those of the MLP. Bloom's attention also keeps a token's scores, and an fp32 copy of them.
+    less) and those of the MLP. Eager attention (Bloom's) also keeps a token's scores, and an fp32 copy of them.
     """
     h, attention, kv = shape.hidden, shape.heads * shape.head_size, shape.kv_size
     mlp = size * shape.mlp_kept * (shape.experts_used * shape.intermediate + shape.shared_expert)
+    scores = shape.scores_kept * shape.heads * tokens * (size + 4)
     if shape.gated:
         norms = 4 * shape.norms * h + shape.qk_norm * (attention + kv) * (size + 4)
-        return size * (2 * shape.norms * h + 2 * attention + 2 * kv) + mlp + norms
-    return size * (6 + shape.norms) * h + mlp + shape.scores_kept * shape.heads * tokens * (size + 4)
+        return size * (2 * shape.norms * h + 2 * attention + 2 * kv) + mlp + norms + scores
+    return size * (6 + shape.norms) * h + mlp + scores
 
 
 def activations(shape: ModelShape, sequences: int, tokens: int, checkpointing: bool, size: int = 2) -> int:
@@ -106,7 +105,7 @@ def activations(shape: ModelShape, sequences: int, tokens: int, checkpointing: b
 def learning(
     shape: ModelShape, sequences: int, tokens: int, checkpointing: bool, logits: float, size: int = 2
 ) -> float:
-    """The most of activations and logits at a time: with checkpointing, logits go before a block is recomputed."""
+    """Peak of activations and logits: with checkpointing, logits are freed before a block is recomputed."""
     whole = activations(shape, sequences, tokens, checkpointing, size)
     if not checkpointing:
         return whole + logits
@@ -121,7 +120,7 @@ def kv_cache(shape: ModelShape, sequences: int, tokens: int, size: int = 2) -> i
 
 def largest_layer(shape: ModelShape) -> int:
     """Parameters of the largest module that ZeRO-3 gathers at once: a block or the embedding."""
-    return max(shape.layer_parameters, shape.vocabulary * (shape.embedding or shape.hidden))
+    return max(shape.layer_parameters, shape.vocabulary * shape.embedding)
 
 
 @dataclass(frozen=True)
@@ -140,97 +139,60 @@ class Need:
         return sum(self.host.values())
 
 
-def trained_alone(
-    shape: ModelShape,
-    parameters: int,
-    *,
-    sequences: int,
-    tokens: int,
-    scored_logits: bool,
-    zero_stage: int,
-    ranks: int,
-    nodes: int,
-    offload: bool,
-    checkpointing: bool,
-    size: int = 2,
-) -> Need:
-    """Steps 1 and 2: one model, ``sequences`` of ``tokens`` tokens at a time on each GPU."""
-    states = model_states(
-        parameters,
-        zero_stage=zero_stage,
-        ranks=ranks,
-        offload=offload,
-        largest_layer=largest_layer(shape),
-        bytes_per_parameter=size,
-    )
-    logits = FULL_LOGITS * sequences * tokens * shape.vocabulary if scored_logits else 0
+def trained_parameters(shape: ModelShape, stage: str) -> int:
+    """Of the one model that a stage of ``ALONE`` trains."""
+    labels = CLASSIFIERS.get(stage)
+    return shape.classifier_parameters(labels) if labels else shape.causal_parameters
+
+
+def ppo_parameters(recipe: Recipe, shape: ModelShape) -> int:
+    """Of the models that step 3 trains: the actor and, where there is one, the critic."""
+    return shape.causal_parameters + (shape.classifier_parameters(1) if recipe.with_critic else 0)
+
+
+def trained_alone(recipe: Recipe, shape: ModelShape, stage: str) -> Need:
+    """Steps 1 and 2, DPO, FIGA: one model, a micro-batch at a time on each GPU."""
+    training, parameters = recipe.trainings[stage], trained_parameters(shape, stage)
+    ranks, size, tokens = recipe.world_size, recipe.bytes_per_parameter, recipe.longest(stage)
+    # A record is mostly two sequences: the worse and the better response.
+    sequences = (1 if stage in ONE_ANSWER else 2) * training.batch_size
+    shared = {"ranks": ranks, "largest_layer": largest_layer(shape), "bytes_per_parameter": size}
+    states = model_states(parameters, zero_stage=training.zero_stage, offload=training.offload, **shared)
+    logits = 0 if stage in CLASSIFIERS else FULL_LOGITS * sequences * tokens * shape.vocabulary
     phases = {
-        "forward and backward": learning(shape, sequences, tokens, checkpointing, logits, size),
+        "forward and backward": learning(shape, sequences, tokens, training.gradient_checkpointing, logits, size),
         "the optimiser's step": states.step,
     }
     largest = max(phases, key=phases.__getitem__)
-    return Need(
-        gpu={
-            "parameters": states.parameters,
-            "gradients": states.gradients,
-            "optimiser": states.optimizer,
-            "ZeRO's buffers": states.buffers,
-            f"work: {largest}": phases[largest],
-            "reserve": RESERVE,
-        },
-        host={
-            "offloaded": states.host / nodes,
-            "loading": _loading(parameters, zero_stage, ranks / nodes, size),
-        },
-    )
+    gpu = {
+        "parameters": states.parameters,
+        "gradients": states.gradients,
+        "optimiser": states.optimizer,
+        "ZeRO's buffers": states.buffers,
+        f"work: {largest}": phases[largest],
+        "reserve": RESERVE,
+    }
+    if stage == "dpo":  # a frozen copy of the policy, partitioned where the policy is
+        frozen = model_states(parameters, zero_stage=3 if training.zero_stage == 3 else 0, trained=False, **shared)
+        gpu["reference"] = frozen.parameters + frozen.buffers
+    nodes = len(recipe.hosts())
+    loading = _loading(parameters, training.zero_stage, ranks / nodes, size)
+    return Need(gpu=gpu, host={"offloaded": states.host / nodes, "loading": loading})
 
 
-def with_reference(need: Need, shape: ModelShape, zero_stage: int, ranks: int, size: int = 2) -> Need:
-    """DPO: a frozen copy of the policy beside it, partitioned where the policy is."""
-    states = model_states(
-        shape.causal_parameters,
-        zero_stage=3 if zero_stage == 3 else 0,
-        ranks=ranks,
-        trained=False,
-        offload=False,
-        largest_layer=largest_layer(shape),
-        bytes_per_parameter=size,
-    )
-    return Need(gpu={**need.gpu, "reference": states.parameters + states.buffers}, host=need.host)
-
-
-def ppo(
-    shape: ModelShape,
-    *,
-    with_critic: bool,
-    decoded_sequences: int,
-    generated_sequences: int,
-    trained_sequences: int,
-    prompt_tokens: int,
-    answer_tokens: int,
-    actor_stage: int,
-    critic_stage: int,
-    reference_stage: int,
-    reward_stage: int,
-    ranks: int,
-    nodes: int,
-    offload: bool,
-    checkpointing: bool,
-    averaged: bool = False,
-    size: int = 2,
-) -> Need:
+def ppo(recipe: Recipe, shape: ModelShape, offload: bool) -> Need:
     """Step 3: four models at once, three where the algorithm has no critic (ReMax).
 
-    ``decoded_sequences`` are sampled together on a GPU, then scored ``generated_sequences`` at a time and trained on
-    ``trained_sequences`` at a time. The working memory is the largest phase's: sampling, scoring, actor's, critic's.
+    The working memory is the largest phase's: sampling, scoring, actor's, critic's.
     """
+    ranks, nodes, size = recipe.world_size, len(recipe.hosts()), recipe.bytes_per_parameter
     counts = {
-        "actor": (shape.causal_parameters, actor_stage, True),
-        "critic": (shape.classifier_parameters(1), critic_stage, True),
-        "reference": (shape.causal_parameters, reference_stage, False),
-        "reward model": (shape.classifier_parameters(2), reward_stage, False),
+        "actor": (shape.causal_parameters, recipe.actor_zero_stage, True),
+        "critic": (shape.classifier_parameters(1), recipe.critic_zero_stage, True),
+        "reference": (shape.causal_parameters, recipe.reference_zero_stage, False),
+        "reward model": (shape.classifier_parameters(2), recipe.reward_zero_stage, False),
     }
-    if not with_critic:
+    if not recipe.with_critic:
         del counts["critic"]
     gpu: dict[str, float] = {}
     offloaded, loading, steps = 0.0, 0.0, {}
@@ -248,41 +210,51 @@ def ppo(
         offloaded += states.host
         steps[role] = states.step
         loading = max(loading, _loading(parameters, stage, ranks / nodes, size))
-    tokens = prompt_tokens + answer_tokens
-    chosen = CHOSEN_LOGITS * trained_sequences * answer_tokens * shape.vocabulary
-    scored = generated_sequences * answer_tokens * shape.vocabulary
-    keys_and_values = kv_cache(shape, decoded_sequences, tokens, size)
+    gpu["reward model"] *= recipe.reward_models
+    tokens, checkpointing = recipe.max_prompt_len + recipe.max_answer_len, recipe.ppo_gradient_checkpointing
+    trained_rows, scored_rows = recipe.ppo_batch_size, recipe.generation_batch_size
+    chosen = CHOSEN_LOGITS * trained_rows * recipe.max_answer_len * shape.vocabulary
+    scored = scored_rows * recipe.max_answer_len * shape.vocabulary
+    keys_and_values = kv_cache(shape, recipe.decoded_together, tokens, size)
     phases = {
-        "sampling (KV cache)": keys_and_values if actor_stage == 3 else 0,
-        "scoring": generated_sequences * tokens * layer_activations(shape, tokens, size) + 2 * scored,
-        "actor's update": learning(shape, trained_sequences, tokens, checkpointing, chosen, size),
-        "critic's update": learning(shape, trained_sequences, tokens, checkpointing, 0, size) * with_critic,
+        "sampling (KV cache)": keys_and_values if recipe.actor_zero_stage == 3 else 0,
+        "scoring": scored_rows * tokens * layer_activations(shape, tokens, size) + 2 * scored,
+        "actor's update": learning(shape, trained_rows, tokens, checkpointing, chosen, size),
+        "critic's update": learning(shape, trained_rows, tokens, checkpointing, 0, size) * recipe.with_critic,
         "actor's step": steps["actor"],
         "critic's step": steps.get("critic", 0),
     }
     largest = max(phases, key=phases.__getitem__)
-    if averaged:  # in fp32, of the actor; each rank has a part, where its parameters are
-        if offload and actor_stage == 3:
+    if recipe.ppo_ema:  # in fp32, of the actor; each rank has a part, where its parameters are
+        if offload and recipe.actor_zero_stage == 3:
             offloaded += 4 * shape.causal_parameters
         else:
             gpu["average of weights"] = 4 * shape.causal_parameters / ranks
-    if actor_stage != 3:
+    if recipe.actor_zero_stage != 3:
         gpu["KV cache"] = keys_and_values  # its place is part of the CUDA graphs that decode
     gpu[f"work: {largest}"] = phases[largest]
     gpu["reserve"] = RESERVE
     return Need(gpu=gpu, host={"offloaded": offloaded / nodes, "loading": loading})
 
 
+def offloads_ppo(recipe: Recipe, shape: ModelShape) -> bool:
+    """Whether step 3 keeps its optimisers in host memory: as PPO_OFFLOAD says, or where it does not fit otherwise."""
+    if recipe.ppo_offload is not None:
+        return recipe.ppo_offload
+    return ppo(recipe, shape, offload=False).gpu_total > recipe.gpu_memory_gb * GIB
+
+
+def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
+    """Memory of each training stage of the run, by its folder."""
+    needs = {}
+    for stage, folder in recipe.folders().items():
+        if stage in ALONE:
+            needs[folder] = trained_alone(recipe, shape, stage)
+        elif stage == "step3":
+            needs[folder] = ppo(recipe, shape, offloads_ppo(recipe, shape))
+    return needs
+
+
 def _loading(parameters: int, zero_stage: int, ranks_on_node: float, size: int) -> float:
-    """Every process of a node reads a whole copy before its GPU takes it; ZeRO-3 partitions while it reads."""
+    """Every process of a node reads a whole copy before moving it to its GPU; ZeRO-3 partitions while reading."""
     return 0 if zero_stage == 3 else parameters * size * ranks_on_node
-
-
-def saved_model(parameters: int, size: int = 2) -> int:
-    """A Hugging Face folder on disk."""
-    return parameters * size
-
-
-def saved_training_state(parameters: int) -> int:
-    """A checkpoint a run can continue from: the optimiser's 12 bytes for each, fp32 parameter, momentum, variance."""
-    return 12 * parameters

@@ -1,11 +1,10 @@
-"""What a run will cost, before it starts: labelling in calls, tokens and US$, memory, steps and disk.
+"""What a run will cost, before it starts: labelling in calls, tokens and US$; memory, steps, hours and disk.
 
-``PLAN=1 bash training_scripts/run_7b.sh`` prints it. Needs no GPU, API key, network or installed package; local data is
-counted exactly where the packages are there. All numbers are estimates: memory.py has the formulas for memory,
-deepspeed_chat_tlcr/asking/money.py those for calls.
+``PLAN=1 bash training_scripts/run_7b.sh`` prints it. It needs no GPU, API key or network, and for models that are known
+by name (known_models.json) no installed package; with the packages it counts local data and any model's config.json.
+All numbers are estimates: memory.py has the formulas for memory, deepspeed_chat_tlcr/asking/money.py those for calls.
 """
 
-import dataclasses
 import datetime
 import math
 import sys
@@ -14,20 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deepspeed_chat_tlcr.asking.models import BATCH_DISCOUNT, Price, known_model, price_of
-from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate
+from deepspeed_chat_tlcr.asking.money import BYTES_PER_TOKEN, EXPLANATION_TOKENS, Estimate, estimate, estimate_tokens
 from deepspeed_chat_tlcr.asking.redaction import without_secrets
 from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from labeling.prompt import TEMPLATE
 from training_scripts.planning import duration, hours, memory
-from training_scripts.planning.hours import CLASSIFIERS, optimizer_steps
-from training_scripts.planning.memory import GIB, Need
+from training_scripts.planning.memory import GIB, offloads_ppo, stage_needs
 from training_scripts.planning.model_shapes import ModelShape, shape_of
 from training_scripts.planning.recipe import ALONE, Recipe
 
 HUB_RECORDS = {"dahoas/full-hh-rlhf": 112_052, "dahoas/rm-static": 76_256}
 """Training records of hub data sets that the plan knows without the network."""
 
+SPAN_QUESTION, SPAN_TOKENS = 870, 80  # characters of a question about spans without its texts; tokens of its answer
 LABEL_CONCURRENCY = 32  # calls in flight, labeling/main.py's default
 REVISERS = ("gpt-6-luna", "gpt-6.1-terra", "gpt-6-sol")  # whose price a plan shows beside that of the chosen one
 
@@ -87,59 +86,6 @@ def find_texts(recipe: Recipe) -> Texts | str:
     return Texts(sum(known), *HH_CHARACTERS, exact=False)
 
 
-def offloads_ppo(recipe: Recipe, shape: ModelShape) -> bool:
-    """Whether step 3 keeps its optimisers in host memory: as PPO_OFFLOAD says, or where it does not fit otherwise."""
-    if recipe.ppo_offload is not None:
-        return recipe.ppo_offload
-    needs = stage_needs(dataclasses.replace(recipe, stages="step3", ppo_offload=False), shape)
-    return needs[recipe.ppo_folder].gpu_total > recipe.gpu_memory_gb * GIB
-
-
-def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
-    """Memory of each training stage of the run, by its folder."""
-    offload_ppo = "step3" in recipe.folders() and offloads_ppo(recipe, shape)
-    ranks, nodes, size = recipe.world_size, len(recipe.hosts()), recipe.bytes_per_parameter
-    shared = {"ranks": ranks, "nodes": nodes, "size": size}
-    needs = {}
-    for stage, folder in recipe.folders().items():
-        if stage in ALONE:
-            training = recipe.trainings[stage]
-            labels = CLASSIFIERS.get(stage)
-            needs[folder] = memory.trained_alone(
-                shape,
-                shape.classifier_parameters(labels) if labels else shape.causal_parameters,
-                # A record is two sequences everywhere but in SFT: the worse and the better response.
-                sequences=(1 if stage == "step1" else 2) * training.batch_size,
-                tokens=recipe.max_seq_len,
-                scored_logits=not labels,
-                zero_stage=training.zero_stage,
-                offload=training.offload,
-                checkpointing=training.gradient_checkpointing,
-                **shared,
-            )
-            if stage == "dpo":
-                needs[folder] = memory.with_reference(needs[folder], shape, training.zero_stage, ranks, size)
-        elif stage == "step3":
-            needs[folder] = memory.ppo(
-                shape,
-                with_critic=recipe.with_critic,
-                decoded_sequences=recipe.decoded_together,
-                generated_sequences=recipe.generation_batch_size,
-                trained_sequences=recipe.ppo_batch_size,
-                prompt_tokens=recipe.max_prompt_len,
-                answer_tokens=recipe.max_answer_len,
-                actor_stage=recipe.actor_zero_stage,
-                critic_stage=recipe.critic_zero_stage,
-                reference_stage=recipe.reference_zero_stage,
-                reward_stage=recipe.reward_zero_stage,
-                offload=offload_ppo,
-                checkpointing=recipe.ppo_gradient_checkpointing,
-                averaged=recipe.ppo_ema,
-                **shared,
-            )
-    return needs
-
-
 @dataclass(frozen=True)
 class Disk:
     """Bytes that a stage writes under OUTPUT: what stays, and what it deletes when it is finished."""
@@ -150,26 +96,18 @@ class Disk:
 
 def disk_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Disk]:
     """Disk by stage. A new checkpoint is whole before the old one goes, so for a moment there are two."""
-    written = {
-        "step2": shape.classifier_parameters(2),
-        "step2_sequence": shape.classifier_parameters(1),
-        "step3": shape.causal_parameters + (shape.classifier_parameters(1) if recipe.with_critic else 0),
-    }
-    parameters = {
-        folder: written.get(stage, shape.causal_parameters)
-        for stage, folder in recipe.folders().items()
-        if stage != "label"
-    }
-    size = recipe.bytes_per_parameter
-    needs = {
-        stage: Disk(memory.saved_model(count, size), 2 * memory.saved_training_state(count))
-        for stage, count in parameters.items()
-    }
-    if recipe.ppo_ema and recipe.ppo_folder in needs:  # a third model; in checkpoints its fp32 numbers
-        step3, count = needs[recipe.ppo_folder], shape.causal_parameters
-        needs[recipe.ppo_folder] = Disk(
-            step3.model + memory.saved_model(count, size), step3.checkpoints + 2 * 4 * count
-        )
+    size, needs = recipe.bytes_per_parameter, {}
+    for stage, folder in recipe.folders().items():
+        if stage in ALONE:
+            count = memory.trained_parameters(shape, stage)
+        elif stage == "step3":
+            count = memory.ppo_parameters(recipe, shape)
+        else:
+            continue
+        needs[folder] = Disk(count * size, 2 * memory.SAVED_STATE * count)
+        if stage == "step3" and recipe.ppo_ema:  # a third model; in checkpoints its fp32 numbers
+            average = shape.causal_parameters
+            needs[folder] = Disk(count * size + average * size, needs[folder].checkpoints + 2 * 4 * average)
     return needs
 
 
@@ -229,25 +167,25 @@ def _reviser_row(recipe: Recipe, texts: Texts, name: str) -> tuple[str, ...]:
     return (name or "(the one served)", *tokens, *usd)
 
 
+def spans_report(recipe: Recipe, texts: Texts | str) -> str:
+    """What DRLC's chat model costs while the policy learns: a question for every answer."""
+    title = f"Spans marked by {recipe.span_model} in step 3"
+    if isinstance(texts, str):
+        return f"{title}: {texts}"
+    calls = part_sizes(texts.records, recipe.data_split)[2] * recipe.prompt_epochs
+    question = SPAN_QUESTION + texts.prompt + (texts.chosen + texts.rejected) / 2
+    price = label_price(replace(recipe, label_model=recipe.span_model))
+    return f"{title}: {estimate_tokens(calls, round(calls * question), calls * SPAN_TOKENS, price, LABEL_CONCURRENCY)}"
+
+
 def steps_report(recipe: Recipe, texts: Texts | str) -> str:
     if isinstance(texts, str):
         return f"Optimiser steps: {texts}"
-    sft, reward, rl = part_sizes(texts.records, recipe.data_split)
-    ranks = recipe.world_size
-    rows = []
-    for stage, folder in recipe.folders().items():
-        if stage in ALONE:
-            training = recipe.trainings[stage]
-            examples = sft if stage == "step1" else reward
-            per_device, accumulation, epochs = training.batch_size, training.accumulation_steps, training.epochs
-        elif stage == "step3":
-            examples, per_device = rl, recipe.ppo_batch_size
-            accumulation, epochs = recipe.ppo_accumulation_steps, recipe.prompt_epochs
-        else:
-            continue
-        batch = per_device * accumulation * ranks
-        steps = optimizer_steps(examples, per_device, accumulation, ranks, epochs)
-        rows.append((folder, f"{examples:,}", f"{batch:,}", str(epochs), f"{steps:,}"))
+    folders = recipe.folders()
+    rows = [
+        (folders[stage], f"{work.records:,}", f"{work.batch:,}", str(work.epochs), f"{work.steps:,}")
+        for stage, work in hours.work_of(recipe, texts.records).items()
+    ]
     return "Optimiser steps, at most (records that are too long are left out)\n" + table(
         ("stage", "records", "global batch", "epochs", "steps"), rows
     )
@@ -255,19 +193,15 @@ def steps_report(recipe: Recipe, texts: Texts | str) -> str:
 
 def stage_seconds(recipe: Recipe, shape: ModelShape, texts: Texts) -> dict[str, dict[str, float]]:
     """Seconds of each stage that trains, by part."""
-    sft, reward, rl = part_sizes(texts.records, recipe.data_split)
     prompt, answer = _mean_tokens(texts)
-    seconds = {}
-    for stage, folder in recipe.folders().items():
-        if stage in ALONE:
-            examples = sft if stage == "step1" else reward
-            seconds[folder] = hours.trained_alone(recipe, shape, stage, examples, prompt, answer)
-        elif stage == "step3":
-            sizes = recipe.ppo_batch_size, recipe.ppo_accumulation_steps, recipe.world_size, recipe.prompt_epochs
-            steps = optimizer_steps(rl, *sizes)
+    folders, seconds = recipe.folders(), {}
+    for stage, work in hours.work_of(recipe, texts.records).items():
+        if stage == "step3":
             step = hours.ppo_step(recipe, shape, prompt, answer, offloads_ppo(recipe, shape))
-            seconds[folder] = {part: steps * each for part, each in step.items()}
-            seconds[folder]["files"] = hours.ppo_saving(recipe, shape, steps)
+            parts = {part: work.steps * each for part, each in step.items()}
+            seconds[folders[stage]] = parts | {"files": hours.ppo_saving(recipe, shape, work.steps)}
+        else:
+            seconds[folders[stage]] = hours.trained_alone(recipe, shape, stage, work, prompt, answer)
     return seconds
 
 
@@ -286,7 +220,8 @@ def hours_report(recipe: Recipe, shape: ModelShape, texts: Texts | str) -> str:
     order = ("decoding", "scoring", "learning", "between GPUs", "Adam", "Adam on the host", "files")
     columns = [part for part in order if any(part in parts for parts in seconds.values())]
     rows = []
-    for folder, parts in [*seconds.items(), ("together", _sums(seconds.values()))]:
+    together = {part: sum(parts.get(part, 0) for parts in seconds.values()) for part in columns}
+    for folder, parts in [*seconds.items(), ("together", together)]:
         whole = sum(parts.values()) / 3600
         dollars = [f"{whole * ranks * price:,.0f}"] if price else []
         minutes = (f"{parts[part] / 60:.1f}" if part in parts else "" for part in columns)
@@ -313,14 +248,6 @@ def hours_report(recipe: Recipe, shape: ModelShape, texts: Texts | str) -> str:
 def _mean_tokens(texts: Texts) -> tuple[float, float]:
     """Of a prompt and of an answer."""
     return texts.prompt / BYTES_PER_TOKEN, (texts.chosen + texts.rejected) / 2 / BYTES_PER_TOKEN
-
-
-def _sums(many: Iterable[dict[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for one in many:
-        for name, value in one.items():
-            total[name] = total.get(name, 0) + value
-    return total
 
 
 def memory_report(recipe: Recipe, shape: ModelShape) -> str:
@@ -392,6 +319,7 @@ def main() -> None:
         return
     texts = find_texts(recipe)
     sections = [labelling_report(recipe, texts)] if recipe.labels_here else []
+    sections += [spans_report(recipe, texts)] if recipe.span_model else []
     if set(recipe.folders()) - {"label"}:
         sections += training_reports(recipe, texts)
     print("\n\n".join(sections))

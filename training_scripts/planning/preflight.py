@@ -1,7 +1,7 @@
-"""Everything that could stop a run, looked for before it starts and told all at once, each with what to do.
+"""Look for everything that could stop a run before it starts, and list it all at once, each with what to do.
 
-training_scripts/run_7b.sh and run_tiny.sh run it with the variables of recipe.sh. Exits with 0, or with 2 after listing
-the problems. Like ``machine_checks``, it starts with the standard library alone.
+training_scripts/run_7b.sh and run_tiny.sh call it with the variables of recipe.sh. It exits with 0, or with 2 after
+listing the problems. Like ``machine_checks``, it starts with the standard library alone.
 """
 
 import datetime
@@ -22,24 +22,13 @@ from deepspeed_chat_tlcr.asking.models import (
     served_models,
 )
 from deepspeed_chat_tlcr.asking.redaction import printable, without_secrets
-from deepspeed_chat_tlcr.data.split import part_sizes
 from deepspeed_chat_tlcr.errors import EXIT_INPUT, InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_json
-from training_scripts.planning.machine_checks import (
-    ROOT,
-    Check,
-    Problem,
-    check_accelerators,
-    check_compiler,
-    check_nodes,
-    check_packages,
-    check_port,
-    known_shape,
-    package_problems,
-)
+from training_scripts.planning.hours import work_of
+from training_scripts.planning.machine_checks import MACHINE, ROOT, Check, Problem, known_shape, package_problems
 from training_scripts.planning.memory import GIB
 from training_scripts.planning.plan import disk_needs, label_price, most_disk
-from training_scripts.planning.recipe import ALONE, Recipe
+from training_scripts.planning.recipe import Recipe
 
 RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes first
 
@@ -48,14 +37,12 @@ RUN_HOURS = 72.0  # from the preflight to the last pair labelled: SFT comes firs
 
 def check_labelling(recipe: Recipe) -> Iterator[Problem]:
     """The key is set (its value is never shown), and an endpoint on this machine answers."""
-    if "label" not in recipe.folders():
-        return
-    own = Path(recipe.output) / "labeling"
-    if Path(recipe.revisions).parent != own:
+    own, labels = Path(recipe.output) / "labeling", "label" in recipe.folders()
+    if labels and Path(recipe.revisions).parent != own:
         if not Path(recipe.revisions).is_file():
             yield Problem(f"REVISIONS={recipe.revisions}: no such file", "name a revisions.jsonl of labeling/main.py")
-        return
-    if labelling_is_complete(own):
+        labels = False
+    if not (labels and not labelling_is_complete(own)) and not recipe.span_model:
         return
     key = os.environ.get(recipe.api_key_env, "").strip()
     address = recipe.label_base_url.rstrip("/") or None
@@ -80,7 +67,7 @@ def check_labelling(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _check_reviser(recipe: Recipe, address: str | None, key: str) -> Iterator[Problem]:
-    """The endpoint has the model, and will have it while the run lasts; its price is known."""
+    """The endpoint serves the model until the run can have ended, and its price is known."""
     if address is not None and not recipe.label_model:
         names = list(served_models(address, key))
         if len(names) != 1:
@@ -114,7 +101,7 @@ def _answers(base_url: str) -> bool:
     try:
         urllib.request.urlopen(base_url.rstrip("/") + "/models", timeout=5).close()
     except urllib.error.HTTPError:
-        return True  # it wants a key or has no such page, but it is there
+        return True  # it asks for a key or lacks this page, but it is there
     except (OSError, ValueError):
         return False
     return True
@@ -124,7 +111,7 @@ def _answers(base_url: str) -> bool:
 
 
 def check_model(recipe: Recipe) -> Iterator[Problem]:
-    """Config, weights and tokenizer can be had, and the tokenizer can end a response."""
+    """Config, weights and tokenizer are available, and the tokenizer can end a response."""
     try:
         from deepspeed_chat_tlcr.models import load_config
         from deepspeed_chat_tlcr.tokenization import load_tokenizer
@@ -144,7 +131,7 @@ def check_model(recipe: Recipe) -> Iterator[Problem]:
     except InputError as error:
         yield Problem(f"MODEL={recipe.model}: {error}", "put a fast tokenizer with an EOS token beside the model")
     if not _has_weights(recipe.model):
-        yield Problem(f"MODEL={recipe.model}: its weights are neither here nor to be had from the hub", remedy)
+        yield Problem(f"MODEL={recipe.model}: its weights are neither here nor available from the hub", remedy)
 
 
 def _has_weights(model: str) -> bool:
@@ -164,7 +151,7 @@ def _has_weights(model: str) -> bool:
 
 
 def check_data(recipe: Recipe) -> Iterator[Problem]:
-    """The data can be read, whole, and every part of it fills a batch."""
+    """All of the data can be read, and every part of it fills a batch."""
     try:
         from deepspeed_chat_tlcr.data.preferences import load_preferences
         from deepspeed_chat_tlcr.tokenization import load_tokenizer
@@ -173,28 +160,25 @@ def check_data(recipe: Recipe) -> Iterator[Problem]:
     try:
         tokenizer = load_tokenizer(recipe.model)
     except InputError:
-        tokenizer = None  # check_model says it; only chat messages need one to be read
+        tokenizer = None  # check_model reports it, and only chat messages need one to be read
     print("preflight: reading the data (downloads it once, if it is on the hub)", flush=True)
     try:
         records = len(load_preferences(recipe.data.split(), "all", "train", recipe.data_split, tokenizer=tokenizer))
-        sft, reward, rl = part_sizes(records, recipe.data_split)
+        parts = work_of(recipe, records)
     except InputError as error:
-        yield Problem(f"DATA={recipe.data}: {error}", "name local files or folders, or a data set that can be had")
+        remedy = "name local files or folders, or a data set on the hub"
+        if recipe.brings_revisions:
+            remedy += ": the one that REVISIONS come from, in whose SFT and RL parts their prompts must not be"
+        yield Problem(f"DATA={recipe.data}: {error}", remedy)
         return
-    ranks = recipe.world_size
-    batches = []
-    for stage in recipe.folders():
-        if stage in ALONE:
-            training = recipe.trainings[stage]
-            batch = training.batch_size * training.accumulation_steps * ranks
-            batches.append(("SFT", sft, batch) if stage == "step1" else ("reward", reward, batch))
-        elif stage == "step3":
-            batches.append(("RL", rl, recipe.generation_batch_size * recipe.generation_batches * ranks))
-    for part, size, batch in batches:
-        if size < batch:
+    for stage, work in parts.items():
+        part, batch = {"step1": "SFT", "step3": "RL"}.get(stage, "reward"), work.batch
+        if stage == "step3":
+            batch = recipe.generation_batch_size * recipe.generation_batches * recipe.world_size
+        if work.records < batch:
             yield Problem(
-                f"the {part} part of the data ({size} of {records} records at {recipe.data_split}) does not fill one "
-                f"batch of {batch}",
+                f"the {part} part of the data ({work.records} of {records} records at {recipe.data_split}) does not "
+                f"fill one batch of {batch}",
                 "lower the batch size or NUM_GPUS, use more data, or change DATA_SPLIT",
             )
 
@@ -203,20 +187,20 @@ def check_batches(recipe: Recipe) -> Iterator[Problem]:
     prompts = recipe.generation_batches * recipe.generation_batch_size
     if recipe.decode_batch_size % recipe.generation_batch_size:
         yield Problem(
-            f"DECODE_BATCH_SIZE={recipe.decode_batch_size} is no multiple of "
+            f"DECODE_BATCH_SIZE={recipe.decode_batch_size} is not a multiple of "
             f"GENERATION_BATCH_SIZE={recipe.generation_batch_size}",
             "make it one, or 0 to decode the whole set of rollouts together",
         )
     if recipe.generation_batch_size % recipe.ppo_batch_size:
         yield Problem(
-            f"GENERATION_BATCH_SIZE={recipe.generation_batch_size} is no multiple of "
+            f"GENERATION_BATCH_SIZE={recipe.generation_batch_size} is not a multiple of "
             f"PPO_BATCH_SIZE={recipe.ppo_batch_size}: some rollouts would be left over",
             "make it one",
         )
     elif (micro_batches := prompts // recipe.ppo_batch_size) % recipe.ppo_accumulation_steps:
         yield Problem(
             f"GENERATION_BATCHES x GENERATION_BATCH_SIZE / PPO_BATCH_SIZE = {micro_batches} "
-            f"is no multiple of PPO_ACCUMULATION_STEPS={recipe.ppo_accumulation_steps}",
+            f"is not a multiple of PPO_ACCUMULATION_STEPS={recipe.ppo_accumulation_steps}",
             "make it one",
         )
 
@@ -226,7 +210,7 @@ def check_output(recipe: Recipe) -> Iterator[Problem]:
     output = Path(recipe.output).absolute()
     existing = next(folder for folder in (output, *output.parents) if folder.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield Problem(f"OUTPUT={recipe.output}: {existing} is no folder that can be written", "choose another OUTPUT")
+        yield Problem(f"OUTPUT={recipe.output}: {existing} is not a writable folder", "choose another OUTPUT")
         return
     shape = known_shape(recipe)
     if shape is None:
@@ -241,9 +225,9 @@ def check_output(recipe: Recipe) -> Iterator[Problem]:
 
 
 def go_offline_if_need_be(recipe: Recipe) -> None:
-    """Without an answer from the hub, look only at what is cached, rather than retry for a minute and a half.
+    """Where the hub does not answer, look only at what is cached, rather than retry for a minute and a half.
 
-    To be called before anything imports the hub's client, which reads the variable once.
+    Call it before anything imports the hub's client, which reads the variable once.
     """
     named = [path for path in [recipe.model, *recipe.data.split()] if not Path(path).expanduser().exists()]
     if not named or os.environ.get("HF_HUB_OFFLINE"):
@@ -258,25 +242,8 @@ def go_offline_if_need_be(recipe: Recipe) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-CHECKS: tuple[Check, ...] = (
-    check_packages,
-    check_compiler,
-    check_accelerators,
-    check_nodes,
-    check_port,
-    check_batches,
-    check_output,
-    check_labelling,
-    check_model,
-    check_data,
-)
 MADE_BY_RUN: tuple[Check, ...] = (check_labelling, check_model, check_data)
 """Checks of what run_tiny.sh makes itself: model, data and reviser."""
-
-
-def find_problems(recipe: Recipe, checks: Sequence[Check]) -> list[Problem]:
-    """Run every check, whatever the others found."""
-    return [problem for check in checks for problem in check(recipe)]
 
 
 @exits_cleanly
@@ -290,10 +257,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         recipe = Recipe.from_environment()
         recipe.hosts()
-        checks = [check for check in CHECKS if not (argv and check in MADE_BY_RUN)]
+        checks = [*MACHINE, check_batches, check_output, *([] if argv else MADE_BY_RUN)]
         if not argv:
             go_offline_if_need_be(recipe)
-        problems, checked = find_problems(recipe, checks), len(checks)
+        problems, checked = [problem for check in checks for problem in check(recipe)], len(checks)
     if not problems:
         print(f"preflight: {checked} checks, nothing stands in the way")
         return

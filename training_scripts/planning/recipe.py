@@ -1,6 +1,6 @@
 """The variables of training_scripts/recipe.sh as a record, for the preflight and the plan.
 
-Defaults stand in recipe.sh and nowhere else: a variable that is not set is an error here.
+recipe.sh alone has the defaults, so a variable that is not set is an error here.
 """
 
 import os
@@ -27,11 +27,18 @@ class Training:
     zero_stage: int
     offload: bool
     gradient_checkpointing: bool
-    tokens_per_micro_batch: int = 0  # DPO and FIGA have no packs
+    tokens_per_micro_batch: int = 0
 
 
 ALONE = {"step1": "SFT", "step2": "DISCRIMINATOR", "step2_sequence": "SEQUENCE", "dpo": "DPO", "figa": "FIGA"}
+ALONE |= {"step2_grm": "GRM"}
 """Stages that train one model, and the prefix of their variables."""
+ONE_ANSWER = ("step1", "step2_grm")
+"""Those whose records are one sequence each, not two."""
+UNPACKED = ("dpo", "figa", "step2_grm")
+"""Those that have no packs."""
+CLASSIFIERS = {"step2": 2, "step2_sequence": 1}
+"""Those of them that train a token classifier, and its number of labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,8 @@ class Recipe:
     label_price: str
     api_key_env: str
     max_seq_len: int
+    grm_max_seq_len: int
+    reward: str
     algo: str
     generation_batch_size: int
     generation_batches: int
@@ -92,9 +101,7 @@ class Recipe:
         values = {name: _read(name, kind, environment, problems) for name, kind in _kinds(cls).items()}
         values["trainings"] = {}
         for stage, prefix in ALONE.items():
-            names = [
-                name for name in _kinds(Training) if name != "tokens_per_micro_batch" or stage not in ("dpo", "figa")
-            ]
+            names = [name for name in _kinds(Training) if name != "tokens_per_micro_batch" or stage not in UNPACKED]
             found = {name: _read(f"{prefix}_{name}", _kinds(Training)[name], environment, problems) for name in names}
             values["trainings"][stage] = Training(**found)
         if not any(name.upper() in environment for name in values):
@@ -110,6 +117,7 @@ class Recipe:
             "label": "labeling",
             "step2": "step2_discriminator",
             "step2_sequence": self.sequence_folder,
+            "step2_grm": "step2_grm",
             "dpo": "dpo",
             "figa": "figa",
             "step3": self.ppo_folder,
@@ -119,15 +127,37 @@ class Recipe:
             raise InputError(f"STAGES: there is no stage {unknown[0]!r}; known: {' '.join(folders)}")
         return {stage: folders[stage] for stage in self.stages.split()}
 
-    def is_complete(self, stage: str) -> bool:
-        """Whether a stage has written its results, the last thing that it does."""
-        return (Path(self.output) / stage / "results.json").is_file()
+    def longest(self, stage: str) -> int:
+        """Tokens of a record of a stage that trains one model."""
+        return self.grm_max_seq_len if stage == "step2_grm" else self.max_seq_len
+
+    @property
+    def span_model(self) -> str:
+        """The chat model that marks spans in step 3, if one does."""
+        named = [term.removeprefix("critic:") for term in self.reward.split() if term.startswith("critic:")]
+        return named[0].rpartition("@")[0] or named[0] if named and "step3" in self.folders() else ""
+
+    @property
+    def reward_models(self) -> int:
+        """How many models step 3 scores answers with; RLMEC's has a second one that says which are right."""
+        terms = [term.rpartition("@")[0] or term for term in self.reward.split() if not term.startswith("critic:")]
+        models = {term.partition(":")[2] for term in terms}  # "": DISCRIMINATOR_MODEL
+        return len(models | {""}) if self.reward.startswith("rlmec:") else len(models)
+
+    def is_complete(self, folder: str) -> bool:
+        """Whether the stage with this ``folder`` under OUTPUT has written its results, the last thing that it does."""
+        return (Path(self.output) / folder / "results.json").is_file()
 
     @property
     def labels_here(self) -> bool:
         """Whether the run asks an external model, rather than using revisions that it was given."""
         own = Path(self.output) / "labeling" / "revisions.jsonl"
         return "label" in self.folders() and Path(self.revisions) == own
+
+    @property
+    def brings_revisions(self) -> bool:
+        """Whether step 2 learns from revisions that the run was given."""
+        return "step2" in self.folders() and Path(self.revisions) != Path(self.output) / "labeling" / "revisions.jsonl"
 
     @property
     def with_critic(self) -> bool:
@@ -159,7 +189,7 @@ class Recipe:
             if not slots.isdigit():
                 raise InputError(f'HOSTFILE {path}:{number}: expected "name slots=8", found {line!r}')
             if not re.fullmatch(r"(\w[\w.-]*@)?\w[\w.-]*", words[0]):  # ssh takes -oProxyCommand=… for an option
-                raise InputError(f"HOSTFILE {path}:{number}: {words[0]!r} is no name of a host")
+                raise InputError(f"HOSTFILE {path}:{number}: {words[0]!r} is not a host name")
             if words[0] in hosts:
                 raise InputError(f"HOSTFILE {path}:{number}: {words[0]} is named twice")
             hosts[words[0]] = wanted or int(slots)
@@ -187,10 +217,11 @@ def _read(name: str, kind: type, environment: Mapping[str, str], problems: list[
     if text is None:
         problems.append(f"{variable} is not set")
         return None
+    read, expected = _READERS[kind]
     try:
-        value = _READERS[kind](text)
-    except ValueError:
-        problems.append(f"{variable}={text}: expected {_EXPECTED[kind]}")
+        value = read(text)
+    except (ValueError, KeyError):
+        problems.append(f"{variable}={text}: expected {expected}")
         return None
     least = int(not field.endswith(_MAY_BE_ZERO))
     if field.endswith("zero_stage"):
@@ -205,17 +236,12 @@ def _read(name: str, kind: type, environment: Mapping[str, str], problems: list[
     return value
 
 
-def _switch(text: str) -> bool:
-    if text not in ("0", "1"):
-        raise ValueError
-    return text == "1"
-
-
-def _switch_or_auto(text: str) -> bool | None:
-    return None if text == "auto" else _switch(text)
-
-
-_READERS = {str: str, int: int, float: float, bool: _switch, bool | None: _switch_or_auto}
+_SWITCH = {"0": False, "1": True}
+_READERS = {
+    str: (str, "a text"),
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    bool: (_SWITCH.__getitem__, "1 (on) or 0 (off)"),
+    bool | None: ((_SWITCH | {"auto": None}).__getitem__, "1 (on), 0 (off) or auto"),
+}
 _MAY_BE_ZERO = ("decode_batch_size", "ppo_save_interval", "tokens_per_micro_batch")
-_EXPECTED = {int: "a whole number", float: "a number", bool: "1 (on) or 0 (off)"}
-_EXPECTED[bool | None] = "1 (on), 0 (off) or auto"

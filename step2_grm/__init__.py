@@ -1,0 +1,1 @@
+"""Step 2 of RLMEC: a generative reward model, trained to rewrite answers with few edits."""
