@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, told
+from deepspeed_chat_tlcr.errors import InputError, describe_error, exits_cleanly
 
 
 def convert(file: str | Path, folder: str | Path) -> None:
@@ -29,7 +29,7 @@ def convert(file: str | Path, folder: str | Path) -> None:
     except ImportError:
         raise InputError("reading GGUF needs the package gguf: pip install gguf") from None
     except Exception as error:  # whatever a damaged file brings
-        raise InputError(f"{file}: cannot be read as a GGUF model ({told(error)})") from error
+        raise InputError(f"{file}: cannot be read as a GGUF model ({describe_error(error)})") from error
     # Whole numbers again: saved as they are, the weights would pass for quantised ones.
     model.hf_quantizer, model.is_quantized = None, False  # type: ignore[assignment]
     if hasattr(model.config, "quantization_config"):

@@ -27,7 +27,7 @@ from deepspeed_chat_tlcr.gguf import convert
 from deepspeed_chat_tlcr.model_folders import loading
 from deepspeed_chat_tlcr.models import load_causal_lm
 from deepspeed_chat_tlcr.records import read_jsonl, read_revisions, require_file
-from deepspeed_chat_tlcr.saving import write_json
+from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from evaluation.detox.data import TEST, TRAIN, read_pairs, write_parts
 from evaluation.detox.frontier import Point, difference
@@ -92,6 +92,7 @@ class PrepareOptions:
 
 def prepare(argv: Sequence[str]) -> None:
     options = parse(PrepareOptions, argv)
+    require_writable(options.output_dir)
     counts = write_parts(read_pairs(options.paradetox), options.test_share, Path(options.output_dir))
     write_json(Path(options.output_dir) / "results.json", counts)
     print("pairs: " + ", ".join(f"{part} {count:,}" for part, count in counts.items()))
@@ -119,6 +120,7 @@ def labelled(path: Path, tokenizer, max_length: int) -> list[TokenizedExample]:
 
 def check(argv: Sequence[str]) -> None:
     options = parse(CheckOptions, argv)
+    require_writable(options.output_dir)
     data, tokenizer = Path(options.data_dir), load_tokenizer(options.discriminator)
     train, held_out = (
         labelled(data / part / "revisions.jsonl", tokenizer, options.max_seq_len) for part in (TRAIN, TEST)
@@ -310,6 +312,7 @@ def summaries(evaluation: Evaluation, measured: Mapping[Key, dict[str, np.ndarra
 
 def report(argv: Sequence[str]) -> None:
     options = parse(ReportOptions, argv)
+    require_writable(options.out)
     evaluation = Evaluation(options)
     evaluation.write()
     with torch.no_grad():

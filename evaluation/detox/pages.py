@@ -69,11 +69,14 @@ def verdict(rows: Sequence[Mapping]) -> str:
 def table(rows: Sequence[Mapping]) -> Html:
     header = ["policy", "sampling", *(title for title, _ in COLUMNS.values()), "toxic beside SFT's frontier, points"]
     lines = []
-    for row in rows:
+    order = list(dict.fromkeys(row["policy"] for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row["policy"])):
         cells: list[object] = [row["policy"], sampling_words(row["sampling"])]
         for name, (_, scale) in COLUMNS.items():
-            text = f"{scale * row[name]:.{1 if scale == 100 else 2}f}".replace("-", "−")
-            cells.append(f"{text} ± {100 * row['toxic_error']:.1f}" if name == "toxic" else text)
+            text = f"{scale * row[name]:,.{0 if name == 'perplexity' else 1 if scale == 100 else 2}f}"
+            # A space that does not break: the two belong on one line.
+            text += f"\u00a0±\u00a0{100 * row['toxic_error']:.1f}" if name == "toxic" else ""
+            cells.append(text.replace("-", "−"))
         cells.append(signed(row["beside_frontier"]) if "beside_frontier" in row else "—")
         lines.append(cells)
     return table_html(header, lines)
