@@ -75,9 +75,6 @@ class SpanCritic:
         }
         if missing and self.seconds > 0:
             self._say(self._ask(missing))
-            summary = {"settings": self.settings, "complete": False, "marked": len(self.marked)}
-            spent = {"usd": round(self.account.spent, 6), "usd_possibly_billed_without_answer": self.account.lost}
-            self.folder.write_summary(summary | spent)
         return [self.marked.get(id) if want else None for id, want in zip(ids, wanted, strict=True)]
 
     def _question(self, prompt: str, response: str) -> ChatRequest:
@@ -114,7 +111,11 @@ class SpanCritic:
         """What kept some of them from an answer; None where nothing did."""
         begun = self.loop.time()
         try:
-            return self.loop.run_until_complete(self._asked(requests))
+            reason = self.loop.run_until_complete(self._asked(requests))
+            summary = {"settings": self.settings, "complete": False, "marked": len(self.marked)}
+            spent = {"usd": round(self.account.spent, 6), "usd_possibly_billed_without_answer": self.account.lost}
+            self.folder.write_summary(summary | spent)
+            return reason
         except Exception as error:  # whatever it is: this rank must be back in time for the next collective
             return self.endpoint.redact(str(error) if isinstance(error, InputError) else describe_error(error))
         finally:
