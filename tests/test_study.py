@@ -409,7 +409,7 @@ def test_another_world_holds_the_same_prompts_out_for_every_seed(tmp_path):
     held_out, trained = [], []
     for seed in (0, 1, 2):
         folder = tmp_path / str(seed)
-        sizes = ("--validation", "4", "--test", "6", "--data_seed", str(seed), "--fixed_held_out")
+        sizes = ("--validation", "4", "--test", "6", "--data_seed", str(seed))
         parts.main(["--preferences", str(pairs), "--output_dir", str(folder), *sizes])
         held_out.append([(folder / name).read_text() for name in ("validation.jsonl", "test.jsonl")])
         trained.append({line for part in ("sft", "reward", "rl") for line in prompts_of(folder / part / "train.jsonl")})

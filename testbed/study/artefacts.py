@@ -109,15 +109,8 @@ class Store:
 def in_order(wanted: Iterable[Step]) -> list[Step]:
     """All steps that are needed for ``wanted``, each behind those that it needs, none twice."""
     ordered: dict[Step, None] = {}
-
-    def add(step: Step) -> None:
-        if step not in ordered:
-            for needed in step.needs:
-                add(needed)
-            ordered[step] = None
-
     for step in wanted:
-        add(step)
+        ordered |= dict.fromkeys([*in_order(step.needs), step])
     return list(ordered)
 
 

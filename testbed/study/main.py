@@ -211,13 +211,6 @@ class Study:
         return {"reward_models": rows, "trials": trials}
 
 
-def absolute(options: Options) -> Options:
-    """Paths as they are seen from everywhere: a step's arguments decide its key."""
-    names = ("preferences", "revisions", "prompts", "base_model")
-    given = {name: getattr(options, name) for name in names}
-    return replace(options, **{name: str(Path(path).resolve()) for name, path in given.items() if path})
-
-
 def run_stages(study: Study, options: Options, clock: schedule.Clock) -> schedule.Outcome:
     """The grid until nothing is left of it, the freeze, then stage after stage; ends early when the time is over."""
     stages = ["grid", *study.registration.stages]
@@ -250,7 +243,7 @@ def write(study: Study, found: dict) -> None:
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    options = absolute(parse(Options, argv))
+    options = parse(Options, argv)
     folder, registration = Path(options.output_dir), read(options.registration)
     store = Store(folder / "artefacts")
     study = Study(registration, chosen_world(options, registration.world), store, folder)

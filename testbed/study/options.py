@@ -52,7 +52,8 @@ def chosen_world(options: Options, version: int) -> World:
             raise InputError(f"another world than the testbed also needs {', '.join(missing)}")
         check_world(options, scorer)
     names = ("preferences", "revisions", "prompts", "base_model")
-    paths = {name: getattr(options, name) for name in names}
+    # As they are seen from everywhere: a step's arguments decide its key.
+    paths = {name: path and str(Path(path).resolve()) for name in names for path in [getattr(options, name)]}
     if options.preferences is None:
         return World(version=version, **paths, scorer=options.scorer)
     source = inspect.getsourcefile(scorer)
