@@ -1,1 +1,1 @@
-"""The study: what ``registration`` has fixed, as chains of the real entry points over shared artefacts (``methods``)."""
+"""The study: what ``registration`` has fixed, as chains of the real entry points over artefacts that they share."""
