@@ -243,9 +243,10 @@ class RewardSum:
             judge = self.options.rlmec_judge_model
             right = self._scored("sequence_score", judge, rollout, scored, answers) > self.options.rlmec_threshold
         else:
-            pairs = zip(answers(), self._references(rollout), strict=True)
-            found = [last_number(answer.text) == last_number(reference) for answer, reference in pairs]
-            right = torch.tensor(found, device=rollout.action_mask.device).unsqueeze(1)
+            wanted = map(last_number, self._references(rollout))
+            found = [last_number(answer.text) for answer in answers()]
+            equal = [one is not None and one == other for one, other in zip(found, wanted, strict=True)]
+            right = torch.tensor(equal, device=rollout.action_mask.device).unsqueeze(1)
         self.measured["reward/right"] = right.float().flatten()
         return right
 
