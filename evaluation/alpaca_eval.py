@@ -19,14 +19,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, judge_all, message_id
+from evaluation.judging import Judged, Shortfall, Verdicts, check_judge, judge_all, message_id
+from evaluation.options import AlpacaOptions, JudgeOptions, PolicyOptions, PromptOptions
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt
-from evaluation.policies import Policy, PolicyOptions, Question, Reply, answer_all, answers_folder, parse_models
-from evaluation.prompts import PromptOptions, read_prompts
+from evaluation.policies import Policy, Question, Reply, answer_all, answers_folder, parse_models
+from evaluation.prompts import read_prompts
 from evaluation.report import conclude
 from evaluation.results import save_results
 from evaluation.stats import head_to_head, longer_preferred
@@ -36,21 +37,6 @@ EQUAL = "equal answers"
 ANNOTATORS = Path(__file__).parent / "annotators"
 """Our own configurations for the package, a folder each."""
 Replies = dict[str, dict[int | str, Reply]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlpacaOptions:
-    """AlpacaEval"""
-
-    judge_prompts: str | None = option(None, "file of FastChat's form with the prompt pair-v2; unset: our own words")
-    annotators_config: str | None = option(
-        None,
-        "the package alpaca_eval judges too: deepspeed_chat_tlcr_gpt-6-luna is ours; or its annotator's name, a folder",
-    )
-    reference_outputs: str | None = option(None, "the package's reference answers; unset: the first model's")
-    length_controlled: bool = option(
-        False, "the package's length-controlled win rates too: for AlpacaEval's own prompts in their order"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

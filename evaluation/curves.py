@@ -9,37 +9,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.pictures import Series
 from deepspeed_chat_tlcr.pictures.charts import thin
 from deepspeed_chat_tlcr.pictures.png import line_chart_png
-from evaluation.policies import OutOptions
+from evaluation.options import TITLES, CurveOptions, OutOptions
 from evaluation.report import refresh_report
 from evaluation.results import save_results
 
-# Chart titles, their units and metrics, in the paper's order; docs/metrics.md explains each.
-TITLES = {
-    "policy/perplexity": ("Perplexity of responses", ""),
-    "rollout/response_length": ("Response length", "tokens"),
-    "policy/kl": ("KL to SFT", "nats per response"),
-    "reward/per_token": ("Reward per token", "mean"),
-}
-
-
 MOST_STEPS, MOST_DRAWN = 10**12, 1e300
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveOptions:
-    """curves"""
-
-    runs: list[str] = option([], "NAME=PATH of each run: its metrics.jsonl, or the folder with it")
-    metrics: list[str] = option(list(TITLES), "keys of metrics.jsonl, a chart each")
-    smoothing: float = option(
-        0.8, "weight of a point's neighbours, in [0, 1); raw values stay behind; 0: none", below=1
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

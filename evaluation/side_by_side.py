@@ -8,32 +8,17 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from deepspeed_chat_tlcr.arguments import option, parse
+from deepspeed_chat_tlcr.arguments import parse
 from deepspeed_chat_tlcr.errors import exits_cleanly
 from deepspeed_chat_tlcr.pictures import TokenScores
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import (
-    Policy,
-    PolicyOptions,
-    Question,
-    answer_all,
-    answers_folder,
-    parse_models,
-    torch_dtype,
-)
-from evaluation.prompts import PromptOptions, prompt_id, read_prompts
+from evaluation.options import PolicyOptions, PromptOptions, SideOptions
+from evaluation.policies import Policy, Question, answer_all, answers_folder, parse_models, torch_dtype
+from evaluation.prompts import prompt_id, read_prompts
 from evaluation.report import refresh_report
 from evaluation.results import save_results
 from evaluation.reward_scores import Answered, answers_in_context
-from evaluation.scoring import DiscriminatorPath, Judge, as_record, heatmap
-
-
-@dataclass(frozen=True, kw_only=True)
-class SideOptions(DiscriminatorPath):
-    """side by side"""
-
-    show: list[str] = option([], "prompts to answer, plain texts; unset: the first --shown of --prompts or --data_path")
-    shown: int = option(6, "how many prompts of a file are shown")
+from evaluation.scoring import Judge, as_record, heatmap
 
 
 @dataclass(frozen=True, kw_only=True)
