@@ -40,8 +40,9 @@ def exits_cleanly(main: Callable) -> Callable:
         try:
             return main(*args, **kwargs)
         except InputError as error:
-            # Every rank makes the same mistake; one of them reports it.
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            # Every rank makes the same mistake; one of them reports it, or all where their numbers are the mistake.
+            rank = os.environ.get("LOCAL_RANK", "0")
+            if not rank.isdecimal() or int(rank) == 0:
                 print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
             sys.exit(EXIT_INPUT)
         except KeyboardInterrupt:

@@ -126,7 +126,15 @@ def adopt_launcher() -> None:
             )
         os.environ.update(RANK=os.environ[rank], WORLD_SIZE=ranks)
         os.environ.setdefault("LOCAL_RANK", os.environ.get(local_rank, "0"))
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "OMP_NUM_THREADS"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_PORT",
+        "OMP_NUM_THREADS",
+    ):
         if not os.environ.get(name, "0").isdecimal():
             raise InputError(f"{name}={os.environ[name]} in the environment: expected a whole number")
     if "RANK" in os.environ:

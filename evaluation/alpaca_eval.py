@@ -19,14 +19,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, judge_all, message_id
+from evaluation.judging import Judged, Shortfall, Verdicts, check_judge, judge_all, message_id
+from evaluation.options import AlpacaOptions, JudgeOptions, PolicyOptions, PromptOptions
 from evaluation.pairwise import PairPrompt, pairs, read_pair_prompt
-from evaluation.policies import PolicyOptions, Question, Replies, Reply, parse_models
-from evaluation.prompts import PromptOptions, answer_prompts, read_prompts
+from evaluation.policies import Question, Replies, Reply, parse_models
+from evaluation.prompts import answer_prompts, read_prompts
 from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.stats import head_to_head, longer_preferred
@@ -35,21 +35,6 @@ from evaluation.verdicts import read_preference
 EQUAL = "equal answers"
 ANNOTATORS = Path(__file__).parent / "annotators"
 """Our own configurations for the package, a folder each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class AlpacaOptions:
-    """AlpacaEval"""
-
-    judge_prompts: str | None = option(None, "file of FastChat's form with the prompt pair-v2; unset: our own prompt")
-    annotators_config: str | None = option(
-        None,
-        "judge with the package alpaca_eval too: deepspeed_chat_tlcr_gpt-6-luna (ours), a name that it knows, a folder",
-    )
-    reference_outputs: str | None = option(None, "the package's reference answers; unset: the first model's")
-    length_controlled: bool = option(
-        False, "the package's length-controlled win rates too; AlpacaEval's own prompts only, in their order"
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

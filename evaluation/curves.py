@@ -9,32 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import read_metrics
 from deepspeed_chat_tlcr.pictures import Series
 from deepspeed_chat_tlcr.pictures.charts import thin
 from deepspeed_chat_tlcr.pictures.png import line_chart_png
-from evaluation.policies import OutOptions
+from evaluation.options import CURVES, CurveOptions, OutOptions
 from evaluation.report import part_program
 from evaluation.results import save_results
-from evaluation.sections import CURVES
 
 MOST_STEPS, MOST_DRAWN = 10**12, 1e300
-
-
-@dataclass(frozen=True, kw_only=True)
-class CurveOptions:
-    """curves"""
-
-    runs: list[str] = option([], "NAME=PATH of each run: its metrics.jsonl, or the folder with it")
-    metrics: list[str] = option(list(CURVES), "keys of metrics.jsonl, a chart each")
-    frontier: list[str] = option(
-        [], "two keys of metrics.jsonl, such as reward/tlcr reward/tlcr_2: a dot for each run, a line through the best"
-    )
-    smoothing: float = option(
-        0.8, "weight of a point's neighbours, in [0, 1); raw values are drawn behind; 0: not smoothed", below=1
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

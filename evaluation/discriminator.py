@@ -15,7 +15,6 @@ from itertools import chain
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.metrics import auroc, predicted_targets, token_metrics
 from deepspeed_chat_tlcr.pictures import token_strings
@@ -24,10 +23,11 @@ from deepspeed_chat_tlcr.records import Revision, read_revisions
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from deepspeed_chat_tlcr.turns import end_ids
 from deepspeed_chat_tlcr.workers import processes_of
-from evaluation.policies import NodeOptions, OutOptions, torch_dtype
+from evaluation.options import DiscriminatorOptions, NodeOptions, OutOptions
+from evaluation.policies import torch_dtype
 from evaluation.report import part_program
 from evaluation.results import save_results
-from evaluation.scoring import DiscriminatorPath, Judge, as_record, judged, revision_heatmaps, token_probs
+from evaluation.scoring import Judge, as_record, judged, revision_heatmaps, token_probs
 from labeling.audit import read_error_spans
 from labeling.audit_statistics import Span, SpanAgreement, is_marked, visible_tokens
 from labeling.token_labels import NEGATIVE, NEUTRAL, POSITIVE, WHOLE, label_revision
@@ -38,18 +38,6 @@ BINS = 10
 PLACES = 10
 SHOWN = 4
 LABELS = {"negative": NEGATIVE, "neutral": NEUTRAL, "positive": POSITIVE}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorOptions(DiscriminatorPath):
-    """discriminator"""
-
-    revisions: list[str] = option([], "revisions.jsonl files of labeling/main.py")
-    eval_share: float = option(
-        0.05, "share of prompts that step 2 held out (its own --eval_share); 1: all are held out", above=0, most=1
-    )
-    max_seq_len: int = option(512, "longest prompt plus response, tokens, as in step 2")
-    error_spans: str | None = option(None, "QA-feedback file with the error spans that people marked in y_r")
 
 
 @dataclass(frozen=True, kw_only=True)

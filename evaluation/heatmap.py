@@ -24,7 +24,8 @@ from deepspeed_chat_tlcr.pictures import (
 from deepspeed_chat_tlcr.pictures.png import heatmap_png
 from deepspeed_chat_tlcr.records import require_new_file
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import DeviceOptions, Question, in_context, prompt_text, torch_dtype
+from evaluation.options import DeviceOptions
+from evaluation.policies import Question, in_context, prompt_text, torch_dtype
 from evaluation.scoring import Judge, heatmap, response_example
 
 

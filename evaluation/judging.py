@@ -17,9 +17,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.client import (
-    EndpointOptions,
     agreed,
     ask_about_model,
     check_endpoint,
@@ -36,18 +34,10 @@ from deepspeed_chat_tlcr.asking.money import HIDDEN_TOKENS, Account, estimate_to
 from deepspeed_chat_tlcr.asking.progress import Progress, Totals
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
+from evaluation.options import JudgeOptions
 
 VERDICT_TOKENS = 300  # of a typical verdict with its explanation, for estimates
 NAMES = ("questions", "verdicts")
-
-
-@dataclass(frozen=True, kw_only=True)
-class JudgeOptions(EndpointOptions):
-    """judge"""
-
-    judge: str | None = option(None, "the judging model, such as gpt-6-luna; unset: answers are not judged")
-    judge_temperature: float | None = option(0.0, "sampling temperature of the judge, where it takes one", most=2)
-    judge_max_tokens: int = option(2048, "most tokens of a verdict")
 
 
 @dataclass(frozen=True)

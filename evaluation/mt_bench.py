@@ -17,12 +17,12 @@ from pathlib import Path
 
 import numpy as np
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.asking.journal import replace_file
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.records import read_jsonl
-from evaluation.judging import Judged, JudgeOptions, Shortfall, Verdicts, check_judge, file_name, judge_all, message_id
-from evaluation.policies import PolicyOptions, Question, Replies, answers_of, is_text, parse_models, read_replies
+from evaluation.judging import Judged, Shortfall, Verdicts, check_judge, file_name, judge_all, message_id
+from evaluation.options import JudgeOptions, MtBenchOptions, PolicyOptions
+from evaluation.policies import Question, Replies, answers_of, is_text, parse_models, read_replies
 from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.stats import bootstrap_interval
@@ -35,13 +35,6 @@ TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 TURNS = ("turn 1", "turn 2")
 PROMPTS = ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn")
 NOT_RATED = -1  # FastChat's score of a judgment without a rating, which show_result.py leaves out
-
-
-@dataclass(frozen=True, kw_only=True)
-class MtBenchOptions:
-    """MT-Bench"""
-
-    mt_bench_dir: str | None = option(None, "FastChat's checkout or llm_judge/data: questions, prompts, references")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,61 +14,21 @@ from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, set_seed
 
-from deepspeed_chat_tlcr.arguments import AttentionName, Dtype, option, seed_option
+from deepspeed_chat_tlcr.arguments import Dtype
 from deepspeed_chat_tlcr.asking.journal import cut_torn_line, replace_file
 from deepspeed_chat_tlcr.data.formats import ChatRecords
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.generation import Answer, Decoding, answers
-from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm, require_attention
+from deepspeed_chat_tlcr.models import embedding_rows, load_causal_lm
 from deepspeed_chat_tlcr.records import read_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import TORCH_DTYPES, resolve_dtype
 from deepspeed_chat_tlcr.saving import require_writable, write_json
 from deepspeed_chat_tlcr.tokenization import load_tokenizer, tokenize_prompt
 from deepspeed_chat_tlcr.turns import assistant_turn
 from deepspeed_chat_tlcr.workers import processes_of, spread
+from evaluation.options import PolicyOptions
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class OutOptions:
-    """output"""
-
-    out: str = option(MISSING, "folder for answers, verdicts, results and report.html; an earlier run continues")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceOptions:
-    """device"""
-
-    dtype: Dtype = option("auto", "precision; auto: bf16 where the accelerator has it, else fp16; fp32 on CPU")
-    attn_implementation: AttentionName = option(
-        "sdpa", "what computes attention in every model; sdpa: PyTorch's kernels, eager in a family that has none"
-    )
-
-    def __post_init__(self):
-        """Raises ``InputError`` for an attention that this machine or precision cannot have."""
-        if self.attn_implementation != "sdpa":
-            require_attention(self.attn_implementation, resolve_dtype(self.dtype))
-
-
-@dataclass(frozen=True, kw_only=True)
-class NodeOptions(DeviceOptions):
-    """processes"""
-
-    num_processes: int = option(
-        0, "processes that answer and score, each on a GPU of its own; 0: as many as there are GPUs, one on a CPU"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyOptions(NodeOptions, OutOptions):
-    """models"""
-
-    models: list[str] = option([], "NAME=FOLDER of each model: Hugging Face folders or hub names")
-    generation_batch_size: int = option(16, "answers written at once")
-    max_new_tokens: int = option(1024, "longest answer, tokens (FastChat's default)")
-    seed: int = seed_option(1234, "seed of sampled answers")
 
 
 @dataclass(frozen=True)

@@ -2,30 +2,17 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from deepspeed_chat_tlcr.arguments import option, seed_option
 from deepspeed_chat_tlcr.data.preferences import load_preferences
 from deepspeed_chat_tlcr.data.sources import place, read_records, suffix_of
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import PolicyOptions, Question, Replies, answers_folder, answers_of, is_text
+from evaluation.options import PolicyOptions, PromptOptions
+from evaluation.policies import Question, Replies, answers_folder, answers_of, is_text
 
 FIELDS = ("instruction", "prompt")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptOptions:
-    """prompts"""
-
-    prompts: str | None = option(None, "file of records with 'instruction' (plain text) or 'prompt' (with its markers)")
-    data_path: list[str] = option([], "instead: data sets or files of preferences, whose held-out RL prompts are taken")
-    data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
-    data_seed: int = seed_option(1234, "seed of the split; the same in every stage")
-    prompt_count: int = option(128, "most prompts; 0: all", least=0)
-    temperature: float = option(1.0, "sampling temperature of the answers; 0: the likeliest token")
-    max_answer_seq_len: int = option(256, "longest answer to these prompts, tokens (step 3's)")
 
 
 def prompt_id(text: str) -> str:

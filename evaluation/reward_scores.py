@@ -12,26 +12,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import TokenizedExample, load_tokenizer
 from deepspeed_chat_tlcr.workers import processes_of
-from evaluation.policies import PolicyOptions, Question, Reply, in_context, parse_models, prompt_text, torch_dtype
-from evaluation.prompts import PromptOptions, answer_prompts, read_prompts
+from evaluation.options import PolicyOptions, PromptOptions, RewardOptions
+from evaluation.policies import Question, Reply, in_context, parse_models, prompt_text, torch_dtype
+from evaluation.prompts import answer_prompts, read_prompts
 from evaluation.report import part_program
 from evaluation.results import save_results
-from evaluation.scoring import DiscriminatorPath, Judge, judged, response_example
+from evaluation.scoring import Judge, judged, response_example
 from evaluation.stats import ratio_interval
 from step3_ppo_tlcr.rewards import continuous_reward, fixed_reward
 
 SEQUENCE, DISCRETE, CONTINUOUS = "sequence", "discrete token", "continuous token"
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardOptions(DiscriminatorPath):
-    """rewards"""
-
-    sequence_reward: str | None = option(None, "folder of a sequence reward model (step 2 --objective sequence)")
 
 
 @dataclass(frozen=True, kw_only=True)

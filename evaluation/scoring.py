@@ -7,7 +7,6 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.models import load_token_classifier
 from deepspeed_chat_tlcr.pictures import TokenScores, token_strings
 from deepspeed_chat_tlcr.records import Revision
@@ -16,14 +15,6 @@ from deepspeed_chat_tlcr.training import pad_examples
 from deepspeed_chat_tlcr.workers import spread
 from labeling.token_labels import label_revision
 from step2_discriminator.objectives import end_scores, positive_logit
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiscriminatorPath:
-    """reward models"""
-
-    discriminator: str | None = option(None, "folder of the token discriminator (step 2)")
-    scoring_batch_size: int = option(16, "texts judged by a reward model at once")
 
 
 def response_example(

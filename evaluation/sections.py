@@ -21,16 +21,10 @@ from deepspeed_chat_tlcr.pictures import (
     sample_html,
     table_html,
 )
+from evaluation.options import CURVES
 from evaluation.published import PUBLISHED, PUBLISHED_REWARDS
 
 TURNS = ("turn 1", "turn 2", "overall")
-CURVES = {
-    "policy/perplexity": ("Perplexity of responses", ""),
-    "rollout/response_length": ("Response length", "tokens"),
-    "policy/kl": ("KL to SFT", "nats per response"),
-    "reward/per_token": ("Reward per token", "mean"),
-}
-"""Metrics of the curves in the paper's order, with their charts' titles and units; docs/metrics.md explains each."""
 
 
 def headline(found: Mapping[str, dict | None]) -> list[tuple[str, str]]:

@@ -7,23 +7,15 @@ python evaluation/side_by_side.py --models sft=OUT/step1_sft tlcr=OUT/step3_ppo_
 import sys
 from dataclasses import dataclass, replace
 
-from deepspeed_chat_tlcr.arguments import option
 from deepspeed_chat_tlcr.pictures import TokenScores
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
-from evaluation.policies import PolicyOptions, Question, answers_folder, parse_models, torch_dtype
-from evaluation.prompts import PromptOptions, answer_prompts, prompt_id, read_prompts
+from evaluation.options import PolicyOptions, PromptOptions, SideOptions
+from evaluation.policies import Question, answers_folder, parse_models, torch_dtype
+from evaluation.prompts import answer_prompts, prompt_id, read_prompts
 from evaluation.report import part_program
 from evaluation.results import save_results
 from evaluation.reward_scores import Answered, answers_in_context
-from evaluation.scoring import DiscriminatorPath, Judge, as_record, heatmap
-
-
-@dataclass(frozen=True, kw_only=True)
-class SideOptions(DiscriminatorPath):
-    """side by side"""
-
-    show: list[str] = option([], "prompts to answer, plain texts; unset: the first --shown of --prompts or --data_path")
-    shown: int = option(6, "how many prompts of a file are shown")
+from evaluation.scoring import Judge, as_record, heatmap
 
 
 @dataclass(frozen=True, kw_only=True)

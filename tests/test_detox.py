@@ -12,7 +12,7 @@ from transformers import AutoModelForTokenClassification, AutoTokenizer, LlamaCo
 import evaluation.detox.main as detox
 from deepspeed_chat_tlcr.gguf import main as convert_gguf
 from deepspeed_chat_tlcr.tokenization import TokenizedExample
-from evaluation.detox import judges, pages
+from evaluation.detox import answers, judges, pages
 from evaluation.detox.data import JUDGE, TEST, TRAIN, VALIDATION, Pair, clean, pair_of, part_of
 from evaluation.detox.frontier import Point, beside, difference
 
@@ -87,7 +87,7 @@ def toxic(tmp_path, monkeypatch):
         for noun, word in zip(nouns, ["stupid", "damned"] * 99, strict=False)
     ]
     bad = lambda texts: np.array([float("stupid" in text or "damned" in text) for text in texts])  # noqa: E731
-    monkeypatch.setattr(detox, "profanity", bad)
+    monkeypatch.setattr(answers, "profanity", bad)
     monkeypatch.setattr(pages, "profanity", bad)
     return write_jsonl(tmp_path / "toxic.jsonl", records)
 
@@ -120,7 +120,7 @@ def test_the_programs_on_tiny_models(tiny, toxic, tmp_path, capsys, monkeypatch)
     ]
     detox.main([str(word) for word in report])
     rows = json.loads((tmp_path / "report" / "results.json").read_text())["rows"]
-    assert [row["sampling"] for row in rows if row["policy"] == "sft"] == [f"{heat:g}" for heat in detox.SWEEP] + [
+    assert [row["sampling"] for row in rows if row["policy"] == "sft"] == [f"{heat:g}" for heat in answers.SWEEP] + [
         "best of 2"
     ]
     same = {row["policy"]: row for row in rows if row["sampling"] == "1"}

@@ -25,7 +25,8 @@ from deepspeed_chat_tlcr.errors import InputError
 from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from evaluation import mt_bench
 from evaluation.judging import SharedAccount
-from evaluation.policies import Policy, PolicyOptions, Question, prompt_ids, prompt_text
+from evaluation.options import PolicyOptions
+from evaluation.policies import Policy, Question, prompt_ids, prompt_text
 from evaluation.stats import bootstrap_interval
 
 

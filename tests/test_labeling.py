@@ -282,6 +282,20 @@ def test_nothing_at_the_address(pairs, tmp_path, capsys):
     assert "nothing answers at http://127.0.0.1:9/v1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("SSL_CERT_FILE", "/nowhere", "the certificates of SSL_CERT_FILE or SSL_CERT_DIR: No such file"),
+        ("ALL_PROXY", "http://proxy:port", "the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: "),
+        ("HTTPS_PROXY", "rubbish://proxy", "the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: "),
+    ],
+)
+def test_an_environment_that_cannot_connect_is_named(name, value, words, pairs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    assert label(pairs, "https://127.0.0.1:9/v1", tmp_path / "out") == 2
+    assert f"error: {words}" in capsys.readouterr().err
+
+
 def test_newer_models_name_for_the_token_limit_is_found_out(pairs, tmp_path):
     few = write_pairs(tmp_path / "few.jsonl", 3)
     message = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."

@@ -53,6 +53,7 @@ def test_one_task_and_a_launcher_that_sets_ranks_are_left_alone(started):
         ({"RANK": "2", "WORLD_SIZE": "2", **MEETING}, "RANK must be below WORLD_SIZE"),
         ({"RANK": "0", "WORLD_SIZE": "1", **MEETING, "MASTER_PORT": "99999999"}, "MASTER_PORT at most 65535"),
         ({"OMP_NUM_THREADS": "all"}, "OMP_NUM_THREADS=all"),
+        ({"LOCAL_SIZE": "x"}, "LOCAL_SIZE=x in the environment"),
     ],
 )
 def test_variables_that_no_launcher_sets_so(variables, words, started):

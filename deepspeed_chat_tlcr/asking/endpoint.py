@@ -162,10 +162,17 @@ class Endpoint:
         self.azure_api_version, self.key = azure_api_version, key or "none"
         if azure_api_version and not base_url:
             raise InputError("--azure_api_version needs --base_url https://NAME.openai.azure.com")
-        self.tls = httpx.create_ssl_context()  # takes long to make, so all clients share it
         self.clients: list[openai.AsyncOpenAI] = []
         self.free: list[openai.AsyncOpenAI] = []  # a client stands here once for each call it can take
-        self.client = self._connect()
+        try:
+            self.tls = httpx.create_ssl_context()  # takes long to make, so all clients share it
+            self.client = self._connect()
+        except OSError as error:
+            raise InputError(f"the certificates of SSL_CERT_FILE or SSL_CERT_DIR: {error.strerror or error}") from None
+        except (httpx.InvalidURL, ImportError, ValueError) as error:
+            raise InputError(
+                f"the proxy of HTTP_PROXY, HTTPS_PROXY or ALL_PROXY: {self.redact(printable(str(error)))}"
+            ) from None
 
     def _connect(self) -> openai.AsyncOpenAI:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=CALLS_PER_CLIENT)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from deepspeed_chat_tlcr.pictures import (
     Html,
@@ -22,10 +21,8 @@ from deepspeed_chat_tlcr.pictures import (
     write_page,
 )
 from deepspeed_chat_tlcr.provenance import provenance
+from evaluation.detox.answers import Evaluation
 from evaluation.detox.judges import profanity
-
-if TYPE_CHECKING:
-    from evaluation.detox.main import Evaluation
 
 SHOWN = 10
 COLUMNS = {
@@ -102,7 +99,7 @@ def masked(text: str) -> str:
     return re.sub(r"\w+", lambda word: word[0][0] + "•" * (len(word[0]) - 1) if word[0] in bad else word[0], text)
 
 
-def samples(evaluation: "Evaluation") -> Html:
+def samples(evaluation: Evaluation) -> Html:
     """The first prompts with every policy's answer at temperature 1, each token coloured by the discriminator."""
     keys = [(name, "1") for name in evaluation.models if (name, "1") in evaluation.texts]
     probs = evaluation.judged(evaluation.options.discriminator, keys)
@@ -123,7 +120,7 @@ def samples(evaluation: "Evaluation") -> Html:
     return join([explained("reward"), *parts])
 
 
-def write_report(folder: Path, results: Mapping, evaluation: "Evaluation") -> Path:
+def write_report(folder: Path, results: Mapping, evaluation: Evaluation) -> Path:
     rows = results["rows"]
     at_one = {row["policy"]: row for row in rows if row["sampling"] == "1"}
     figures = [(f"{100 * row['toxic']:.1f} %", f"toxic answers of {name}, T 1") for name, row in at_one.items()]

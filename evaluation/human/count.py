@@ -14,7 +14,7 @@ import numpy as np
 from deepspeed_chat_tlcr.arguments import option, parse
 from deepspeed_chat_tlcr.errors import InputError, exits_cleanly, reading
 from deepspeed_chat_tlcr.records import read_json
-from evaluation.policies import OutOptions
+from evaluation.options import OutOptions
 from evaluation.report import refresh_report
 from evaluation.results import save_results
 from evaluation.stats import fleiss_kappa, share_interval

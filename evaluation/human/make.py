@@ -24,7 +24,8 @@ from deepspeed_chat_tlcr.pictures import escape, visible
 from deepspeed_chat_tlcr.pictures.page import theme_style
 from deepspeed_chat_tlcr.records import read_json
 from deepspeed_chat_tlcr.saving import write_json
-from evaluation.policies import ASSISTANT, OutOptions, read_replies
+from evaluation.options import OutOptions
+from evaluation.policies import ASSISTANT, read_replies
 from evaluation.prompts import prompts_of_file
 
 MOST_MODELS = 9  # a key each
