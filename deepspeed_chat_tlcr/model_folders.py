@@ -47,10 +47,7 @@ def check_folder(path: str | Path, what: str = "model") -> None:
 def _instead(folder: Path) -> str:
     """What to do with a folder without config.json."""
     if ggufs := sorted(folder.glob("*.gguf")):
-        return (
-            f"for {ggufs[0].name}, load it once with transformers' from_pretrained(folder, gguf_file=…) and "
-            "save_pretrained() what it gives"
-        )
+        return f"convert it once: python -m deepspeed_chat_tlcr.gguf {ggufs[0]} FOLDER"
     if any(folder.glob("*/config.json")):
         inner = ", ".join(sorted(config.parent.name for config in folder.glob("*/config.json"))[:3])
         return f"name one of the folders in it: {inner}"

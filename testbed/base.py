@@ -47,6 +47,9 @@ class BaseConfig:
     seed: int = 1234
 
 
+ASKED = ("documents", "hidden_size", "layers", "learning_rate", "seed")
+
+
 def raw_text(world: World, documents: int, seed: int) -> list[str]:
     """The documents the base model reads, each without BOS and EOS."""
     rng = random.Random(f"raw text {seed}")

@@ -51,7 +51,6 @@ STAGES = {
     "ppo": "step3_ppo_tlcr/results.json",
 }
 """What each stage of a run writes last."""
-TRAINED = ("sft", "discriminator", "ppo")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +163,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             prompts, {"SFT": policies["sft_best"], "TLCR": policies["tlcr_best"]}, tokenizer, discriminator
         ),
         revisions=revision_samples(run / "labeling" / "revisions.jsonl", tokenizer, discriminator),
-        metrics={name: run / STAGES[name].replace("results.json", "metrics.jsonl") for name in TRAINED},
+        metrics={
+            name: run / STAGES[name].replace("results.json", "metrics.jsonl")
+            for name in ("sft", "discriminator", "ppo")
+        },
         about=(
             f"A run on the testbed, a made-up world whose true score is known: a Llama of "
             f"{sum(p.numel() for p in sft.parameters()) / 1e6:.1f} million parameters, "

@@ -86,13 +86,7 @@ def train_base(argv: list[str]) -> None:
     options = parse(BaseOptions, argv)
     from testbed import base  # torch and transformers take seconds to import; the other commands do without
 
-    config = base.BaseConfig(
-        documents=options.documents,
-        hidden_size=options.hidden_size,
-        layers=options.layers,
-        learning_rate=options.learning_rate,
-        seed=options.seed,
-    )
+    config = base.BaseConfig(**{name: getattr(options, name) for name in base.ASKED})
     print(json.dumps(base.train_base(options.made(), config, Path(options.output_dir))))
 
 

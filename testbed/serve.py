@@ -62,9 +62,13 @@ def answer(world: World, messages: list[dict], seed: int = 0, choice: int = 0) -
     )
 
 
-def complete(world: World, model: str, request: dict) -> dict:
+def complete(world: World, model: str, body: bytes) -> dict:
     """The body of a chat completion for the body of its request."""
-    messages, seed, choices = request.get("messages"), request.get("seed", 0), request.get("n", 1)
+    try:
+        request = parse_json(body)
+        messages, seed, choices = request.get("messages"), request.get("seed", 0), request.get("n", 1)
+    except (ValueError, AttributeError):
+        raise RequestError(400, "the request's body is not a JSON object") from None
     if not isinstance(messages, list) or not messages:
         raise RequestError(400, "'messages' must be a list of at least one message")
     if request.get("model") != model:
@@ -115,13 +119,7 @@ def make_server(world: World, host: str = "127.0.0.1", port: int = 0, model: str
             if self.path != "/v1/chat/completions":
                 return self._refuse(404, f"there is no {self.path}")
             try:
-                request = parse_json(body)
-            except ValueError:
-                return self._refuse(400, "the request's body is not JSON")
-            if not isinstance(request, dict):
-                return self._refuse(400, "the request's body is not a JSON object")
-            try:
-                return self._send(200, complete(world, model, request))
+                return self._send(200, complete(world, model, body))
             except RequestError as error:
                 return self._refuse(error.status, str(error))
 

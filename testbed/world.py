@@ -39,21 +39,10 @@ from testbed import vocabulary as words
 CLOSING_MARK = "- "
 """Stands before a closer, so that one token decides whether an answer goes on or comes to its end."""
 
-MISSING = -0.5
-REPEATED = -1.0
-OTHER_TOPIC = -0.5
-NO_SUCH_OBJECT = -1.0
-NO_ADVERB = 0.0
-
-FACT_WEIGHT = 4.0
-ADVERB_WEIGHT = 1.0
-OPENER_WEIGHT = 0.7
-CLOSER_WEIGHT = 0.7
-RAMBLING_COST = 1.0
-MISPLACED_COST = 1.0
-STRAY_COST = 0.2
-STRAY_LIMIT = 3.0
-NO_END_COST = 1.0
+MISSING, REPEATED, OTHER_TOPIC, NO_SUCH_OBJECT, NO_ADVERB = -0.5, -1.0, -0.5, -1.0, 0.0
+FACT_WEIGHT, ADVERB_WEIGHT, OPENER_WEIGHT, CLOSER_WEIGHT = 4.0, 1.0, 0.7, 0.7
+RAMBLING_COST, MISPLACED_COST, NO_END_COST = 1.0, 1.0, 1.0
+STRAY_COST, STRAY_LIMIT = 0.2, 3.0
 
 REWARDED = (
     "A prompt names a topic and a manner and says what is to be told about the topic. The true score, from 1 to 10, "

@@ -1,10 +1,10 @@
 """The study: artefacts and their order, what is registered, what is computed from runs, and a whole small one."""
 
 import functools
-import gzip
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import tarfile
@@ -27,7 +27,7 @@ from testbed.study.artefacts import Inverse, Joined, Output, Step, Store, flags,
 from testbed.study.main import Study, main
 from testbed.study.measure import learning_curve
 from testbed.study.methods import Artefacts, World
-from testbed.study.options import Options, chosen_world, known_steps
+from testbed.study.options import Options, chosen_world
 from testbed.study.pages import verdicts, write_study_page
 from testbed.study.registration import REGISTRATION, Scale, Setting, read
 from testbed.study.results import at_equal_tokens, collapses, decide, gaps, with_gaps
@@ -296,19 +296,23 @@ def study_of(tmp_path: Path, registration: Path = REGISTRATION) -> Study:
     return Study(read(registration), World(), Store(tmp_path / "artefacts"), tmp_path)
 
 
-def known(study: Study, steps: list[Step], **results: object) -> None:
+def finished(study: Study, steps: list[Step], **results: object) -> None:
+    """As if they had run."""
     for step in steps:
-        study.store.known.setdefault(step.key, {"seconds": 1.0, "results": results})
+        if not study.store.is_done(step):
+            study.store.folder(step).mkdir(parents=True)
+            (study.store.folder(step) / "results.json").write_text(json.dumps(results))
+            (study.store.folder(step) / "done.json").write_text("{}")
 
 
-def test_the_grid_grows_as_it_is_known_and_its_choice_is_frozen(tmp_path):
+def test_the_grid_grows_as_it_is_finished_and_its_choice_is_frozen(tmp_path):
     """Two rates, one more coefficient, one finalist on three worlds. The best reward model is the second; of the rates
     the larger; of the coefficients the new one. A registration that changes afterwards is refused."""
     grid = {"learning_rates": [1e-4, 1e-3], "kls": [0.3], "finalists": 1}
     study = study_of(tmp_path, registered(tmp_path, grid=grid))
     for at, (_, steps) in enumerate(study.reward_model_trials()):
         assert study.chosen_reward_model() is None
-        known(study, steps, **{"eval/pair_accuracy": 0.9 if at == 1 else 0.8})
+        finished(study, steps, **{"eval/pair_accuracy": 0.9 if at == 1 else 0.8})
     model = study.chosen_reward_model()
     assert model == study.registration.reward_models[1]
 
@@ -317,13 +321,13 @@ def test_the_grid_grows_as_it_is_known_and_its_choice_is_frozen(tmp_path):
 
     assert settings("tlcr") == [(1e-4, 0.1, 1), (1e-3, 0.1, 1)]
     assert len(study.grid_steps()) == 3 * 5 + 2 * len(study.registration.tuned)
-    while left := [step for step in study.grid_steps() if not study.store.is_known(step)]:
+    while left := [step for step in study.grid_steps() if not study.store.is_done(step)]:
         study.freeze()
         assert not study.frozen_file.exists()
         for name in study.registration.tuned:
             for setting, steps in study.method_trials(name, model)[0].items():
                 score = setting.learning_rate * 1000 + setting.kl
-                known(study, [step for step in steps if step in left], validation={"1": 0.0, "0.5": score})
+                finished(study, [step for step in steps if step in left], validation={"1": 0.0, "0.5": score})
     assert settings("tlcr") == [(1e-4, 0.1, 1), (1e-3, 0.1, 1), (1e-3, 0.3, 3)]
     assert settings("figa") == [(1e-4, 0.1, 1), (1e-3, 0.1, 3)], "it has no penalty"
     study.freeze()
@@ -331,10 +335,10 @@ def test_the_grid_grows_as_it_is_known_and_its_choice_is_frozen(tmp_path):
     assert study.setting("fixed_08") == Setting(learning_rate=1e-3, kl=0.3), "like TLCR"
     assert flags_of(study.measured("tlcr_long", 11)[0])["--num_train_epochs"] == "8"
     assert flags_of(study.measured("long_kl", 11)[0])["--kl_ctl"] == "0.9"
-    study.store.known.clear()
+    shutil.rmtree(study.store.root)
     before = study.frozen_file.read_text()
     study.freeze()
-    assert study.frozen_file.read_text() == before, "once, whatever is known later"
+    assert study.frozen_file.read_text() == before, "once, whatever is there later"
     changed = study_of(tmp_path, registered(tmp_path, grid=grid, rules__alpha=0.1))
     with pytest.raises(InputError, match="settings were frozen for another registration"):
         _ = changed.frozen
@@ -405,7 +409,7 @@ def test_another_world_holds_the_same_prompts_out_for_every_seed(tmp_path):
     held_out, trained = [], []
     for seed in (0, 1, 2):
         folder = tmp_path / str(seed)
-        sizes = ("--validation", "4", "--test", "6", "--data_seed", str(seed), "--fixed_held_out")
+        sizes = ("--validation", "4", "--test", "6", "--data_seed", str(seed))
         parts.main(["--preferences", str(pairs), "--output_dir", str(folder), *sizes])
         held_out.append([(folder / name).read_text() for name in ("validation.jsonl", "test.jsonl")])
         trained.append({line for part in ("sft", "reward", "rl") for line in prompts_of(folder / part / "train.jsonl")})
@@ -615,17 +619,6 @@ def test_a_study_of_a_world_that_the_project_does_not_know(tmp_path, monkeypatch
         assert "tlcr-1.jsonl.xz" in kept.getnames()
     assert {line.split()[0] for line in run("--plan").stdout.splitlines()} == {"done"}
 
-    # Elsewhere, with nothing but what is known of it: nothing is to be made, and the same comes out.
-    command[command.index("--output_dir") + 1] = str(tmp_path / "there")
-    packed = tmp_path / "known.json.gz"
-    packed.write_bytes(gzip.compress((tmp_path / "out" / "known.json").read_bytes()))
-    again = run("--report", "--known", str(packed))
+    again = run("--report")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert json.loads((tmp_path / "there" / "results.json").read_text()) == found
-    assert not list((tmp_path / "there").glob("artefacts/*"))
-    wrong = run("--known", str(pairs))
-    assert "not a known.json" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
-    packed.write_bytes(packed.read_bytes()[:99])
-    with pytest.raises(InputError, match=r"not a known\.json"):
-        known_steps([str(packed)])
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found

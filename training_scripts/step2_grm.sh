@@ -15,26 +15,10 @@ command=(
   "${launcher[@]}" "${at}step2_grm/main.py" --deepspeed
   --model_name_or_path "$MODEL"
   --revisions "${revisions[@]}"
-  --data_path "${data[@]}"
-  --data_split "$DATA_SPLIT"
-  --data_seed "$DATA_SEED"
-  --max_seq_len "$GRM_MAX_SEQ_LEN"
-  --per_device_train_batch_size "$GRM_BATCH_SIZE"
-  --per_device_eval_batch_size "$GRM_BATCH_SIZE"
-  --gradient_accumulation_steps "$GRM_ACCUMULATION_STEPS"
-  --num_train_epochs "$GRM_EPOCHS"
-  --learning_rate "$GRM_LEARNING_RATE"
-  --lr_scheduler_type cosine
-  --num_warmup_steps 0
-  --zero_stage "$GRM_ZERO_STAGE"
-  --dtype "$DTYPE"
-  --seed "$SEED"
-  --output_dir "$OUTPUT/step2_grm"
 )
+MAX_SEQ_LEN=$GRM_MAX_SEQ_LEN add_training GRM step2_grm --lr_scheduler_type cosine --num_warmup_steps 0
 [[ -z $EVAL_REVISIONS ]] || command+=(--eval_revisions "$EVAL_REVISIONS")
-attend
-switch --gradient_checkpointing "$GRM_GRADIENT_CHECKPOINTING"
-switch --offload "$GRM_OFFLOAD"
+add_switches GRM
 
 # Braces, because bash reads them whole: editing this file while it runs does no harm.
 { run_stage step2_grm has_results "${command[@]}" "$@"; exit; }

@@ -4,10 +4,9 @@ A ``Step`` is one command of an entry point that takes ``--output_dir``. Its arg
 steps, which are then made first. Two studies, or two methods of one, that need the same step share its folder.
 """
 
-import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,10 +66,10 @@ class Step:
 
 
 class Store:
-    """The artefacts of a study, in ``root``, and by key what is ``known`` of steps that were made elsewhere."""
+    """The artefacts of a study, in ``root``."""
 
-    def __init__(self, root: str | Path, known: Mapping[str, dict] | None = None):
-        self.root, self.known = Path(root), known or {}
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
 
     def folder(self, step: Step) -> Path:
         return self.root / f"{step.name}-{step.key}"
@@ -82,28 +81,12 @@ class Store:
         text = json.dumps({"program": step.program, "arguments": self.arguments(step), "seconds": seconds}, indent=1)
         (self.folder(step) / "done.json").write_text(text + "\n")
 
-    def is_known(self, step: Step) -> bool:
-        """Whether there are results of a step; its folder, where others may need it, is another matter."""
-        return step.key in self.known or self.is_done(step)
-
     def seconds(self, step: Step) -> float:
-        if step.key in self.known:
-            return self.known[step.key]["seconds"]
         return parse_json((self.folder(step) / "done.json").read_text())["seconds"]
 
     def results(self, step: Step) -> dict:
         """The ``results.json`` of a finished step."""
-        if step.key in self.known:
-            return copy.deepcopy(self.known[step.key]["results"])
         return parse_json((self.folder(step) / "results.json").read_text(encoding="utf-8"))
-
-    def told(self, steps: Iterable[Step]) -> dict[str, dict]:
-        """What another store may be given as ``known``: results and time of each step that has any."""
-        return {
-            step.key: {"step": step.name, "seconds": self.seconds(step), "results": self.results(step)}
-            for step in steps
-            if self.is_known(step)
-        }
 
     def arguments(self, step: Step) -> list[str]:
         """The command line, with the folders of this store; the steps it needs must be done."""
@@ -126,15 +109,8 @@ class Store:
 def in_order(wanted: Iterable[Step]) -> list[Step]:
     """All steps that are needed for ``wanted``, each behind those that it needs, none twice."""
     ordered: dict[Step, None] = {}
-
-    def add(step: Step) -> None:
-        if step not in ordered:
-            for needed in step.needs:
-                add(needed)
-            ordered[step] = None
-
     for step in wanted:
-        add(step)
+        ordered |= dict.fromkeys([*in_order(step.needs), step])
     return list(ordered)
 
 

@@ -25,7 +25,7 @@ from testbed.study import results as tables
 from testbed.study import schedule
 from testbed.study.artefacts import Step, Store, in_order
 from testbed.study.methods import Artefacts, World
-from testbed.study.options import Options, chosen_world, known_steps
+from testbed.study.options import Options, chosen_world
 from testbed.study.pages import write_study_page
 from testbed.study.registration import Registration, RewardModel, Setting, read
 
@@ -70,7 +70,7 @@ class Study:
     def chosen_reward_model(self) -> RewardModel | None:
         """The way with the highest held-out accuracy, on the mean over worlds; None before all are there."""
         trials = self.reward_model_trials()
-        if not all(self.store.is_known(step) for _, steps in trials for step in steps):
+        if not all(self.store.is_done(step) for _, steps in trials for step in steps):
             return None
         accuracies = [tables.mean([self._accuracy(step) for step in steps]) for _, steps in trials]
         return trials[accuracies.index(max(accuracies))][0]
@@ -95,19 +95,19 @@ class Study:
         grid, seeds = self.registration.grid, self.registration.grid_seeds
         trials = {Setting(learning_rate=rate): [] for rate in grid.learning_rates}
         first = {setting: self.trial(name, setting, seeds[0], model) for setting in trials}
-        if not all(map(self.store.is_known, first.values())):
+        if not all(map(self.store.is_done, first.values())):
             return {setting: [step] for setting, step in first.items()}, None
         best = max(first, key=lambda setting: self.score(first[setting]))
         if self.registration.methods[name].algo != "figa":  # which has no penalty
             more = [replace(best, kl=kl) for kl in grid.kls]
             first |= {setting: self.trial(name, setting, seeds[0], model) for setting in more}
         trials = {setting: [step] for setting, step in first.items()}
-        if not all(map(self.store.is_known, first.values())):
+        if not all(map(self.store.is_done, first.values())):
             return trials, None
         ranked = sorted(first, key=lambda setting: self.score(first[setting]), reverse=True)[: grid.finalists]
         for setting in ranked:
             trials[setting] += [self.trial(name, setting, seed, model) for seed in seeds[1:]]
-        if not all(self.store.is_known(step) for setting in ranked for step in trials[setting]):
+        if not all(self.store.is_done(step) for setting in ranked for step in trials[setting]):
             return trials, None
         return trials, max(ranked, key=lambda setting: tables.mean([self.score(step) for step in trials[setting]]))
 
@@ -123,7 +123,7 @@ class Study:
     def freeze(self) -> None:
         """Write down what the grid chose, once it is finished and not again; from then on it is read."""
         model = self.chosen_reward_model()
-        if self.frozen_file.exists() or not model or not all(map(self.store.is_known, self.grid_steps())):
+        if self.frozen_file.exists() or not model or not all(map(self.store.is_done, self.grid_steps())):
             return
         settings = {name: self.method_trials(name, model)[1] for name in self.registration.tuned}
         told = {name: asdict(setting) for name, setting in settings.items() if setting}
@@ -179,15 +179,14 @@ class Study:
         for stage in self.registration.stages:
             for name, seed in self.runs(stage):
                 policy, measured = self.measured(name, seed)
-                if self.store.is_known(measured):
-                    seconds = self.store.seconds(policy) if self.store.is_known(policy) else None
-                    of = {"method": name, "stage": stage, "seed": seed, "seconds": seconds}
+                if self.store.is_done(measured):
+                    of = {"method": name, "stage": stage, "seed": seed, "seconds": self.store.seconds(policy)}
                     runs.append(of | {"artefact": f"{measured.name}-{measured.key}"} | self.store.results(measured))
         runs = tables.with_gaps(runs)
         judges = [
             {"judge": name, "seed": seed, **tables.held_out(self.store.results(step)), **self.ceiling(seed)}
             for name, seed, step in self.judges()
-            if self.store.is_known(step)
+            if self.store.is_done(step)
         ]
         families = tables.decide(self.registration, runs)
         return told | {"frozen": self.frozen, "runs": runs, "judges": judges, "families": families}
@@ -202,29 +201,14 @@ class Study:
     def grid_results(self) -> dict:
         model, rows = self.chosen_reward_model(), []
         for how, steps in self.reward_model_trials():
-            accuracies = [self._accuracy(step) for step in steps if self.store.is_known(step)]
+            accuracies = [self._accuracy(step) for step in steps if self.store.is_done(step)]
             rows.append({**asdict(how), "pair_accuracies": accuracies})
         trials = []
         for name in self.registration.tuned if model else ():
             for setting, steps in self.method_trials(name, model)[0].items():
-                scores = [self.score(step) for step in steps if self.store.is_known(step)]
+                scores = [self.score(step) for step in steps if self.store.is_done(step)]
                 trials.append({"method": name, **asdict(setting), "scores": scores})
         return {"reward_models": rows, "trials": trials}
-
-    def reported(self) -> list[Step]:
-        """Every step whose results the report needs."""
-        steps = self.grid_steps()
-        if self.frozen_file.exists():
-            pairs = [self.measured(*run) for stage in self.registration.stages for run in self.runs(stage)]
-            steps += [step for pair in pairs for step in pair] + [step for *_, step in self.judges()]
-        return list(dict.fromkeys(steps))
-
-
-def absolute(options: Options) -> Options:
-    """Paths as they are seen from everywhere: a step's arguments decide its key."""
-    names = ("preferences", "revisions", "prompts", "base_model")
-    given = {name: getattr(options, name) for name in names}
-    return replace(options, **{name: str(Path(path).resolve()) for name, path in given.items() if path})
 
 
 def run_stages(study: Study, options: Options, clock: schedule.Clock) -> schedule.Outcome:
@@ -233,7 +217,7 @@ def run_stages(study: Study, options: Options, clock: schedule.Clock) -> schedul
     for stage in stages[: stages.index(options.until) + 1]:
         while True:
             wanted = study.grid_steps() if stage == "grid" else study.stage_steps(stage)
-            left = [step for step in wanted if not study.store.is_known(step)]
+            left = [step for step in wanted if not study.store.is_done(step)]
             if not left:
                 break
             outcome = schedule.run(study.store, left, options.jobs, stage, clock)
@@ -246,7 +230,6 @@ def run_stages(study: Study, options: Options, clock: schedule.Clock) -> schedul
 def write(study: Study, found: dict) -> None:
     folder = study.folder
     write_json(folder / "results.json", found)
-    write_json(folder / "known.json", study.store.told(study.reported()))
     with tarfile.open(folder / "answers.tar", "w") as kept:
         for run in found["runs"]:
             texts = study.store.root / run["artefact"] / "answers.jsonl.xz"
@@ -260,9 +243,9 @@ def write(study: Study, found: dict) -> None:
 
 @exits_cleanly
 def main(argv: Sequence[str] | None = None) -> int:
-    options = absolute(parse(Options, argv))
+    options = parse(Options, argv)
     folder, registration = Path(options.output_dir), read(options.registration)
-    store = Store(folder / "artefacts", known_steps(options.known))
+    store = Store(folder / "artefacts")
     study = Study(registration, chosen_world(options, registration.world), store, folder)
     if study.frozen_file.exists():
         _ = study.frozen  # refuses another registration before anything runs
@@ -287,8 +270,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_RESUMABLE
     study.freeze()
     found = study.results()
-    if options.report and options.known and not found["runs"]:
-        raise InputError("--known: holds no run of this registration and world, so there is nothing to report")
     write(study, found)
     schedule.require(outcome, store)
     taken.close()

@@ -5,7 +5,6 @@ Every RL method gets the same prompts, as many answers and optimiser steps, a cr
 V = 0, and a reward whose total has deviation 1 over the SFT model's own answers.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from testbed.study.artefacts import Argument, Inverse, Joined, Output, Step, flags
@@ -66,7 +65,6 @@ class Artefacts:
                 validation=0 if own else self.scale.validation,
                 test=0 if own else self.scale.test,
                 data_seed=self.seed,
-                fixed_held_out=not own,
             ),
             world.files,
         )
@@ -148,16 +146,15 @@ class Artefacts:
         options = flags(discriminator=plain, revisions=held_out, factor=factor)
         return Output(Step("sharpened", "testbed/study/sharpen.py", options))
 
-    def reward_model(self, chosen: RewardModel | None = None) -> Output:
+    def reward_model(self, chosen: RewardModel | None = None, **options: object) -> Output:
         how = chosen or self.chosen_model
         start = self.base() if how.start == "base" else self.sft()
-        options = {"objective": "sequence", "score_positions": how.positions}
-        return self._judge("reward_model", start, how.epochs, how.learning_rate, **options)
+        options |= {"objective": "sequence", "score_positions": how.positions}
+        name = "synthetic_reward_model" if "pairs" in options else "reward_model"
+        return self._judge(name, start, how.epochs, how.learning_rate, **options)
 
     def synthetic_reward_model(self) -> Output:
-        how, start = self.chosen_model, self.base() if self.chosen_model.start == "base" else self.sft()
-        options = {"objective": "sequence", "score_positions": how.positions, "pairs": "modified", **self._labels()}
-        return self._judge("synthetic_reward_model", start, how.epochs, how.learning_rate, **options)
+        return self.reward_model(pairs="modified", **self._labels())
 
     def judge(self, method: Method, *more: Step) -> Output | None:
         match method.judge:
@@ -284,13 +281,11 @@ class Artefacts:
             seed=self.seed,
             **method.options,
         )
-        variables: Mapping[str, object] = {}
-        if method.judge == "truth":
-            variables = {SCORER: self.world.scorer, "TESTBED_WORLD": self.world.version}
-            variables = {**variables, "TESTBED_WORLD_SEED": self.seed}
-        told = tuple((key, str(value)) for key, value in variables.items())
-        content = self.world.truth if method.judge == "truth" else ""
-        return Output(Step(method.algo, "step3_ppo_tlcr/main.py", options, content, told), "actor")
+        if method.judge != "truth":
+            return Output(Step(method.algo, "step3_ppo_tlcr/main.py", options), "actor")
+        told = {SCORER: self.world.scorer, "TESTBED_WORLD": self.world.version, "TESTBED_WORLD_SEED": self.seed}
+        variables = tuple((name, str(value)) for name, value in told.items())
+        return Output(Step(method.algo, "step3_ppo_tlcr/main.py", options, self.world.truth, variables), "actor")
 
     def _learnt(self, name: str, program: str, method: Method, setting: Setting, **options: object) -> Output:
         """DPO and FIGA: as SFT, from the SFT model, on the whole reward part."""

@@ -1,12 +1,9 @@
 """The study's command line: where it writes, what it takes from elsewhere, and another world than the testbed."""
 
-import gzip
 import hashlib
 import inspect
-import json
-import zlib
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,29 +33,11 @@ class Options:
     report: bool = option(False, "run nothing; write tables and page of what is there")
     plan: bool = option(False, "print what would run, in order, and stop")
     jobs: int = option(2, "commands side by side, one core each")
-    known: list[str] = option(
-        [], "known.json[.gz] of other outputs, whose runs and trials are taken from there, not made"
-    )
     preferences: str | None = option(None, "another world: its pairs, JSON lines of prompt, chosen, rejected")
     revisions: str | None = option(None, "another world: revisions.jsonl of its pairs")
     scorer: str = option(TESTBED, "another world: its truth, python:module:function(prompt, response, ended)")
     prompts: str | None = option(None, "another world: prompts to test on; unset: those of its held-out pairs")
     base_model: str | None = option(None, "another world: its base model; unset: one is trained on the pairs' texts")
-
-
-def known_steps(files: Sequence[str]) -> dict[str, dict]:
-    """What ``known.json[.gz]`` of other studies say, by key of the step. Raises ``InputError`` for another kind."""
-    found: dict[str, dict] = {}
-    for file in files:
-        try:
-            with gzip.open(file) if file.endswith(".gz") else open(file, "rb") as opened:
-                told = json.load(opened)
-            found |= {key: {"seconds": one["seconds"], "results": one["results"]} for key, one in told.items()}
-        except OSError as error:
-            raise InputError(f"--known {file}: cannot be read ({error.strerror or error})") from None
-        except (ValueError, TypeError, KeyError, AttributeError, EOFError, zlib.error):
-            raise InputError(f"--known {file}: not a known.json, which testbed/study writes") from None
-    return found
 
 
 def chosen_world(options: Options, version: int) -> World:
@@ -73,7 +52,8 @@ def chosen_world(options: Options, version: int) -> World:
             raise InputError(f"another world than the testbed also needs {', '.join(missing)}")
         check_world(options, scorer)
     names = ("preferences", "revisions", "prompts", "base_model")
-    paths = {name: getattr(options, name) for name in names}
+    # As they are seen from everywhere: a step's arguments decide its key.
+    paths = {name: path and str(Path(path).resolve()) for name in names for path in [getattr(options, name)]}
     if options.preferences is None:
         return World(version=version, **paths, scorer=options.scorer)
     source = inspect.getsourcefile(scorer)

@@ -219,7 +219,7 @@ def curve_section(results: Mapping) -> Html:
             falls = [str(collapses(run) or "never") for run in mine]
             fallen.append([title(results, name), ", ".join(falls)])
         if series:
-            parts.append(line_chart(series, f"Stage {stage}", "update", "true score, T = 1", 0.7, limits=(1, 10)))
+            parts.append(line_chart(series, f"Stage {stage}", "update", "true score, T = 1", 0.7))
     if not parts:
         return paragraph("No run of RL has finished.", "quiet")
     note = "The update at which the mean of five updates fell below half of its best so far (above 1), by seed."

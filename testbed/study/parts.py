@@ -1,7 +1,8 @@
 """The data of one world, cut once into what each stage may see; all methods share these files.
 
 OUTPUT_DIR/{sft,reward,rl,rl_half}/{train,eval}.jsonl   pairs; rl_half is the first half of rl's training prompts
-OUTPUT_DIR/{validation,test}.jsonl                      prompts that no stage trains on: to choose settings, to report
+OUTPUT_DIR/{validation,test}.jsonl                      prompts that no stage trains on: to choose settings, to report;
+                                                        the same whatever the seed, chosen by hash
 OUTPUT_DIR/texts/{train,eval}.jsonl                     both responses of the SFT part: what a base model may read
 """
 
@@ -26,9 +27,6 @@ class Options:
     prompts: str | None = option(None, "JSON lines with prompts to test on; unset: prompts of the eval pairs")
     data_split: str = option("2,4,4", "shares of SFT, reward and RL data")
     data_seed: int = seed_option(1234, "seed of that split")
-    fixed_held_out: bool = option(
-        False, "hold out the same prompts whatever --data_seed: chosen by hash, their pairs in no training part"
-    )
     validation: int = option(256, "prompts that settings are chosen on; 0: none", least=0)
     test: int = option(256, "other prompts, that are reported on; 0: none", least=0)
     output_dir: str = option(MISSING, "folder for the parts")
@@ -42,29 +40,24 @@ def read_prompts(file: str) -> list[str]:
     return found
 
 
-def fixed_prompts(options: Options) -> list[str]:
-    """The prompts to test on, whatever the seed: those of --prompts or of eval.jsonl, else some of all, by hash."""
-    if options.prompts:
-        return read_prompts(options.prompts)
-    own_eval = find_source(options.preferences).eval is not None
-    pairs = load_preferences([options.preferences], "all", "eval" if own_eval else "train")
-    found = {one.prompt for one in pairs}
-    if not own_eval:
-        found |= {one.prompt for one in load_preferences([options.preferences], "all", "eval")}
-    ranked = sorted(found, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
-    return ranked[: options.validation + options.test]
+def held_out_prompts(options: Options) -> list[str]:
+    """The prompts to test on, whatever the seed: those of --prompts or of eval.jsonl, else some of all, by hash.
 
-
-def test_prompts(options: Options, found: Sequence[str], trained_on: set[str]) -> list[str]:
-    """Prompts, each once, that no training part holds. Raises ``InputError`` where there are too few."""
-    kept = [prompt for prompt in dict.fromkeys(found) if prompt not in trained_on]
+    Raises ``InputError`` where there are too few.
+    """
     wanted = options.validation + options.test
-    if len(kept) < wanted:
+    if options.prompts:
+        ranked = list(dict.fromkeys(read_prompts(options.prompts)))
+    else:
+        splits = ["eval"] if find_source(options.preferences).eval is not None else ["train", "eval"]
+        found = {one.prompt for split in splits for one in load_preferences([options.preferences], "all", split)}
+        ranked = sorted(found, key=lambda prompt: hashlib.sha256(prompt.encode()).digest())
+    if len(ranked) < wanted:
         raise InputError(
-            f"{options.prompts or options.preferences}: {len(kept)} prompts that no stage trains on, but "
-            f"--validation {options.validation} and --test {options.test} need {wanted}"
+            f"{options.prompts or options.preferences}: {len(ranked)} prompts to hold out, but --validation "
+            f"{options.validation} and --test {options.test} need {wanted}"
         )
-    return kept
+    return ranked if options.prompts else ranked[:wanted]
 
 
 @exits_cleanly
@@ -76,19 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         for part in ("sft", "reward", "rl")
         for split in ("train", "eval")
     }
-    if options.fixed_held_out:
-        candidates = fixed_prompts(options)
-        kept_out = set(candidates)
-        for part in ("sft", "reward", "rl"):
-            loaded[part, "train"] = [one for one in loaded[part, "train"] if one.prompt not in kept_out]
-            if not loaded[part, "train"]:
-                raise InputError(
-                    f"{options.preferences}: beside the test prompts no pairs are left for the {part} part"
-                )
-    elif options.prompts:
-        candidates = read_prompts(options.prompts)
-    else:
-        candidates = [one.prompt for (_, split), ones in loaded.items() if split == "eval" for one in ones]
+    prompts = held_out_prompts(options) if options.validation + options.test else []
+    kept_out = set(prompts)
+    for part in ("sft", "reward", "rl"):
+        loaded[part, "train"] = [one for one in loaded[part, "train"] if one.prompt not in kept_out]
+        if not loaded[part, "train"]:
+            raise InputError(f"{options.preferences}: beside the test prompts no pairs are left for the {part} part")
     counts = {
         f"{part}_{split}": write_jsonl(folder / part / f"{split}.jsonl", map(Preference.as_pair, ps))
         for (part, split), ps in loaded.items()
@@ -99,11 +85,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     for split in ("train", "eval"):
         texts = [{"prompt": p.prompt, "chosen": text} for p in loaded["sft", split] for text in (p.chosen, p.rejected)]
         write_jsonl(folder / "texts" / f"{split}.jsonl", texts)
-    if not options.validation + options.test:
-        write_json(folder / "results.json", counts)
-        return
-    trained_on = {one.prompt for (_, split), ones in loaded.items() if split == "train" for one in ones}
-    prompts = test_prompts(options, candidates, trained_on)
     write_jsonl(folder / "validation.jsonl", ({"prompt": prompt} for prompt in prompts[: options.validation]))
     rest = prompts[options.validation : options.validation + options.test]
     write_jsonl(folder / "test.jsonl", ({"prompt": prompt} for prompt in rest))
