@@ -1,9 +1,13 @@
 """run_method.sh and run_table1.sh: each method's stages, with commands that the stages understand."""
 
+import re
 from pathlib import Path
 
 import pytest
+from test_plan import recipe
 from test_scripts import options_of, run
+
+from training_scripts.planning.preflight import check_labelling
 
 STAGES = {
     "dpo": ["step1_sft", "dpo"],
@@ -129,6 +133,20 @@ def test_plan_counts_every_reward_model(plans):
         return next(float(row.split()[-1]) for row in rows if row.strip().startswith("reward model"))
 
     assert planned_gib("rlmec") == planned_gib("fine_grained") == pytest.approx(2 * planned_gib("abc"), abs=0.02)
+
+
+def test_plan_counts_what_the_rewriter_learns_from(plans):
+    """The reward part's 44,821 revisions, each to edit and to leave: 701 batches of 8 x 2 x 8 in each of 3 epochs."""
+    assert re.search(r"step2_grm +89,642 +128 +3 +2,103\n", plans["rlmec"])
+
+
+def test_a_chat_model_that_marks_spans_is_looked_for_before_the_run(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    drlc = recipe(stages="step1 step2_sequence step3", reward="sequence critic:gpt-6-luna@0.5")
+    assert drlc.span_model == "gpt-6-luna"
+    [problem] = check_labelling(drlc)
+    assert "OPENAI_API_KEY" in problem.found
+    assert not list(check_labelling(recipe(stages="step1 step2_sequence step3", reward="sequence")))
 
 
 def test_unknown_method_lists_the_known():

@@ -42,7 +42,7 @@ def check_labelling(recipe: Recipe) -> Iterator[Problem]:
         if not Path(recipe.revisions).is_file():
             yield Problem(f"REVISIONS={recipe.revisions}: no such file", "name a revisions.jsonl of labeling/main.py")
         labels = False
-    if not (labels and not labelling_is_complete(own)) and not recipe.span_model:
+    if not recipe.span_model and (not labels or labelling_is_complete(own)):
         return
     key = os.environ.get(recipe.api_key_env, "").strip()
     address = recipe.label_base_url.rstrip("/") or None
