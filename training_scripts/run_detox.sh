@@ -28,7 +28,7 @@ fetched=${MODEL:+0}
 : "${MODEL:=$OUTPUT/base}"
 DATA=$OUTPUT/data/train/pairs MADE_HERE=1 # made by this run: nothing to look for beforehand
 REVISIONS=$OUTPUT/data/train/revisions.jsonl EVAL_REVISIONS=$OUTPUT/data/validation/revisions.jsonl
-DETOX_DATA=$OUTPUT/data # where the reward "unigram" finds its words
+export DETOX_DATA=$OUTPUT/data # where the reward "unigram" finds its words
 : "${TEST_SHARE:=0.12}" "${TEST_PROMPTS:=600}" "${LORA_DIM:=0}"
 : "${CHECK:=1}" # 0: PPO goes on although the discriminator knows no more than a bag of words
 : "${DTYPE:=fp32}" "${NUM_GPUS:=2}" "${MASTER_PORT:=$((20000 + RANDOM % 10000))}"
@@ -62,7 +62,7 @@ for method in $METHODS; do
 done
 if [[ $PLAN != 1 ]]; then
   python3 -c 'import profanity_check, gguf' 2>/dev/null ||
-    python3 -m pip install --quiet --disable-pip-version-check -c "$project/constraints.txt" -e "$project[detox]" ||
+    python3 -m pip install --quiet --disable-pip-version-check -c "$project/constraints.txt" -e "${project}[detox]" ||
     die "the packages of the detox example could not be installed: pip install -e '.[detox]'"
 fi
 preflight
@@ -96,11 +96,12 @@ DATA=$data_folder/judge/pairs REVISIONS=$data_folder/judge/revisions.jsonl OUTPU
   attended bash "$scripts/step2.sh"
 
 # Every method from the same SFT model, on the same prompts and edits.
-models=("sft=$OUTPUT/step1_sft")
+sft=$OUTPUT/step1_sft
+models=("sft=$sft")
 for method in $METHODS; do
   case $method in
     sft_rewrites)
-      DATA=$data_folder/train/rewrites OUTPUT=$OUTPUT/sft_rewrites MODEL=$OUTPUT/step1_sft DATA_SPLIT=10,0,0 \
+      DATA=$data_folder/train/rewrites OUTPUT=$OUTPUT/sft_rewrites MODEL=$sft DATA_SPLIT=10,0,0 \
         attended bash "$scripts/step1.sh" "${lora[@]}"
       models+=("$method=$OUTPUT/sft_rewrites/step1_sft")
       continue
