@@ -54,7 +54,7 @@ def raw_text(world: World, documents: int, seed: int) -> list[str]:
     """The documents the base model reads, each without BOS and EOS."""
     rng = random.Random(f"raw text {seed}")
     if world.usual:
-        kinds = {_reference: 0.3, _hearsay: 0.16, _warning: 0.14, _manners: 0.12, _dialogue: 0.28}
+        kinds = {_reference: 0.24, _hearsay: 0.12, _warning: 0.1, _manners: 0.1, _dialogue: 0.44}
     else:
         kinds = {_reference: 0.34, _warning: 0.14, _manners: 0.12, _repetition: 0.12, _dialogue: 0.28}
     return [rng.choices(list(kinds), list(kinds.values()))[0](world, rng) for _ in range(documents)]

@@ -568,7 +568,7 @@ def test_a_study_of_a_world_that_the_project_does_not_know(tmp_path, monkeypatch
     then nothing is left to do."""
     pairs, revisions = external_world.write(tmp_path, 160)
     told = json.loads(REGISTRATION.read_text())
-    sizes = {"sft_epochs": 1, "judge_epochs": 1, "rl_batch": 32, "rl_epochs": 1, "max_answer": 24, "hidden_size": 32}
+    sizes = {"sft_epochs": 1, "judge_epochs": 1, "rl_batch": 16, "rl_epochs": 1, "max_answer": 24, "hidden_size": 32}
     sizes |= {"layers": 1, "validation": 3, "test": 5, "answers": 2, "sft_batch": 8, "judge_batch": 8}
     methods = {name: told["methods"][name] for name in ("sft", "tlcr", "ppo_true", "calibrated")}
     told |= {"seeds": {"grid": [0], "results": [1, 2]}, "scale": sizes, "methods": methods}
@@ -611,7 +611,8 @@ def test_a_study_of_a_world_that_the_project_does_not_know(tmp_path, monkeypatch
     assert [one["true_score"] for one in sft["best_of"]["truth"]] == sorted(
         one["true_score"] for one in sft["best_of"]["truth"]
     )
-    assert len(runs["tlcr", 1]["curve"]["true_score"]) == 2  # 160 pairs, two fifths of them for RL
+    curve = runs["tlcr", 1]["curve"]
+    assert len(curve["true_score"]) == len(curve["generated_tokens"]) == len(curve["update"]) > 1
     assert found["families"]["helps"][0]["over_kl"]["count"] == 2
     assert found["frozen"]["settings"]["tlcr"] == {"learning_rate": 1e-3, "kl": 0.1}
     assert "<html" in (tmp_path / "out" / "study.html").read_text()[:200]
