@@ -26,6 +26,7 @@ from step3_ppo_tlcr.remax import ReMax
 from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, parse_rewards
 from step3_ppo_tlcr.rollout import make_rollouts
 from step3_ppo_tlcr.run import Run, sets_by_step, step_to_continue
+from step3_ppo_tlcr.servers import Servers
 from step3_ppo_tlcr.trainer import Trainer
 
 ALGORITHMS = {"ppo": PPO, "remax": ReMax}
@@ -63,6 +64,7 @@ def build(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[list[int]],
     specs: Sequence[RewardSpec],
+    servers: Servers | None = None,
 ) -> Trainer:
     """Load every model and make the trainer of ``--algo``."""
     sets = len(prompts) // set_size(options, runtime) * options.num_train_epochs
@@ -81,7 +83,7 @@ def build(
         models.actor.train()
         return action_logits(models.actor, rollout)
 
-    rollouts = make_rollouts(options, runtime, models.actor, tokenizer, prompts, trained_logits)
+    rollouts = make_rollouts(options, runtime, models.actor, tokenizer, prompts, trained_logits, servers)
     pretraining = None
     if options.unsupervised_dataset_name:
         pretraining = Pretraining(load_blocks(options, tokenizer), options, runtime.rank, runtime.world_size)
@@ -109,8 +111,10 @@ def train(options: Options, runtime: Runtime) -> None:
     steps = sets * options.num_train_epochs
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
+    servers = Servers(options, runtime) if options.rollout_name == "vllm" else None
+
     # ---- models ----
-    trainer = build(options, runtime, tokenizer, prompts, specs)
+    trainer = build(options, runtime, tokenizer, prompts, specs, servers)
     runtime.seed(options.seed)
     run = Run(options, runtime, trainer, checkpoints, done, known_by)
     held_out = HeldOut(held_out_prompts, trainer, runtime, run.done) if options.eval_interval else None

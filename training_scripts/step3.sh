@@ -47,6 +47,17 @@ command=(
 [[ $GENERATION_BATCHES == 1 ]] || command+=(--generation_batches "$GENERATION_BATCHES")
 [[ $DECODE_BATCH_SIZE == 0 ]] || command+=(--decode_batch_size "$DECODE_BATCH_SIZE")
 [[ $PPO_TOKENS_PER_MICRO_BATCH == 0 ]] || command+=(--tokens_per_micro_batch "$PPO_TOKENS_PER_MICRO_BATCH")
+if [[ $ROLLOUT == vllm ]]; then
+  read -ra servers <<<"$ROLLOUT_HOSTS"
+  ((${#servers[@]})) || {
+    echo "error: ROLLOUT=vllm: name the servers that serve_rollouts.sh started, ROLLOUT_HOSTS=http://127.0.0.1:8000" >&2
+    exit 2
+  }
+  command+=(--rollout vllm --vllm_server "${servers[@]}")
+  [[ $ROLLOUT_AHEAD == 0 ]] || command+=(--rollout_ahead "$ROLLOUT_AHEAD")
+elif [[ $ROLLOUT != loop ]]; then
+  command+=(--rollout "$ROLLOUT")
+fi
 [[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
 attend
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"

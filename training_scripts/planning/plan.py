@@ -123,7 +123,7 @@ def stage_needs(recipe: Recipe, shape: ModelShape) -> dict[str, Need]:
             needs[folder] = memory.ppo(
                 shape,
                 with_critic=recipe.with_critic,
-                decoded_sequences=recipe.decoded_together,
+                decoded_sequences=0 if recipe.rollout == "vllm" else recipe.decoded_together,  # servers have the cache
                 generated_sequences=recipe.generation_batch_size,
                 trained_sequences=recipe.ppo_batch_size,
                 prompt_tokens=recipe.max_prompt_len,

@@ -67,8 +67,13 @@ class TrainedWeights(WeightTransferEngine):
         parallel = self.parallel_config
         rank = info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
         self.store = dist.TCPStore(info.host, info.port, None, False, limit)
-        kind = dist.ProcessGroupGloo if self.device.type == "cpu" else dist.ProcessGroupNCCL
-        self.group = kind(dist.PrefixStore("weights", self.store), rank, info.world_size, limit)
+        store = dist.PrefixStore("weights", self.store)
+        if self.device.type == "cpu":
+            self.group = dist.ProcessGroupGloo(store, rank, info.world_size, limit)
+            return
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = limit
+        self.group = dist.ProcessGroupNCCL(store, rank, info.world_size, options)
 
     def _compare(self, info: Init) -> None:
         """Raise ``ValueError`` that names what the trainer has otherwise."""
@@ -103,6 +108,8 @@ class TrainedWeights(WeightTransferEngine):
             weights = self._of_files(files) if files else self._of_group(info)
             loaded = self.model.load_weights(weights)
         own = {name for name, _ in self.model.named_parameters()}
+        if getattr(self.model_config.hf_text_config, "tie_word_embeddings", False):
+            own.discard("lm_head.weight")  # the embedding, which was sent
         if loaded is not None and (left := own - set(loaded)):
             raise ValueError(f"the trainer sent no {min(left)} (and {len(left) - 1} others)")
 
