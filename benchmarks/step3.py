@@ -29,6 +29,7 @@ from deepspeed_chat_tlcr.tokenization import load_tokenizer
 from step3_ppo_tlcr.options import check, parse_args
 from step3_ppo_tlcr.prompts import load_prompts, require_a_set, set_size
 from step3_ppo_tlcr.run import sets_by_step
+from step3_ppo_tlcr.servers import Servers
 from step3_ppo_tlcr.train import build, reward_specs
 
 SHAPES = {
@@ -60,7 +61,8 @@ def measure(own: argparse.Namespace, rest: list[str], folder: Path) -> dict:
         tokenizer = load_tokenizer(options.actor_model_name_or_path, options.new_eos)
         prompts = load_prompts(options, tokenizer, runtime)
     require_a_set(prompts, options, runtime)
-    trainer = build(options, runtime, tokenizer, prompts, reward_specs(options))
+    servers = Servers(options, runtime) if options.rollout_name == "vllm" else None
+    trainer = build(options, runtime, tokenizer, prompts, reward_specs(options), servers)
     lines, walls, processor = [], [], []
     for step, chosen in sets_by_step(prompts, options, runtime):
         begun, begun_processor = time.monotonic(), time.process_time()
@@ -92,6 +94,7 @@ def measure(own: argparse.Namespace, rest: list[str], folder: Path) -> dict:
         "tokens_per_second": {
             name: round(statistics.fmean(line[f"throughput/{name}_tokens_per_second"] for line in measured), 1)
             for name in phases
+            if name != "sync"  # tokens are not what it moves
         },
         "peak_memory_gib": round(lines[-1]["memory/peak_gib"], 3),
     }

@@ -16,6 +16,7 @@ class Rollout:
     input_ids: torch.Tensor  # (B, T)
     attention_mask: torch.Tensor  # (B, T), 1 on real tokens
     action_mask: torch.Tensor  # (B, A), 1 on response tokens, EOS included
+    sampled_logprobs: torch.Tensor | None = None  # (B, A), of the vLLM servers that wrote it
     tokens_at_once: int = 0  # of a forward pass that packs rows without padding; 0: the rows as they stand here
 
     @property
@@ -43,6 +44,7 @@ class Rollout:
             self.input_ids[begin:end, tokens],
             self.attention_mask[begin:end, tokens],
             mask[:, : self.actions - behind],
+            None if self.sampled_logprobs is None else self.sampled_logprobs[begin:end, : self.actions - behind],
             self.tokens_at_once,
         )
 

@@ -27,6 +27,17 @@ def k3(logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     return log_ratio.exp() - 1 - log_ratio
 
 
+def correction(
+    logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, action_mask: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """min(pi(a_t) / mu(a_t), cap) of tokens that mu wrote: truncated importance weights, no gradient; ``(B, A)``.
+
+    mu is a server's policy, which differs from pi by rounding, or by an update with ``--rollout_ahead``. 0 where the
+    mask is 0.
+    """
+    return counted(counted(logprobs - sampled_logprobs, action_mask).exp().clamp(max=cap), action_mask).detach()
+
+
 def kl_penalised(
     rewards: torch.Tensor, divergence: torch.Tensor, action_mask: torch.Tensor, beta: float
 ) -> torch.Tensor:

@@ -7,12 +7,13 @@ from dataclasses import MISSING, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from deepspeed_chat_tlcr.arguments import DataOptions, PackingOptions, RunOptions, Schedule, option, parse
+from deepspeed_chat_tlcr.asking.models import check_base_url
 from deepspeed_chat_tlcr.errors import InputError
 
 ZeroStage = Literal[0, 1, 2, 3]
 Penalty = Literal["kl", "k3", "full_kl", "kl_onestep", "full_kl_onestep"]
 Algorithm = Literal["ppo", "remax"]
-RolloutName = Literal["loop", "hf", "continuous", "hybrid"]
+RolloutName = Literal["loop", "hf", "continuous", "hybrid", "vllm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,24 @@ class RolloutOptions:
     rollout: RolloutName = option(
         "loop",
         "what samples: loop, this project's decoding loop; hf, transformers' generate; continuous, its continuous "
-        "batching; hybrid, DeepSpeed's hybrid engine",
+        "batching; hybrid, DeepSpeed's hybrid engine; vllm, servers of your own (--vllm_server)",
+    )
+    vllm_server: list[str] = option(
+        [], "addresses of vLLM servers that serve_rollouts.sh started, as in http://127.0.0.1:8000"
+    )
+    vllm_weights_folder: str | None = option(
+        None, "a folder on a disk that servers share: weights go there through files; unset: over the network"
+    )
+    vllm_timeout: float = option(600.0, "seconds that a vLLM server may take over one request", above=0)
+    vllm_check_interval: int = option(50, "syncs of weights between comparisons of the servers' log-probs")
+    rollout_correction: Literal["token", "off"] | None = option(
+        None,
+        "token: weigh each token's advantage by min(pi / pi_server, --rollout_correction_cap); unset: token in 16 bit "
+        "and with --rollout_ahead, else off",
+    )
+    rollout_correction_cap: float = option(2.0, "largest weight of --rollout_correction", least=1)
+    rollout_ahead: Literal[0, 1] = option(
+        0, "1: vLLM servers write the next set while this one trains, with weights one update old"
     )
     eager_decoding: bool = option(
         False, "on a GPU: decode without CUDA graphs, slower, but no key-value cache stays allocated between rollouts"
@@ -355,6 +373,12 @@ class Options(
         return self.generation_batches * max(1, needed // generated if needed % generated == 0 else 1)
 
     @property
+    def corrects_rollouts(self) -> bool:
+        """Whether servers' log-probs weigh the tokens: ``--rollout_correction``, or what it is where it is unset."""
+        wanted = self.rollout_ahead or self.precision != "fp32" if self.rollout_correction is None else None
+        return self.rollout_name == "vllm" and bool(wanted or self.rollout_correction == "token")
+
+    @property
     def on_policy(self) -> bool:
         """One optimiser step per rollout, without noise: the policy that learns is the policy that wrote.
 
@@ -439,10 +463,27 @@ def check(options: Options) -> None:
         raise InputError("--enable_mixed_precision_lora needs --actor_lora_dim above 0 and --actor_zero_stage 3")
     if options.algo == "remax" and options.whiten_advantages:
         raise InputError("--whiten_advantages: ReMax's advantages are differences from the greedy response's reward")
+    _check_servers(options)
     if options.rollout_name == "continuous" and options.actor_zero_stage == 3:
         raise InputError("--rollout continuous: needs whole weights on every device, so --actor_zero_stage 0, 1 or 2")
     if options.rollout_name == "continuous" and options.min_answer_seq_len:
         raise InputError("--rollout continuous: transformers' continuous batching has no minimum length")
+
+
+def _check_servers(options: Options) -> None:
+    """Refuse options of vLLM servers that cannot work together."""
+    if (options.rollout_name == "vllm") != bool(options.vllm_server):
+        raise InputError("--rollout vllm and --vllm_server URL go together: give both, or neither")
+    for url in options.vllm_server:
+        check_base_url(url, "--vllm_server")
+        if url.rstrip("/").endswith("/v1"):
+            raise InputError(f"--vllm_server {url}: leave /v1 out; give it like http://127.0.0.1:8000")
+    if len(set(options.vllm_server)) < len(options.vllm_server):
+        raise InputError("--vllm_server: an address is given twice")
+    if options.rollout_ahead and (options.rollout_name != "vllm" or options.algo != "ppo"):
+        raise InputError("--rollout_ahead 1 needs --rollout vllm and --algo ppo")
+    if options.rollout_ahead and options.rollout_correction == "off":
+        raise InputError("--rollout_ahead 1 learns from answers of an older policy: not with --rollout_correction off")
 
 
 def _check_rewards(options: Options) -> None:

@@ -22,9 +22,10 @@ class PPO(Trainer):
             advantages, returns = self._advantages(batch)
             batch = replace(batch, advantages=advantages, returns=returns)
         mask, clip = batch.rollout.action_mask, self.options.cliprange
-        loss = policy_loss(logprobs, batch.old_logprobs, batch.advantages, mask, clip)
+        advantages, corrected = self.corrected(batch, batch.advantages)
+        loss = policy_loss(logprobs, batch.old_logprobs, advantages, mask, clip)
         clipped = ((logprobs.detach() - batch.old_logprobs).exp() - 1).abs() > clip
-        yield self.actor_loss(loss, batch, logprobs, entropies, {"policy/clip_fraction": clipped.float()})
+        yield self.actor_loss(loss, batch, logprobs, entropies, {"policy/clip_fraction": clipped.float(), **corrected})
         yield self._critic_loss(batch)
 
     def _critic_loss(self, batch: Experience) -> Loss:

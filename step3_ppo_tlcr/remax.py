@@ -41,5 +41,6 @@ class ReMax(Trainer):
         batch, logprobs, entropies = self.policy(batch)
         mask = batch.rollout.action_mask
         returns = kl_penalised(batch.advantages, self.divergence(batch), mask, self.beta)
-        loss = remax_loss(logprobs, returns, mask)
-        yield self.actor_loss(loss, batch, logprobs, entropies, {"policy/return": returns})
+        weighed, corrected = self.corrected(batch, returns)
+        loss = remax_loss(logprobs, weighed, mask)
+        yield self.actor_loss(loss, batch, logprobs, entropies, {"policy/return": returns, **corrected})

@@ -20,6 +20,7 @@ from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.experience import Rollout
 from step3_ppo_tlcr.options import Options
+from step3_ppo_tlcr.servers import ServedBatch, Servers, VllmRollout
 
 _PAGE = 64  # tokens of one page of the continuous batching's cache
 _CHECKED_TOKENS = 8  # greedy tokens that the hybrid engine must get right
@@ -201,8 +202,11 @@ def make_rollouts(
     tokenizer: PreTrainedTokenizerFast,
     prompts: Sequence[list[int]],
     logits_of: Callable[[Rollout], torch.Tensor],
+    servers: Servers | None = None,
 ) -> RolloutEngine:
     """The rollout engine that ``--rollout`` names; ``hybrid`` only where its first greedy tokens prove right."""
+    if options.rollout_name == "vllm":
+        return VllmRollout(engine, tokenizer, servers, options)
     loop = LoopRollout(engine, tokenizer, options.min_answer_seq_len)
     if runtime.device.type == "cuda" and not options.eager_decoding:
         loop.graphs = GraphedLoop(runtime.say)
@@ -248,4 +252,6 @@ def to_rollout(batch: RolloutBatch) -> Rollout:
     start = int(batch.response_start_idx[0])
     longest = max(1, int(batch.attention_mask[:, start:].sum(1).max()))
     kept = slice(0, start + longest)
-    return Rollout(batch.input_ids[:, kept], batch.attention_mask[:, kept], batch.attention_mask[:, start : kept.stop])
+    sampled = batch.logprobs[:, :longest] if isinstance(batch, ServedBatch) else None
+    mask = batch.attention_mask[:, start : kept.stop]
+    return Rollout(batch.input_ids[:, kept], batch.attention_mask[:, kept], mask, sampled)

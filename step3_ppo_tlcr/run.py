@@ -3,13 +3,20 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from deepspeed_chat_tlcr.arguments import record
-from deepspeed_chat_tlcr.checkpoints import OTHER_DATA, Checkpoints, changed_settings
+from deepspeed_chat_tlcr.checkpoints import (
+    OTHER_DATA,
+    Checkpoints,
+    changed_settings,
+    generator_states,
+    restore_generators,
+)
 from deepspeed_chat_tlcr.errors import RunError
 from deepspeed_chat_tlcr.finite import weights_are_finite
 from deepspeed_chat_tlcr.metrics import MetricsLog, StepLines
@@ -20,6 +27,7 @@ from step3_ppo_tlcr.faults import TooManyFaults
 from step3_ppo_tlcr.heldout import HeldOut
 from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.prompts import prompt_sets
+from step3_ppo_tlcr.servers import ServerError
 from step3_ppo_tlcr.trainer import Trainer
 
 
@@ -59,6 +67,17 @@ def sets_by_step(
         for chosen in prompt_sets(prompts, options, runtime, epoch):
             step += 1
             yield step, chosen
+
+
+def with_next(
+    sets: Iterator[tuple[int, list[list[int]]]], ahead: int
+) -> Iterator[tuple[tuple[int, list[list[int]]], list[list[int]] | None]]:
+    """Each set with the next one's prompts: None for the last, and without ``--rollout_ahead``."""
+    if not ahead:
+        yield from ((one, None) for one in sets)
+        return
+    for one, following in pairwise(chain(sets, [(0, None)])):
+        yield one, following[1]
 
 
 def step_to_continue(checkpoints: Checkpoints, options: Options, prompts: str, runtime: Runtime) -> int:
@@ -141,18 +160,25 @@ class Run:
         ``preemption.heeded``), where ReMax passes ``--target_kl``, and with ``RunError`` after too many faults.
         """
         options, trainer, metrics, step = self.options, self.trainer, {}, self.done
-        for number, chosen in sets:
+        for (number, chosen), upcoming in with_next(sets, options.rollout_ahead):
             if number <= self.done:
                 continue
             if number > last_step:
                 break
-            step = number
+            step, whole, states = number, number - 1, generator_states()
             try:
-                metrics = trainer.step(chosen)
+                metrics = trainer.step(chosen, upcoming if number < last_step else None)
+                whole, states = step, generator_states()
+                if held_out and (step % options.eval_interval == 0 or step == last_step):
+                    metrics |= held_out.measure(step)
             except TooManyFaults:
                 self.give_up(step)
-            if held_out and (step % options.eval_interval == 0 or step == last_step):
-                metrics |= held_out.measure(step)
+            except ServerError as error:
+                restore_generators(states)
+                if whole:
+                    self.save(whole)
+                kept = f"a checkpoint of step {whole} is saved" if whole else "nothing was learned yet"
+                raise RunError(f"{error}. {kept}; the same command continues once the servers are back") from None
             self.write(step, last_step, metrics, bar)
             bar.update()
             limit = options.target_kl if options.algo == "remax" and options.target_kl else math.inf

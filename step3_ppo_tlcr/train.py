@@ -38,6 +38,7 @@ from step3_ppo_tlcr.rewards import REWARDS, RewardSpec, load_function, parse_rew
 from step3_ppo_tlcr.rollout import make_rollouts
 from step3_ppo_tlcr.run import Run, sets_by_step, step_to_continue
 from step3_ppo_tlcr.scores import action_logits
+from step3_ppo_tlcr.servers import Servers
 from step3_ppo_tlcr.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ def build(
     prompts: Sequence[list[int]],
     specs: Sequence[RewardSpec],
     span_critic: "SpanCritic | None" = None,
+    servers: Servers | None = None,
 ) -> Trainer:
     """Load every model and make the trainer of ``--algo``."""
     sets, updates = sets_of(options, runtime, prompts), updates_of(options, runtime, prompts)
@@ -152,7 +154,7 @@ def build(
         models.actor.train()
         return action_logits(models.actor, rollout)
 
-    rollouts = make_rollouts(options, runtime, models.actor, tokenizer, prompts, trained_logits)
+    rollouts = make_rollouts(options, runtime, models.actor, tokenizer, prompts, trained_logits, servers)
     pretraining = None
     if options.unsupervised_dataset_name:
         pretraining = Pretraining(load_blocks(options, tokenizer), options, runtime.rank, runtime.world_size)
@@ -182,8 +184,10 @@ def train(options: Options, runtime: Runtime) -> None:
     warn_of_warmup(options, runtime, updates_of(options, runtime, prompts))
     last_step = min(steps, options.test_stop_step) if options.enable_test_mode else steps
 
+    servers = Servers(options, runtime) if options.rollout_name == "vllm" else None
+
     # ---- models ----
-    trainer = build(options, runtime, tokenizer, prompts, specs, span_critic_of(specs, options, runtime))
+    trainer = build(options, runtime, tokenizer, prompts, specs, span_critic_of(specs, options, runtime), servers)
     runtime.seed(options.seed)
     run = Run(options, runtime, trainer, checkpoints, done, known_by)
     held_out = HeldOut(held_out_prompts, trainer, runtime, run.done) if options.eval_interval else None

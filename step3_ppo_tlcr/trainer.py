@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.rollout import RolloutEngine, SamplingConfig
+from deepspeed.runtime.rollout import RolloutBatch, RolloutEngine, RolloutRequest, SamplingConfig
 from transformers import PreTrainedTokenizerFast
 
 from deepspeed_chat_tlcr.finite import align_overflow
@@ -23,11 +23,14 @@ from step3_ppo_tlcr.faults import Faults
 from step3_ppo_tlcr.logprobs import entropy, full_kl, token_logprobs
 from step3_ppo_tlcr.measures import finished, measure_rollout, peak_memory, throughputs
 from step3_ppo_tlcr.models import Models
-from step3_ppo_tlcr.objectives import adapted_beta, k1, k3, masked_mean
+from step3_ppo_tlcr.objectives import adapted_beta, correction, k1, k3, masked_mean
 from step3_ppo_tlcr.options import Options
 from step3_ppo_tlcr.pretraining import Pretraining
 from step3_ppo_tlcr.rollout import request, to_rollout
 from step3_ppo_tlcr.scores import action_logits, state_values
+from step3_ppo_tlcr.servers import TOLERANCE, Flight, ServerError, VllmRollout
+
+_CHECKED = (4, 16)  # prompts of each rank and tokens that servers write to be compared
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Trainer(ABC):
         self.sets = 0  # of rollouts that were learnt from
         self.updates = 0  # optimiser steps of the newest step
         self.gradient_norms: dict[str, float] = {}  # by role, of the newest optimiser step
+        self.moved = True  # the actor has other weights than what writes rollouts, as far as is known
+        self.ahead: list[Flight] = []  # the next set, which servers write meanwhile (--rollout_ahead)
 
     @abstractmethod
     def losses(self, batch: Experience) -> Iterator[Loss]:
@@ -80,15 +85,25 @@ class Trainer(ABC):
         Each is back-propagated before the next is asked for, so that two models' activations never share the memory.
         """
 
-    def step(self, prompts: Sequence[list[int]]) -> dict[str, float]:
+    def step(self, prompts: Sequence[list[int]], upcoming: Sequence[list[int]] | None = None) -> dict[str, float]:
         """Learn from one set of rollouts, an answer to each prompt. Returns metrics over all ranks.
 
+        ``upcoming``: the next set's prompts, where servers are to answer them meanwhile. Raises ``ServerError`` before
+        anything is learned, where a server failed.
         Raises ``TooManyFaults`` after ``--max_faults`` calls in a row whose numbers were not finite.
         """
         averages = Averages(self.device)
         self.seconds, self.updates, self.gradient_norms = {}, 0, {}
+        flights, self.ahead = self.ahead, []
+        if not flights:
+            self.sync(prompts)
         with self._timed("rollout"):
-            rollouts = self.rollout(prompts)
+            rollouts = self._cut([flight.batch() for flight in flights]) if flights else self.rollout(prompts)
+        if upcoming is not None:
+            self.sync(upcoming)
+            self.ahead = [self.rollouts.start(*asked) for asked in self._requests(upcoming, self.options.temperature)]
+        if isinstance(self.rollouts, VllmRollout):
+            averages.add("rollout/updates_behind", torch.tensor([float(bool(flights))], device=self.device))
         with self._timed("score"):
             self.experiences = self.score(rollouts, averages)
         if len(self.experiences) == len(rollouts):
@@ -105,17 +120,70 @@ class Trainer(ABC):
 
     def generate(self, prompts: Sequence[list[int]], temperature: float) -> list[Rollout]:
         """Answers to prompts, in batches of ``--per_device_generation_batch_size``; temperature 0 is greedy."""
+        self.sync(prompts)
+        return self._cut([self.rollouts.generate(*asked) for asked in self._requests(prompts, temperature)])
+
+    def _requests(
+        self, prompts: Sequence[list[int]], temperature: float
+    ) -> Iterator[tuple[RolloutRequest, SamplingConfig]]:
         options = self.options
         sampling = SamplingConfig(options.max_answer_seq_len, temperature, options.top_p, options.top_k)
         together = options.decode_batch_size or len(prompts)
-        batches = []
         for begin in range(0, len(prompts), together):
-            padded = request(prompts[begin : begin + together], self.tokenizer.pad_token_id, self.device)
-            decoded = to_rollout(self.rollouts.generate(padded, sampling))
-            decoded = replace(decoded, tokens_at_once=options.tokens_per_micro_batch)
-            size = options.per_device_generation_batch_size
-            batches += [decoded.rows(at, at + size) for at in range(0, len(decoded.input_ids), size)]
+            yield request(prompts[begin : begin + together], self.tokenizer.pad_token_id, self.device), sampling
+
+    def _cut(self, decoded: Sequence[RolloutBatch]) -> list[Rollout]:
+        batches, size = [], self.options.per_device_generation_batch_size
+        for batch in decoded:
+            rollout = replace(to_rollout(batch), tokens_at_once=self.options.tokens_per_micro_batch)
+            batches += [rollout.rows(at, at + size) for at in range(0, len(rollout.input_ids), size)]
         return batches
+
+    def sync(self, prompts: Sequence[list[int]]) -> None:
+        """Give servers the weights as they are, if they moved; now and then look that they have them.
+
+        Other engines write with the weights that train.
+        """
+        if not self.moved or not isinstance(self.rollouts, VllmRollout):
+            return
+        with self._timed("sync"):
+            self.rollouts.sync_weights(self.updates)
+            self.moved = False
+            if self.rollouts.check_due:
+                self._compare(prompts[: _CHECKED[0]])
+
+    @torch.no_grad()
+    def _compare(self, prompts: Sequence[list[int]]) -> None:
+        """Raise ``ServerError`` where the servers' log-probs of some tokens are not the actor's own."""
+        options = self.options
+        sampling = SamplingConfig(
+            min(_CHECKED[1], options.max_answer_seq_len), options.temperature, options.top_p, options.top_k
+        )
+        asked = request(prompts, self.tokenizer.pad_token_id, self.device)
+        rollout = to_rollout(self.rollouts.generate(asked, sampling))
+        self.models.actor.eval()
+        own = self.logprobs(action_logits(self.models.actor, rollout), rollout)
+        difference = masked_mean((own - rollout.sampled_logprobs).abs(), rollout.action_mask)
+        torch.distributed.all_reduce(difference, torch.distributed.ReduceOp.MAX)
+        if not float(difference) <= TOLERANCE[options.precision if options.precision != "auto" else "bf16"]:
+            raise ServerError(
+                f"the --vllm_server log-probs differ from the policy's own by {float(difference):.4f} nats a token: "
+                "another rope, precision or kernel; the run would learn from another policy's answers"
+            )
+
+    def corrected(self, batch: Experience, advantages: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Advantages ``(B, A)`` times ``--rollout_correction``'s weights, and what is reported of these."""
+        rollout, sampled = batch.rollout, batch.rollout.sampled_logprobs
+        if sampled is None:
+            return advantages, {}
+        weights = correction(batch.old_logprobs, sampled, rollout.action_mask, self.options.rollout_correction_cap)
+        measured = {
+            "correction/weight": weights,
+            "correction/clipped_share": (weights >= self.options.rollout_correction_cap).float(),
+            "correction/k3": k3(sampled, batch.old_logprobs),
+            "correction/difference": (batch.old_logprobs - sampled).abs(),
+        }
+        return advantages * weights if self.options.corrects_rollouts else advantages, measured
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], averages: Averages) -> list[Experience]:
@@ -323,6 +391,7 @@ class Trainer(ABC):
         engines = {role: self.models.engines[role] for role in roles}
         if self.options.align_overflow:
             align_overflow(list(engines.values()))
+        self.moved = True
         for role, engine in engines.items():
             engine.step()
             norm = engine.get_global_grad_norm()  # None where --deepspeed_config switches it off

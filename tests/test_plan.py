@@ -109,6 +109,8 @@ PAPER = {
     "generation_batch_size": 16,
     "generation_batches": 1,
     "decode_batch_size": 0,
+    "rollout": "loop",
+    "rollout_hosts": "",
     "ppo_batch_size": 16,
     "ppo_accumulation_steps": 1,
     "ppo_tokens_per_micro_batch": 2048,

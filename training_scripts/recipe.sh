@@ -123,6 +123,9 @@ set -a # all that follows is exported: the stages' scripts, the preflight and th
 : "${REWARD:=tlcr}"                         # terms that are summed, blanks between; step3_ppo_tlcr/main.py --help lists them
 : "${GENERATION_BATCH_SIZE:=16}"            # prompts per GPU that are scored at a time
 : "${GENERATION_BATCHES:=1}"                # such batches in one set of rollouts, all decoded together
+: "${ROLLOUT:=loop}"                        # what writes PPO's answers: loop, or vllm (docs/vllm.md)
+: "${ROLLOUT_HOSTS:=}"                      # addresses of running servers, blanks between: http://10.0.0.7:8000
+: "${ROLLOUT_AHEAD:=0}"                     # 1: servers write the next answers meanwhile, one update stale
 : "${DECODE_BATCH_SIZE:=0}"                 # prompts per GPU decoded at a time; 0: the whole set
 : "${PPO_BATCH_SIZE:=16}"                   # sequences per GPU and PPO micro-batch
 : "${PPO_ACCUMULATION_STEPS:=1}"

@@ -54,6 +54,17 @@ if [[ $REWARD == *critic:* ]]; then # the model that labels also marks spans, an
   [[ -z $LABEL_PRICE ]] || command+=(--span_price "$LABEL_PRICE")
   [[ -z $LABEL_BASE_URL ]] || command+=(--span_base_url "$LABEL_BASE_URL")
 fi
+if [[ $ROLLOUT == vllm ]]; then
+  read -ra servers <<<"$ROLLOUT_HOSTS"
+  ((${#servers[@]})) || {
+    echo "error: ROLLOUT=vllm: name the servers that serve_rollouts.sh started, ROLLOUT_HOSTS=http://127.0.0.1:8000" >&2
+    exit 2
+  }
+  command+=(--rollout vllm --vllm_server "${servers[@]}")
+  [[ $ROLLOUT_AHEAD == 0 ]] || command+=(--rollout_ahead "$ROLLOUT_AHEAD")
+elif [[ $ROLLOUT != loop ]]; then
+  command+=(--rollout "$ROLLOUT")
+fi
 [[ $ALGO == ppo ]] || command+=(--algo "$ALGO")
 attend
 switch --actor_gradient_checkpointing "$PPO_GRADIENT_CHECKPOINTING"

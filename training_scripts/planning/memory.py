@@ -215,7 +215,8 @@ def ppo(recipe: Recipe, shape: ModelShape, offload: bool) -> Need:
     trained_rows, scored_rows = recipe.ppo_batch_size, recipe.generation_batch_size
     chosen = CHOSEN_LOGITS * trained_rows * recipe.max_answer_len * shape.vocabulary
     scored = scored_rows * recipe.max_answer_len * shape.vocabulary
-    keys_and_values = kv_cache(shape, recipe.decoded_together, tokens, size)
+    decoded = 0 if recipe.rollout == "vllm" else recipe.decoded_together  # servers have the cache
+    keys_and_values = kv_cache(shape, decoded, tokens, size)
     phases = {
         "sampling (KV cache)": keys_and_values if recipe.actor_zero_stage == 3 else 0,
         "scoring": scored_rows * tokens * layer_activations(shape, tokens, size) + 2 * scored,

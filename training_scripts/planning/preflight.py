@@ -205,6 +205,24 @@ def check_batches(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def check_rollout_servers(recipe: Recipe) -> Iterator[Problem]:
+    """With ROLLOUT=vllm: every server of ROLLOUT_HOSTS answers, or will be there when step 3 begins."""
+    if recipe.rollout != "vllm" or "step3" not in recipe.folders():
+        return
+    remedy = "start one with training_scripts/serve_rollouts.sh (docs/vllm.md), and give it like http://10.0.0.7:8000"
+    addresses = recipe.rollout_hosts.split()
+    if not addresses:
+        yield Problem("ROLLOUT=vllm, but ROLLOUT_HOSTS names no server", remedy)
+    for address in addresses:
+        try:
+            check_base_url(address, f"ROLLOUT_HOSTS: {without_secrets(address)}")
+        except InputError as error:
+            yield Problem(str(error), remedy)
+            continue
+        if not _answers(f"{address.rstrip('/')}/v1"):
+            yield Problem(f"ROLLOUT_HOSTS: nothing answers at {without_secrets(address)}", remedy)
+
+
 def check_output(recipe: Recipe) -> Iterator[Problem]:
     """OUTPUT can be written and its disk holds what the unfinished stages will write."""
     output = Path(recipe.output).absolute()
@@ -257,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         recipe = Recipe.from_environment()
         recipe.hosts()
-        checks = [*MACHINE, check_batches, check_output, *([] if argv else MADE_BY_RUN)]
+        checks = [*MACHINE, check_batches, check_rollout_servers, check_output, *([] if argv else MADE_BY_RUN)]
         if not argv:
             go_offline_if_need_be(recipe)
         problems, checked = [problem for check in checks for problem in check(recipe)], len(checks)

@@ -74,6 +74,8 @@ class Recipe:
     generation_batch_size: int
     generation_batches: int
     decode_batch_size: int
+    rollout: str
+    rollout_hosts: str
     ppo_batch_size: int
     ppo_accumulation_steps: int
     ppo_tokens_per_micro_batch: int
@@ -231,6 +233,8 @@ def _read(name: str, kind: type, environment: Mapping[str, str], problems: list[
         problems.append(f"{variable}={text}: must be at least {least}")
     if field == "gpu_card" and text not in CARDS:
         problems.append(f"{variable}={text}: known are {', '.join(CARDS)}")
+    if field == "rollout" and text not in ("loop", "hf", "continuous", "hybrid", "vllm"):
+        problems.append(f"{variable}={text}: expected loop, hf, continuous, hybrid or vllm")
     if field == "algo" and text not in ("ppo", "remax"):
         problems.append(f"{variable}={text}: expected ppo or remax")
     return value
