@@ -178,7 +178,7 @@ class Run:
                 if whole:
                     self.save(whole)
                 kept = f"a checkpoint of step {whole} is saved" if whole else "nothing was learned yet"
-                raise RunError(f"{error}. {kept}; the same command continues once the servers are back") from None
+                raise RunError(f"{error}; {kept}; the same command continues once the servers are back") from None
             self.write(step, last_step, metrics, bar)
             bar.update()
             limit = options.target_kl if options.algo == "remax" and options.target_kl else math.inf

@@ -20,10 +20,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from deepspeed_chat_tlcr.metrics import read_metrics
 
 ENVIRONMENT = Path(os.environ.get("VLLM_ENVIRONMENT", ROOT / ".venv-vllm"))
-pytestmark = pytest.mark.skipif(
-    not (ENVIRONMENT / ".installed-from").is_file(),
-    reason=f"NO REAL vLLM SERVER WAS TESTED: {ENVIRONMENT} is not there (bash training_scripts/setup_vllm.sh makes it)",
-)
+pytestmark = [
+    pytest.mark.whole,
+    pytest.mark.skipif(
+        not (ENVIRONMENT / ".installed-from").is_file(),
+        reason=f"NO REAL vLLM SERVER WAS TESTED: no {ENVIRONMENT} (training_scripts/setup_vllm.sh makes it)",
+    ),
+]
 
 
 REWARD = """
