@@ -277,7 +277,7 @@ def parse_reward(text: str, default_path: str | None) -> RewardSpec:
         except ValueError:
             weights = [math.nan]
         if not all(map(math.isfinite, weights)):
-            raise InputError(f"--reward {text}: {weight_text!r} after @ is no finite number, and no START..END of two")
+            raise InputError(f"--reward {text}: {weight_text!r} after @ is not a finite number, nor START..END")
     name, _, path = (body if at else text).partition(":")
     if name == "python":
         if path.count(":") != 1 or not all(path.split(":")):

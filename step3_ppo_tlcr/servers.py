@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 from deepspeed_chat_tlcr.errors import InputError, RunError, one_line
 from deepspeed_chat_tlcr.models import load_config
 from deepspeed_chat_tlcr.optim import merge_lora
+from deepspeed_chat_tlcr.records import parse_json
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.turns import end_ids
 from step3_ppo_tlcr.options import Options
@@ -79,7 +80,7 @@ class Server:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # servers are near: no proxy knows them
         try:
             with opener.open(request, timeout=seconds or self.seconds) as response:
-                answer = json.loads(response.read() or b"{}")
+                answer = parse_json(response.read() or b"{}")
         except urllib.error.HTTPError as error:
             if error.code in (404, 405):
                 raise self.error(f"has no route {path.split('?')[0]}; start it with serve_rollouts.sh") from None
@@ -103,7 +104,7 @@ def _message(error: urllib.error.HTTPError) -> str:
     """What a refusal says: vLLM's ``error.message``, FastAPI's ``detail``, or the body."""
     text = error.read(4000).decode(errors="replace")
     with contextlib.suppress(ValueError, AttributeError, TypeError):
-        said = json.loads(text)
+        said = parse_json(text)
         said = said.get("error", said.get("detail", said))
         text = said.get("message", said) if isinstance(said, dict) else said
     return f"{error.code}, {one_line(text)[:500]}"

@@ -1,7 +1,6 @@
 """A chat model that marks spans of what the policy wrote, asked between a rollout and its reward (DRLC)."""
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from deepspeed_chat_tlcr.asking.models import Price, check_base_url
 from deepspeed_chat_tlcr.asking.money import Account
 from deepspeed_chat_tlcr.errors import InputError, describe_error
 from deepspeed_chat_tlcr.marking import MAX_TOKENS, load_template, question
+from deepspeed_chat_tlcr.records import parse_json, read_jsonl
 from deepspeed_chat_tlcr.runtime import Runtime
 from deepspeed_chat_tlcr.spans import Marks, content_id, read_marked
 from step3_ppo_tlcr.options import Options
@@ -82,7 +82,7 @@ class SpanCritic:
 
         def accept(answer: ChatAnswer, usage: dict) -> str:
             line = asked.accept(answer, usage)
-            read = json.loads(line)
+            read = parse_json(line)
             self.marked[asked.id] = Marks(tuple(read["positive"]), tuple(read["negative"]))
             return line
 
@@ -97,7 +97,7 @@ class SpanCritic:
             reason = self.loop.run_until_complete(self._asked({first.id: first}))
         finally:
             if not self.marked:  # nothing is lost, and the mended command may be another
-                failures = [json.loads(line) for line in self.folder.failures.read_text(encoding="utf-8").splitlines()]
+                failures = [line for _, line in read_jsonl(self.folder.failures)]
                 self.folder.failures.unlink()
                 self.folder.summary.unlink()
         if not self.marked:

@@ -90,7 +90,7 @@ def browsing(downloads: Path | None = None) -> Iterator[Tab]:
     if program is None:
         pytest.skip("no Chromium on PATH (Debian: apt install chromium): pages are not tried in a browser")
     connect = pytest.importorskip("websockets.sync.client", reason="websockets (extra dev) is not installed").connect
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [program, f"--user-data-dir={profile}", *FLAGS], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

@@ -196,7 +196,7 @@ def test_the_script_takes_a_file_of_variables(tmp_path):
 def run_script(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
     """evaluate.sh, up to evaluation/main.py, in whose place its words are printed, one to a line."""
     words = "import sys; print(*sys.argv[1:], sep='\\n')"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         python = Path(folder) / "python3"
         python.write_text(f"""#!/bin/bash
 case $1 in

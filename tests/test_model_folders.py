@@ -95,7 +95,7 @@ DAMAGE = {
     "adapter": (lambda f: (f / "adapter_config.json").write_text("{}"), "is a LoRA adapter; merge it"),
     "gguf": (
         lambda f: ((f / "config.json").unlink(), (f / "m.Q4.gguf").write_bytes(b"GGUF")),
-        r"for m\.Q4\.gguf, load it once with transformers'",
+        r"convert it once: python -m deepspeed_chat_tlcr\.gguf \S*m\.Q4\.gguf FOLDER",
     ),
     "parent": (
         lambda f: ((f / "actor").mkdir(), (f / "config.json").rename(f / "actor" / "config.json")),

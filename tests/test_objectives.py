@@ -70,7 +70,7 @@ def test_sequence_reward_sits_on_the_last_action_and_is_clipped():
 
 
 def test_random_reward_is_bounded_masked_and_differs_by_token():
-    rewards = random_reward(MASK, MASK)
+    rewards = random_reward(MASK)
     assert (rewards.abs() <= 1).all()
     assert (rewards[MASK == 0] == 0).all()
     assert len(rewards[MASK == 1].unique()) == 7

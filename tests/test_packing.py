@@ -37,7 +37,9 @@ def rollout_of(prompts: list[int], answers: list[int], tokens_at_once: int) -> R
     longest = max(answers)
     action_mask = torch.tensor([[int(a < n) for a in range(longest)] for n in answers])
     chosen = torch.randint(4, 24, action_mask.shape, generator=generator) * action_mask
-    return Rollout(torch.cat([ids, chosen], 1), torch.cat([mask, action_mask], 1), action_mask, tokens_at_once)
+    return Rollout(
+        torch.cat([ids, chosen], 1), torch.cat([mask, action_mask], 1), action_mask, tokens_at_once=tokens_at_once
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3", "mistral", "bloom"])

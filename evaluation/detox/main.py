@@ -33,10 +33,8 @@ from evaluation.detox.data import TEST, TRAIN, read_pairs, write_parts
 from evaluation.detox.frontier import Point, difference
 from evaluation.detox.judges import Unigrams, ahead, distinct, edited, measures
 from evaluation.detox.pages import write_report
-from evaluation.policies import (
-    DeviceOptions,
-    torch_dtype,
-)
+from evaluation.options import DeviceOptions
+from evaluation.policies import torch_dtype
 from evaluation.scoring import Judge, judged
 from evaluation.stats import ratio_interval
 from labeling.token_labels import label_revision
