@@ -74,7 +74,7 @@ def last_attention(model: DeepSpeedEngine | PreTrainedModel, rollout: Rollout) -
     _forward(model, rollout)
     if "query" not in _seen:
         raise InputError(f"--reward abc: the attention of {type(_module(model)).__name__} cannot be looked at")
-    query, key, mask, scaling = _seen["query"], _seen["key"], _seen["mask"], _seen["scaling"]
+    query, key, mask, scaling = (_seen.pop(name) for name in ("query", "key", "mask", "scaling"))
     rows = torch.arange(len(query), device=query.device)
     last = rollout.input_ids.size(1) - rollout.actions + (rollout.action_mask.sum(1) - 1).clamp(min=0).long()
     asking = query[rows, :, last].float()  # (B, heads, d)

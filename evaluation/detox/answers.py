@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,7 +43,7 @@ class ReportOptions(PolicyOptions):
     best_of: int = option(8, "answers of the SFT model from which the discriminator picks one")
     show_words: bool = option(False, "toxic words of the samples unmasked in the report")
 
-    DEFAULTS = {"max_new_tokens": 32}  # noqa: RUF012
+    DEFAULTS: ClassVar[dict[str, Any]] = {"max_new_tokens": 32}
 
 
 def test_prompts(options: ReportOptions) -> list[str]:
